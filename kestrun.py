@@ -1,0 +1,5726 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.14.3"]
+# ///
+"""kestrun 1.0.0: a SignalR server in one file. MIT licence, safe to vendor.
+
+Any ASP.NET Core SignalR client connects to it unchanged: JavaScript, .NET,
+Python; over WebSockets, Server-Sent Events or long polling; in JSON, or in
+MessagePack where the `msgpack` package is installed. It needs aiohttp only.
+
+Run it, then open http://127.0.0.1:5000/ for a page that shows it all live:
+
+    python kestrun.py
+
+Or copy this file next to your own code and write a hub:
+
+    from aiohttp import web
+    import kestrun
+
+    class ChatHub(kestrun.Hub):
+        async def send(self, user: str, text: str) -> None:
+            await self.clients.all.send("ReceiveMessage", user, text)
+
+    app = web.Application()
+    kestrun.map_hub(app, "/hubs/chat", ChatHub)
+    web.run_app(app)
+
+What happens between a client's bytes and yours:
+
+    bytes in ─► transport ─► Connection.inbox ─► decode ─► Session ─► hub method
+                                                                          │
+                                       self.clients.group("x").send(…)    │
+                                                                          ▼
+    bytes out ◄─ transport ◄─ Connection.outbox ◄─ encode once ◄─ Registry.publish
+
+The file reads from top to bottom; each section uses only what stands above it.
+`grep -n '^# ---' kestrun.py` prints the contents:
+
+    options        every limit and interval, in one place
+    wire protocol  hub messages, and how JSON and MessagePack write them
+    connection     a duplex pipe between one client and one hub
+    transports     WebSocket (RFC 6455), Server-Sent Events, long polling
+    registry       who is connected and in which group; publish
+    hub            what user code sees: Hub, clients, groups, context
+    hub methods    finding them, binding and converting their arguments
+    dispatcher     the life of a connection, calls, streams, client results
+    endpoint       negotiate, routes, origins, users; map_hub
+    operations     long-running work on asyncio tasks
+    schedule       jobs on the clock, by interval or cron expression
+    page           what a browser sees at /
+    demo           the sample application: hub, routes, jobs
+    main           the command line
+
+Not here, on purpose: more than one process (a backplane would subclass
+`Registry`), TLS (aiohttp and proxies do it well), old ASP.NET SignalR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import codecs
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import gc
+import hashlib
+import hmac
+import html
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import sys
+import time
+import types
+import typing
+import unicodedata
+import uuid
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+_NEEDS_AIOHTTP = "kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp"
+try:
+    import aiohttp
+    from aiohttp import web
+    from aiohttp.abc import AbstractAccessLogger
+
+    # Older releases let a request smuggled behind an upgrade through.
+    if [int(n) for n in re.findall(r"\d+", aiohttp.__version__)[:3]] < [3, 14, 3]:
+        raise ImportError(f"{_NEEDS_AIOHTTP} (found {aiohttp.__version__})")
+except ModuleNotFoundError:
+    if __name__ == "__main__":
+        sys.exit(_NEEDS_AIOHTTP)
+    raise
+except ImportError as error:
+    if __name__ == "__main__":
+        sys.exit(str(error))
+    raise
+
+__version__ = "1.0.0"
+__all__ = [
+    "Hub",
+    "HubCallerContext",
+    "HubContext",
+    "HubException",
+    "HubOptions",
+    "Operation",
+    "Operations",
+    "Progress",
+    "Schedule",
+    "access_token",
+    "broadcast_event",
+    "broadcast_log",
+    "broadcast_to_group",
+    "create_app",
+    "hub_method",
+    "map_hub",
+]
+
+log = logging.getLogger("kestrun")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# ------------------------------------------------------------------ options
+#
+# One home for every number. Names and defaults are SignalR's (in snake case);
+# seconds are floats, sizes are bytes, and None means no limit. Options are
+# checked when they are made, so that a running server never meets a wrong one.
+
+WEBSOCKETS = "WebSockets"
+SERVER_SENT_EVENTS = "ServerSentEvents"
+LONG_POLLING = "LongPolling"
+TRANSPORTS = (WEBSOCKETS, SERVER_SENT_EVENTS, LONG_POLLING)
+
+Authenticate = Callable[[web.Request], Awaitable["str | None"]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubOptions:
+    """The settings of one mapped hub; `map_hub` takes them as keywords too.
+
+    Raises TypeError or ValueError, naming the field, for what makes no sense.
+    """
+
+    #: Seconds between the server's pings (none on long polling).
+    keep_alive_interval: float | None = 15
+    #: Seconds of silence after which a client that has pinged is given up.
+    client_timeout_interval: float | None = 30
+    #: Seconds for the handshake, counted from the opening of the transport.
+    handshake_timeout: float | None = 15
+    #: Bytes of one hub message, its separator or length prefix included.
+    maximum_receive_message_size: int | None = 32768
+    #: Calls of one client that run at the same time; further ones wait.
+    maximum_parallel_invocations_per_client: int | None = 1
+    #: Items of one upload stream that wait for the method to read them.
+    stream_buffer_capacity: int | None = 10
+    #: Send the text of every exception to the caller. For development only.
+    enable_detailed_errors: bool = False
+    #: What negotiate offers, out of `TRANSPORTS`.
+    transports: Collection[str] = TRANSPORTS
+    #: Seconds after which a long poll without data is answered empty.
+    poll_timeout: float | None = 90
+    #: Seconds that an unused token, a gap between two polls, or a client of
+    #: stateful reconnect without a socket is remembered.
+    disconnect_timeout: float | None = 15
+    #: Seconds to wait for the peer's WebSocket close frame.
+    close_timeout: float | None = 5
+    #: Let clients resume a lost WebSocket without losing messages.
+    allow_stateful_reconnects: bool = False
+    #: Bytes sent but not acknowledged, beyond which that client's writers wait.
+    stateful_reconnect_buffer_size: int | None = 100_000
+    #: Bytes waiting for one slow client before it is cut.
+    outbox_limit: int | None = 1_048_576
+    #: Seconds in which a client takes nothing of what waits before it is cut.
+    transport_send_timeout: float | None = 10
+    #: Origins, such as "https://example.com", besides the server's own.
+    allowed_origins: Collection[str] = ()
+    #: Tells the user id from a request, or raises web.HTTPUnauthorized or
+    #: web.HTTPForbidden. Asked for every request, the preflight excepted.
+    authenticate: Authenticate | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check(field.name, field.type, getattr(self, field.name))
+        if unknown := set(self.transports) - set(TRANSPORTS):
+            raise ValueError(f"transports: {sorted(unknown)} not in {TRANSPORTS}")
+        if not self.transports:
+            raise ValueError("transports: at least one is needed")
+        for origin in self.allowed_origins:
+            parts = urlsplit(origin)
+            if origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc:
+                raise ValueError(
+                    f"allowed_origins: {origin!r} is not an origin such as "
+                    "'https://example.com' (no path, no final slash, no '*')"
+                )
+
+    @staticmethod
+    def _check(name: str, annotation: Any, value: Any) -> None:
+        if annotation in ("float | None", "int | None"):
+            if value is None:
+                return
+            whole = annotation == "int | None"
+            kinds = int if whole else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise TypeError(f"{name}: a number or None, not {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: more than 0 and finite, not {value!r}")
+        elif annotation == "bool" and not isinstance(value, bool):
+            raise TypeError(f"{name}: True or False, not {value!r}")
+        elif annotation == "Collection[str]":
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                raise TypeError(f"{name}: a list of strings, not {value!r}")
+        elif name == "authenticate" and value is not None and not callable(value):
+            raise TypeError("authenticate: async (request) -> user id, or None")
+
+
+def _or_forever(seconds: float | None) -> float:
+    """Read an option in seconds, None being forever, for comparisons."""
+    return math.inf if seconds is None else seconds
+
+
+# ------------------------------------------------------------ wire protocol
+#
+# A hub message is a small value; a protocol turns messages into bytes and
+# bytes into messages. No sockets and no asyncio here: bytes in, values out.
+# The wire's own spelling (invocationId) never leaves this section. Follows
+# HubProtocol.md of ASP.NET Core SignalR; where that text and the shipped
+# clients disagree, the clients are right.
+
+
+class Invocation(NamedTuple):
+    """Call `target`. Without an invocation id nobody waits for an answer."""
+
+    target: str
+    arguments: list[Any]
+    invocation_id: str | None = None
+    stream_ids: tuple[str, ...] = ()
+
+
+class StreamInvocation(NamedTuple):
+    """Call the streaming method `target`; its items answer the invocation id."""
+
+    target: str
+    arguments: list[Any]
+    invocation_id: str
+    stream_ids: tuple[str, ...] = ()
+
+
+class StreamItem(NamedTuple):
+    """One item of a stream, either way."""
+
+    invocation_id: str
+    item: Any
+
+
+class Completion(NamedTuple):
+    """The end of a call or stream: a result, an error, or neither (VOID)."""
+
+    invocation_id: str
+    result: Any = None
+    error: str | None = None
+
+
+class CancelInvocation(NamedTuple):
+    """The client no longer wants the answer."""
+
+    invocation_id: str
+
+
+class Ping(NamedTuple):
+    """Nothing but a sign of life."""
+
+
+class Close(NamedTuple):
+    """The last message of a connection; may invite the client to come back."""
+
+    error: str | None = None
+    allow_reconnect: bool = False
+
+
+class Ack(NamedTuple):
+    """Stateful reconnect: everything up to `sequence_id` has arrived."""
+
+    sequence_id: int
+
+
+class Sequence(NamedTuple):
+    """Stateful reconnect: `sequence_id` numbers the next message sent."""
+
+    sequence_id: int
+
+
+Message = (
+    Invocation
+    | StreamInvocation
+    | StreamItem
+    | Completion
+    | CancelInvocation
+    | Ping
+    | Close
+    | Ack
+    | Sequence
+)
+
+
+class _Void:
+    """A completion's missing result, which is not the same as a null."""
+
+    def __repr__(self) -> str:
+        return "VOID"
+
+
+VOID = _Void()
+PING = Ping()
+
+#: The messages that stateful reconnect numbers, keeps and replays.
+COUNTED = (Invocation, StreamInvocation, StreamItem, Completion, CancelInvocation)
+
+
+class HubException(Exception):
+    """An error meant for the client: its message travels, others' are hidden."""
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol: the connection ends, the server goes on."""
+
+    reported_as = "InvalidDataException"
+
+
+class HandshakeError(ProtocolError):
+    """The handshake is refused with this text."""
+
+
+def _detail(message: str, error: BaseException, options: HubOptions) -> str:
+    """Word an error for the client: its own text only where it may be told."""
+    if isinstance(error, HubException) or options.enable_detailed_errors:
+        name = getattr(error, "reported_as", type(error).__name__)
+        return f"{message} {name}: {error}"
+    return message
+
+
+def _camel(name: str) -> str:
+    """Spell a Python name as JavaScript and .NET do: user_name -> userName."""
+    first, *others = name.strip("_").split("_")
+    return first + "".join(part[:1].upper() + part[1:] for part in others)
+
+
+@functools.cache
+def _members(kind: type) -> list[tuple[str, str]]:
+    """List a dataclass's fields, each with its spelling on the wire."""
+    return [(field.name, _camel(field.name)) for field in dataclasses.fields(kind)]
+
+
+def _iso(moment: datetime) -> str:
+    """Write a time as ISO 8601; UTC ends in Z, a naive one has no offset."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def _to_plain(value: Any) -> Any:
+    """Turn what the encoders do not know into what they do.
+
+    Raises TypeError for a value that no client could read.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {wire: getattr(value, name) for name, wire in _members(type(value))}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return _iso(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    raise TypeError(
+        f"a {type(value).__name__} cannot be sent; send numbers, text, bytes, lists, "
+        "dicts, dataclasses, enums, datetimes or UUIDs"
+    )
+
+
+def _take_string(value: Any, name: str) -> str:
+    if type(value) is not str:
+        raise ProtocolError(f"Expected '{name}' to be of type String.")
+    return value
+
+
+def _take_id(value: Any, *, required: bool = True) -> str | None:
+    if value is None or value == "":
+        if required:
+            raise ProtocolError("Missing required property 'invocationId'.")
+        return None
+    return _take_string(value, "invocationId")
+
+
+class HubProtocol(Protocol):
+    """How hub messages look on the wire."""
+
+    name: ClassVar[str]
+    binary: ClassVar[bool]
+
+    def encode(self, message: Message) -> bytes:
+        """Write one message, ready to be sent.
+
+        Raises TypeError or ValueError for values that cannot be written.
+        """
+
+    def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
+        """Cut messages off the front of `inbox`, for as long as it lives.
+
+        Yields None when the next message is not complete yet: ask again when
+        bytes were added. `limit` bounds the bytes of one message, its frame
+        included. Raises ProtocolError, after which it has ended.
+        """
+
+
+def _too_big(limit: int) -> ProtocolError:
+    return ProtocolError(
+        f"The maximum message size of {limit}B was exceeded. "
+        "The message size can be configured in AddHubOptions."
+    )
+
+
+RECORD_SEPARATOR = b"\x1e"
+
+#: Nesting of one JSON message; the reference server's limit.
+_JSON_DEPTH = 64
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+# One scanner and one encoder are kept for good: json.loads and json.dumps build
+# theirs anew each time, which costs more than a short message does. The C encoder
+# has no public name; without it (PyPy) the public class does the same.
+_scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+    parse_constant=_refuse_constant
+).scan_once  # type: ignore[attr-defined]
+_quote = json.encoder.encode_basestring_ascii
+_make_encoder = getattr(json.encoder, "c_make_encoder", None)
+
+
+def _build_json_encoder() -> Callable[[Any], str]:
+    """Make the compact writer: ASCII only, no NaN, no check for cycles."""
+    if _make_encoder is None:
+        return json.JSONEncoder(
+            separators=(",", ":"), allow_nan=False, default=_to_plain
+        ).encode
+    pieces = _make_encoder(
+        None, _to_plain, _quote, None, ":", ",", False, False, False
+    )  # markers, default, encoder, indent, separators, sort, skip keys, allow NaN
+    return lambda value: "".join(pieces(value, 0))
+
+
+_write_json = _build_json_encoder()
+
+
+class JsonProtocol:
+    """One JSON object a message, each ended by the byte 0x1E. UTF-8 in, ASCII out."""
+
+    name: ClassVar[str] = "json"
+    binary: ClassVar[bool] = False
+
+    def encode(self, message: Message) -> bytes:
+        try:
+            return f"{self._text(message)}\x1e".encode("ascii")
+        except RecursionError:
+            raise ValueError("nested too deeply, or containing itself") from None
+
+    def _text(self, message: Message) -> str:
+        match message:
+            case Completion(invocation_id, result, None):
+                head = f'{{"type":3,"invocationId":{_quote(invocation_id)}'
+                if result is VOID:
+                    return head + "}"
+                return f'{head},"result":{_write_json(result)}}}'
+            case Completion(invocation_id, _, str(error)):
+                head = f'{{"type":3,"invocationId":{_quote(invocation_id)}'
+                return f'{head},"error":{_quote(error)}}}'
+            case StreamItem(invocation_id, item):
+                head = f'{{"type":2,"invocationId":{_quote(invocation_id)}'
+                return f'{head},"item":{_write_json(item)}}}'
+            case Invocation(target, arguments, None):
+                head = f'{{"type":1,"target":{_quote(target)}'
+                return f'{head},"arguments":{_write_json(arguments)}}}'
+            case Invocation(target, arguments, str(invocation_id)):
+                head = f'{{"type":1,"invocationId":{_quote(invocation_id)}'
+                return (
+                    f'{head},"target":{_quote(target)}'
+                    f',"arguments":{_write_json(arguments)}}}'
+                )
+            case Ping():
+                return '{"type":6}'
+            case Close(error, allow_reconnect):
+                error_part = "" if error is None else f',"error":{_quote(error)}'
+                reconnect_part = ',"allowReconnect":true' if allow_reconnect else ""
+                return f'{{"type":7{error_part}{reconnect_part}}}'
+            case Ack(sequence_id):
+                return f'{{"type":8,"sequenceId":{sequence_id}}}'
+            case Sequence(sequence_id):
+                return f'{{"type":9,"sequenceId":{sequence_id}}}'
+        raise TypeError(f"a server does not send {type(message).__name__}")
+
+    def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
+        while True:
+            end = inbox.find(RECORD_SEPARATOR)
+            if limit is not None and (end >= limit or end < 0 and len(inbox) > limit):
+                raise _too_big(limit)
+            if end < 0:
+                yield None
+                continue
+            record = inbox[:end]
+            del inbox[: end + 1]
+            message = self._read(record)
+            if message is not None:
+                yield message
+
+    def _read(self, record: bytearray) -> Message | None:
+        """Read one record; None for a type that a later version may define."""
+        try:
+            text = record.decode().strip(" \t\r\n")
+            fields, end = _scan_json(text, 0)
+            if end != len(text):
+                raise ValueError("text behind the value")
+            if len(text) > 2 * _JSON_DEPTH:
+                _check_depth(text)
+        except (StopIteration, ValueError, RecursionError):
+            raise ProtocolError("Error reading JSON.") from None
+        if type(fields) is not dict:
+            raise ProtocolError(
+                f"Unexpected JSON Token Type '{_json_kind(fields)}'. "
+                "Expected a JSON Object."
+            )
+        kind = fields.get("type", VOID)
+        if type(kind) is not int:
+            if kind is VOID:
+                raise ProtocolError("Missing required property 'type'.")
+            raise ProtocolError("Expected 'type' to be of type Number.")
+        if 1 <= kind <= 5 and fields.get("headers") is not None:
+            _check_headers(fields["headers"])
+        match kind:
+            case 1 | 4:
+                return self._read_invocation(kind, fields)
+            case 2:
+                invocation_id = self._id(fields)
+                if "item" not in fields:
+                    raise ProtocolError("Missing required property 'item'.")
+                return StreamItem(invocation_id, fields["item"])
+            case 3:
+                return self._read_completion(fields)
+            case 5:
+                return CancelInvocation(self._id(fields))
+            case 6:
+                return PING
+            case 7:
+                return self._read_close(fields)
+            case 8:
+                return Ack(self._sequence_id(fields))
+            case 9:
+                return Sequence(self._sequence_id(fields))
+        return None
+
+    def _read_invocation(self, kind: int, fields: dict[str, Any]) -> Message:
+        target = fields.get("target", VOID)
+        if type(target) is not str:
+            if target is VOID:
+                raise ProtocolError("Missing required property 'target'.")
+            _take_string(target, "target")
+        arguments = fields.get("arguments", VOID)
+        if type(arguments) is not list:
+            if arguments is VOID:
+                raise ProtocolError("Missing required property 'arguments'.")
+            raise ProtocolError("Expected 'arguments' to be of type Array.")
+        stream_ids = fields.get("streamIds") or ()
+        if stream_ids:
+            stream_ids = self._stream_ids(stream_ids)
+        elif type(stream_ids) not in (tuple, list):
+            raise ProtocolError("Expected 'streamIds' to be of type Array.")
+        if kind == 4:
+            return StreamInvocation(
+                target, arguments, self._id(fields), tuple(stream_ids)
+            )
+        invocation_id = _take_id(fields.get("invocationId"), required=False)
+        return Invocation(target, arguments, invocation_id, tuple(stream_ids))
+
+    def _read_completion(self, fields: dict[str, Any]) -> Completion:
+        invocation_id = self._id(fields)
+        error = fields.get("error")
+        if error is not None:
+            _take_string(error, "error")
+            if "result" in fields:
+                raise ProtocolError(
+                    "The 'error' and 'result' properties are mutually exclusive."
+                )
+        return Completion(invocation_id, fields.get("result", VOID), error)
+
+    def _read_close(self, fields: dict[str, Any]) -> Close:
+        error = fields.get("error")
+        if error is not None:
+            _take_string(error, "error")
+        allow_reconnect = fields.get("allowReconnect", False)
+        if type(allow_reconnect) is not bool:
+            raise ProtocolError("Expected 'allowReconnect' to be true or false.")
+        return Close(error, allow_reconnect)
+
+    @staticmethod
+    def _id(fields: dict[str, Any]) -> str:
+        return _take_id(fields.get("invocationId")) or ""
+
+    @staticmethod
+    def _stream_ids(value: Any) -> list[str]:
+        if type(value) is not list:
+            raise ProtocolError("Expected 'streamIds' to be of type Array.")
+        for stream_id in value:
+            if stream_id is None:
+                raise ProtocolError("Null value for 'streamIds' is not valid.")
+            _take_string(stream_id, "streamIds")
+        return value
+
+    @staticmethod
+    def _sequence_id(fields: dict[str, Any]) -> int:
+        if "sequenceId" not in fields:
+            raise ProtocolError("Missing required property 'sequenceId'.")
+        value = fields["sequenceId"]
+        if type(value) is not int:
+            raise ProtocolError("Expected 'sequenceId' to be of type Number.")
+        return value
+
+
+def _check_headers(headers: Any) -> None:
+    """Look at headers, which nothing here uses, as strictly as .NET does."""
+    if type(headers) is not dict:
+        raise ProtocolError("Expected 'headers' to be of type StartObject.")
+    for key, value in headers.items():
+        if type(value) is not str:
+            raise ProtocolError(f"Expected header '{key}' to be of type String.")
+
+
+def _check_depth(text: str) -> None:
+    """Raise ValueError for JSON nested deeper than the reference reads."""
+    if text.count("[") + text.count("{") <= _JSON_DEPTH:
+        return  # the usual case: too few brackets to nest so deep
+    depth = deepest = 0
+    for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][}{]', "", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > _JSON_DEPTH:
+        raise ValueError(f"nested {deepest} deep")
+
+
+def _json_kind(value: Any) -> str:
+    """Name a JSON value as .NET's reader names its token."""
+    if isinstance(value, bool):
+        return str(value)
+    kinds: dict[type, str] = {list: "Array", str: "String", type(None): "Null"}
+    return kinds.get(type(value), "Number")
+
+
+class MessagePackProtocol:
+    """One MessagePack array a message, each led by its length as a VarInt.
+
+    Needs the `msgpack` package; raises ImportError without it.
+    """
+
+    name: ClassVar[str] = "messagepack"
+    binary: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        import msgpack  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        self._unpack = functools.partial(
+            msgpack.unpackb, raw=False, strict_map_key=False, timestamp=3
+        )
+        self._pack = functools.partial(
+            msgpack.packb, datetime=True, default=self._to_plain
+        )
+
+    @staticmethod
+    def _to_plain(value: Any) -> Any:
+        # msgpack asks here only for times without a zone: they are taken as UTC.
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=UTC)
+        return _to_plain(value)
+
+    def encode(self, message: Message) -> bytes:
+        try:
+            body: bytes = self._pack(self._fields(message))
+        except OverflowError as error:
+            raise ValueError(f"an integer beyond 64 bits: {error}") from None
+        length, prefix = len(body), bytearray()
+        while length > 0x7F:
+            prefix.append(length & 0x7F | 0x80)
+            length >>= 7
+        prefix.append(length)
+        return bytes(prefix) + body
+
+    def _fields(self, message: Message) -> list[Any]:
+        match message:
+            case Completion(invocation_id, result, None):
+                if result is VOID:
+                    return [3, {}, invocation_id, 2]
+                return [3, {}, invocation_id, 3, result]
+            case Completion(invocation_id, _, error):
+                return [3, {}, invocation_id, 1, error]
+            case StreamItem(invocation_id, item):
+                return [2, {}, invocation_id, item]
+            case Invocation(target, arguments, invocation_id):
+                return [1, {}, invocation_id, target, arguments, []]
+            case Ping():
+                return [6]
+            case Close(error, allow_reconnect):
+                return [7, error, allow_reconnect]
+            case Ack(sequence_id):
+                return [8, sequence_id]
+            case Sequence(sequence_id):
+                return [9, sequence_id]
+        raise TypeError(f"a server does not send {type(message).__name__}")
+
+    def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
+        while True:
+            length, start = self._length(inbox)
+            if limit is not None and start + length > limit:
+                raise _too_big(limit)
+            if not start or len(inbox) < start + length:
+                yield None
+                continue
+            body = bytes(inbox[start : start + length])
+            del inbox[: start + length]
+            message = self._read(body)
+            if message is not None:
+                yield message
+
+    @staticmethod
+    def _length(inbox: bytearray) -> tuple[int, int]:
+        """Read the prefix: the body's length and where it starts (0: incomplete)."""
+        length = 0
+        for position, byte in enumerate(inbox[:5]):
+            length |= (byte & 0x7F) << 7 * position
+            if byte < 0x80:
+                if length <= 0x7FFFFFFF:
+                    return length, position + 1
+                break
+        else:
+            if len(inbox) < 5:
+                return 0, 0
+        raise ProtocolError("Messages over 2GB in size are not supported.")
+
+    def _read(self, body: bytes) -> Message | None:
+        """Read one array; None for a type that a later version may define."""
+        try:
+            fields = self._unpack(body)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise ProtocolError(f"Error reading MessagePack: {error}") from None
+        if type(fields) is not list or not fields:
+            raise ProtocolError("Reading array length for 'elementCount' failed.")
+        kind = fields[0]
+        if type(kind) is not int:
+            raise ProtocolError("Reading 'messageType' as Int32 failed.")
+        if 1 <= kind <= 5 and len(fields) > 1 and fields[1] is not None:
+            _check_headers(fields[1])
+        try:
+            return self._build(kind, fields)
+        except IndexError:
+            raise ProtocolError(
+                f"A message of type {kind} has more than {len(fields)} elements."
+            ) from None
+
+    def _build(self, kind: int, fields: list[Any]) -> Message | None:
+        match kind:
+            case 1 | 4:
+                return self._build_invocation(kind, fields)
+            case 2:
+                return StreamItem(self._id(fields), fields[3])
+            case 3:
+                return self._build_completion(fields)
+            case 5:
+                return CancelInvocation(self._id(fields))
+            case 6:
+                return PING
+            case 7:
+                error = fields[1]
+                if error is not None:
+                    self._string(error, "error")
+                return Close(error, len(fields) > 2 and fields[2] is True)
+            case 8:
+                return Ack(self._sequence_id(fields))
+            case 9:
+                return Sequence(self._sequence_id(fields))
+        return None
+
+    def _build_invocation(self, kind: int, fields: list[Any]) -> Message:
+        target = self._string(fields[3], "target")
+        arguments = fields[4]
+        if type(arguments) is not list:
+            raise ProtocolError("Reading array length for 'arguments' failed.")
+        stream_ids = fields[5] if len(fields) > 5 and fields[5] is not None else []
+        if type(stream_ids) is not list:
+            raise ProtocolError("Reading array length for 'streamIds' failed.")
+        for stream_id in stream_ids:
+            self._string(stream_id, "streamIds")
+        if kind == 4:
+            return StreamInvocation(
+                target, arguments, self._id(fields), tuple(stream_ids)
+            )
+        invocation_id = fields[2] or None
+        if invocation_id is not None:
+            self._string(invocation_id, "invocationId")
+        return Invocation(target, arguments, invocation_id, tuple(stream_ids))
+
+    def _build_completion(self, fields: list[Any]) -> Completion:
+        invocation_id = self._id(fields)
+        match fields[3] if len(fields) > 3 else 2:  # signalrcore sends three elements
+            case 1:
+                error = self._string(fields[4], "error")
+                return Completion(invocation_id, VOID, error)
+            case 2:
+                return Completion(invocation_id, VOID)
+            case 3:
+                return Completion(invocation_id, fields[4])
+        raise ProtocolError("Invalid invocation result kind.")
+
+    @staticmethod
+    def _string(value: Any, name: str) -> str:
+        if type(value) is not str:
+            raise ProtocolError(f"Reading '{name}' as String failed.")
+        return value
+
+    def _id(self, fields: list[Any]) -> str:
+        if not self._string(fields[2], "invocationId"):
+            raise ProtocolError("Missing required property 'invocationId'.")
+        return str(fields[2])
+
+    @staticmethod
+    def _sequence_id(fields: list[Any]) -> int:
+        if type(fields[1]) is not int:
+            raise ProtocolError("Reading 'sequenceId' as Int64 failed.")
+        return fields[1]
+
+
+def _load_protocols() -> dict[str, HubProtocol]:
+    """Make the protocols that this installation can speak, by name."""
+    protocols: dict[str, HubProtocol] = {"json": JsonProtocol()}
+    with contextlib.suppress(ImportError):
+        protocols["messagepack"] = MessagePackProtocol()
+    return protocols
+
+
+class HandshakeRequest(NamedTuple):
+    """The first thing that a client says; JSON whatever protocol it asks for."""
+
+    protocol: str
+    version: int
+
+
+#: The newest version of either protocol: 2 added stateful reconnect.
+PROTOCOL_VERSION = 2
+
+
+def _read_handshake(record: bytes) -> HandshakeRequest:
+    """Read the handshake request without its separator. Raises HandshakeError."""
+    try:
+        fields = json.loads(record)
+    except (ValueError, RecursionError):
+        raise HandshakeError("Error reading JSON.") from None
+    if type(fields) is not dict:
+        kind = _json_kind(fields)
+        raise HandshakeError(
+            f"Unexpected JSON Token Type '{kind}'. Expected a JSON Object."
+        )
+    for name, kind_of, word in (
+        ("protocol", str, "String"),
+        ("version", int, "Number"),
+    ):
+        if name not in fields:
+            content = record.decode(errors="replace")
+            raise HandshakeError(
+                f"Missing required property '{name}'. Message content: {content}"
+            )
+        if type(fields[name]) is not kind_of:
+            raise HandshakeError(f"Expected '{name}' to be of type {word}.")
+    return HandshakeRequest(fields["protocol"], fields["version"])
+
+
+def _handshake_response(error: str | None = None) -> bytes:
+    """Write the answer to a handshake: empty for success, else the error."""
+    return f"{'{}' if error is None else _write_json({'error': error})}\x1e".encode()
+
+
+# --------------------------------------------------------------- connection
+#
+# A connection is a duplex pipe. A transport holds one end, the hub the other,
+# and neither knows the other. Two rules keep clients out of each other's way:
+# what comes in waits (a full inbox stops the reading, so TCP slows the peer),
+# what goes out never does (a full outbox cuts the peer as slow). Only a sender
+# with a single receiver may wait, for `room`.
+#
+# Everything sent to one connection within one turn of the event loop leaves in
+# one write. There are no locks: one thread, and no await between a look and an
+# act, is the lock.
+
+#: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
+_HIGH_WATER = 65_536
+
+
+class Link(Protocol):
+    """What a transport offers to the connection that it serves just now."""
+
+    #: False while the peer takes no more.
+    writable: bool
+
+    def flush(self) -> None:
+        """Send what is in the outbox, now or as soon as the peer takes it."""
+
+    def finish(self, failed: bool) -> None:
+        """Send what is left, then say goodbye in the transport's own way."""
+
+    def abort(self) -> None:
+        """Drop the peer at once."""
+
+    def unsent(self) -> int:
+        """Count the bytes taken from the outbox but not yet by the peer."""
+
+    def alive(self) -> bool:
+        """Tell whether the peer is still there, as far as one can see."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+class Turn:
+    """The connections that have something to send in this turn of the loop."""
+
+    __slots__ = ("_waiting", "published")
+
+    def __init__(self) -> None:
+        self._waiting: list[Connection] = []
+        #: Bytes published to many since the last flush (see `ClientProxy.send`).
+        self.published = 0
+
+    def add(self, connection: Connection) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append(connection)
+
+    def _flush(self) -> None:
+        waiting, self._waiting, self.published = self._waiting, [], 0
+        for connection in waiting:
+            try:
+                connection.flush()
+            except Exception:  # one broken transport must not hold up the others
+                log.exception("connection %s", connection.connection_id)
+                connection.cut("transport error")
+
+
+class Traffic:
+    """Counters of one hub, for `HubContext.stats`."""
+
+    __slots__ = ("bytes_in", "bytes_out", "cuts", "messages_in", "messages_out")
+
+    def __init__(self) -> None:
+        self.messages_in = self.messages_out = 0
+        self.bytes_in = self.bytes_out = 0
+        self.cuts: dict[str, int] = {}
+
+    def count_cut(self, reason: str) -> None:
+        self.cuts[reason] = self.cuts.get(reason, 0) + 1
+
+
+class Wire:
+    """How messages travel on a connection: a protocol, in frames or bare.
+
+    Few exist and all connections share them, so that a message to a thousand
+    clients is encoded once for each wire in use, not once for each client.
+    """
+
+    __slots__ = ("encode", "protocol")
+
+    def __init__(
+        self, protocol: HubProtocol, frame: Callable[[bytes, bool], bytes] | None
+    ) -> None:
+        self.protocol = protocol
+        self.encode: Callable[[Message], bytes]
+        if frame is None:
+            self.encode = protocol.encode
+        else:
+            binary = protocol.binary
+            self.encode = lambda message: frame(protocol.encode(message), binary)
+
+
+class Replay:
+    """What stateful reconnect remembers: messages sent and not acknowledged.
+
+    Each side counts the messages of `COUNTED` types that it sends, from 1; the
+    numbers never travel, except in Ack and Sequence.
+    """
+
+    __slots__ = ("acked", "frames", "latest", "next_in", "sent", "size")
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.size = 0
+        #: Messages sent so far; the last of them are in `frames`.
+        self.sent = 0
+        #: The number that the next counted message of the peer will have.
+        self.next_in = 1
+        #: The highest number received, and the highest acknowledged to the peer.
+        self.latest = self.acked = 0
+
+    def keep(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self.size += len(frame)
+        self.sent += 1
+
+    def first(self) -> int:
+        """Number the oldest message that a reconnecting peer will be sent."""
+        return self.sent - len(self.frames) + 1
+
+    def acknowledge(self, number: int) -> None:
+        """Forget what the peer has; a number never sent changes nothing."""
+        done = number - self.first() + 1
+        if 0 < done <= len(self.frames):
+            self.size -= sum(map(len, self.frames[:done]))
+            del self.frames[:done]
+
+    def accept(self) -> bool:
+        """Count a message from the peer; False for one that came before."""
+        number = self.next_in
+        self.next_in += 1
+        if number <= self.latest:
+            self.acked = 0  # the peer replays, so our last Ack never reached it
+            return False
+        self.latest = number
+        return True
+
+    def resume(self, number: int) -> None:
+        """Continue counting where the peer says that its replay begins."""
+        if number > self.next_in:
+            raise ProtocolError(
+                "Sequence ID greater than amount of messages we've received."
+            )
+        self.next_in = number
+
+
+def _nothing(*ignored: object) -> None:
+    """Stand in for a callback until somebody listens."""
+
+
+class Connection:
+    """One client's pipe. Created by negotiate, used by a transport and a hub."""
+
+    __slots__ = (
+        "_turn",
+        "_waiters",
+        "closing",
+        "connection_id",
+        "failed",
+        "gone",
+        "inbox",
+        "last_seen",
+        "link",
+        "on_data",
+        "on_gone",
+        "on_lost",
+        "options",
+        "outbox",
+        "posting",
+        "queued",
+        "reading_paused",
+        "replay",
+        "request",
+        "stall",
+        "stateful",
+        "taken",
+        "task",
+        "token",
+        "traffic",
+        "transport",
+        "user_id",
+        "wire",
+    )
+
+    def __init__(
+        self, options: HubOptions, turn: Turn, traffic: Traffic, token: str
+    ) -> None:
+        self.options = options
+        self.traffic = traffic
+        self._turn = turn
+        #: The public name, and the secret one that the requests carry.
+        self.connection_id = self.token = token
+        self.user_id: str | None = None
+        self.stateful = False
+        self.transport: str | None = None
+        self.request: web.Request | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.wire: Wire | None = None
+        self.replay: Replay | None = None
+        #: The hub has ended: no more is sent than what is in the outbox.
+        self.closing = False
+        #: The hub ended with an exception.
+        self.failed = False
+        #: Nobody will read the outbox any more; the token is dead.
+        self.gone = False
+        self.link: Link | None = None
+        self.last_seen = time.monotonic()
+        self.inbox = bytearray()
+        self.outbox: list[bytes] = []
+        #: Bytes in the outbox.
+        self.queued = 0
+        #: Bytes ever taken from the outbox.
+        self.taken = 0
+        #: What the client had taken when it last made progress, and the time.
+        self.stall: tuple[tuple[int, int], float] | None = None
+        self.reading_paused = False
+        #: Keeps the bytes of two POSTs apart.
+        self.posting: asyncio.Lock | None = None
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self.on_data: Callable[[], None] = _nothing
+        self.on_lost: Callable[[Exception | None], None] = _nothing
+        self.on_gone: Callable[[], object] = _nothing
+
+    # The hub's end
+
+    def send(self, frame: bytes, counted: bool = True) -> None:
+        """Queue an encoded message for the client. Never waits.
+
+        Beyond `outbox_limit` bytes the client is cut: one stopped reader must
+        not hold everybody's memory. After the end this does nothing.
+        """
+        if self.closing:
+            return
+        if self.replay is not None:
+            if counted:
+                self.replay.keep(frame)
+            if self.link is None:  # the replay will bring it
+                self._check_backlog()
+                return
+        if not self.outbox:
+            self._turn.add(self)
+        self.outbox.append(frame)
+        self.queued += len(frame)
+        if self.queued > _HIGH_WATER:
+            self._crowded()
+
+    def _crowded(self) -> None:
+        """Hand a full outbox to the socket now; give up on a peer that is slow."""
+        self.flush()
+        self._check_backlog()
+
+    def _check_backlog(self) -> None:
+        limit = self.options.outbox_limit
+        if limit is not None and self.backlog() > limit:
+            self.cut("slow client")
+
+    def backlog(self) -> int:
+        """Count the bytes that the client has not taken, or not acknowledged."""
+        waiting = self.queued + (self.link.unsent() if self.link else 0)
+        return waiting if self.replay is None else max(waiting, self.replay.size)
+
+    def has_room(self) -> bool:
+        """Tell whether a sender with this receiver only may go on."""
+        limit = self.options.stateful_reconnect_buffer_size
+        return self.closing or (
+            self.queued <= _HIGH_WATER
+            and (self.link is None or self.link.writable)
+            and (self.replay is None or limit is None or self.replay.size <= limit)
+        )
+
+    async def room(self) -> None:
+        """Wait until the client has taken enough of what was sent, or is gone."""
+        while not self.has_room():
+            await self._wait()
+
+    async def arrival(self) -> None:
+        """Wait until more bytes arrive or the connection ends."""
+        waiter = asyncio.get_running_loop().create_future()
+        self.on_data = lambda: None if waiter.done() else waiter.set_result(None)
+        if not self.closing:
+            await waiter
+
+    def finish(self, failed: bool = False) -> None:
+        """End from the hub's side: deliver what is queued, then close."""
+        self.closing, self.failed = True, failed
+        if self.link is not None:
+            self.link.finish(failed)
+        elif self.transport != LONG_POLLING:
+            self.lost(None)
+        self.wake()
+
+    def cut(self, reason: str) -> None:
+        """Drop the client now, whatever is queued. Counted and logged."""
+        if self.gone:
+            return
+        self.traffic.count_cut(reason)
+        log.warning("connection %s cut: %s", self.connection_id, reason)
+        link = self.link
+        self.lost(ConnectionAbortedError(f"The client was cut: {reason}."))
+        if link is not None:
+            link.abort()
+
+    # The transport's end
+
+    def attach(self, link: Link) -> None:
+        """Give the pipe to a transport. A stateful one first gets the replay."""
+        self.link = link
+        if self.replay is not None and self.wire is not None:
+            self.inbox.clear()  # half a message that the client will send again
+            first = self.wire.encode(Sequence(self.replay.first()))
+            self.outbox[:] = [first, *self.replay.frames]
+            self.queued = sum(map(len, self.outbox))
+            self.flush()
+
+    def detach(self) -> None:
+        """Take the pipe back: the peer may come again until it is too late."""
+        self.link = None
+        self.reading_paused = False
+        self.last_seen = time.monotonic()
+        if self.replay is not None:
+            self.outbox.clear()
+            self.queued = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the client; reading stops while too many wait."""
+        if self.closing:
+            return
+        self.traffic.bytes_in += len(data)
+        self.inbox += data
+        self.on_data()
+        if len(self.inbox) > _HIGH_WATER and self.link and not self.closing:
+            self.reading_paused = True
+            self.link.pause_reading()
+
+    def drained(self) -> None:
+        """Let the transport read again; the hub says so when it has caught up."""
+        if len(self.inbox) <= _HIGH_WATER // 2:
+            if self.reading_paused and self.link is not None:
+                self.reading_paused = False
+                self.link.resume_reading()
+            self.wake()
+
+    async def inbox_room(self) -> None:
+        """Wait until the hub has caught up: a POST is answered only then."""
+        while len(self.inbox) > _HIGH_WATER and not self.closing:
+            await self._wait()
+
+    def flush(self) -> None:
+        if self.outbox and self.link is not None:
+            self.link.flush()
+
+    def take(self) -> bytes:
+        """Take all that waits, whole messages, in order."""
+        outbox = self.outbox
+        data = outbox[0] if len(outbox) == 1 else b"".join(outbox)
+        self.traffic.messages_out += len(outbox)
+        self.traffic.bytes_out += len(data)
+        self.taken += len(data)
+        outbox.clear()
+        self.queued = 0
+        self.wake()
+        return data
+
+    def lost(self, error: Exception | None) -> None:
+        """End from the transport's side: the client is gone."""
+        if not self.gone:
+            self.gone = self.closing = True
+            self.outbox.clear()
+            self.queued = 0
+            self.wake()
+            self.on_data()
+            self.on_lost(error)
+            self.on_gone()
+
+    def stalled(self, now: float) -> bool:
+        """Tell whether bytes wait and the client has taken none for too long."""
+        if self.link is None:
+            return False
+        unsent = self.link.unsent()
+        if not (self.queued or unsent) and self.has_room():
+            self.stall = None
+            return False
+        moved = (self.taken - unsent, self.replay.first() if self.replay else 0)
+        if self.stall is None or self.stall[0] != moved:
+            self.stall = (moved, now)
+        return now - self.stall[1] > _or_forever(self.options.transport_send_timeout)
+
+    # Both ends
+
+    async def _wait(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        """Let everyone who waits look again."""
+        if self._waiters:
+            waiters, self._waiters = self._waiters, None
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+# --------------------------------------------------------------- transports
+#
+# Three ways to carry the pipe's bytes over HTTP; none looks inside them. The
+# WebSocket is RFC 6455 written out on aiohttp's own transport, because the hub
+# needs so little of it: incoming frames are one stream of bytes, and outgoing
+# ones are ready before their receivers are known (a server does not mask, so
+# the same bytes serve everyone). Left out: compression and sub-protocols.
+
+TEXT, BINARY, CLOSE, PING_FRAME, PONG = 1, 2, 8, 9, 10
+
+_WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+#: Frames without payload in one fragmented message, after which it is a flood.
+_EMPTY_FRAGMENTS = 100
+
+
+def _frame(payload: bytes, binary: bool = False) -> bytes:
+    """Wrap a message into one final, unmasked WebSocket frame."""
+    return _frame_of(BINARY if binary else TEXT, payload)
+
+
+def _frame_of(opcode: int, payload: bytes) -> bytes:
+    length = len(payload)
+    if length < 126:
+        return bytes((0x80 | opcode, length)) + payload
+    if length < 65_536:
+        return bytes((0x80 | opcode, 126)) + length.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + length.to_bytes(8, "big") + payload
+
+
+def _unmask(payload: bytes, mask: bytes) -> bytes:
+    """Undo the client's mask: one long XOR, the fastest way in plain Python."""
+    size = len(payload)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(
+        size, "little"
+    )
+
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class _FrameError(Exception):
+    """The peer broke RFC 6455: the close code says how."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class WebSocket(asyncio.Protocol):
+    """The server's side of one WebSocket, and the `Link` of its connection.
+
+    It takes over the transport of an aiohttp request (see `serve_websocket`).
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_connection",
+        "_decoder",
+        "_empty",
+        "_final",
+        "_in_message",
+        "_left",
+        "_mask",
+        "_sent_close",
+        "_text",
+        "_timer",
+        "_transport",
+        "writable",
+    )
+
+    def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
+        self._connection = connection
+        self._transport = transport
+        self.writable = True
+        self._buffer = b""  # the head of a frame that is not complete yet
+        self._left = 0  # payload bytes of the current frame still to come
+        self._mask = b""  # its mask, turned to the next byte
+        self._final = True  # it ends its message
+        self._in_message = False  # a fragmented message is under way
+        self._empty = 0  # empty fragments of that message
+        self._text = False  # the message is text, so it must be UTF-8
+        self._decoder: codecs.IncrementalDecoder | None = None  # if it is in pieces
+        self._sent_close = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # From the peer (asyncio calls these)
+
+    def data_received(self, data: bytes) -> None:
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        payloads: list[bytes] = []
+        failure = None
+        try:
+            position = self._read_frames(data, payloads)
+        except _FrameError as error:
+            failure, position = error, len(data)
+        if position < len(data):
+            self._buffer = data[position:]
+        if payloads and not self._sent_close:
+            self._connection.feed(
+                payloads[0] if len(payloads) == 1 else b"".join(payloads)
+            )
+        if failure is not None:
+            self._fail(failure)
+
+    def eof_received(self) -> None:
+        """Let the transport close; `connection_lost` follows."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.writable = False
+        if self._timer is not None:
+            self._timer.cancel()
+        connection = self._connection
+        if connection.link is not self:
+            return
+        connection.detach()
+        # Without a close frame a stateful client may come back on a new socket.
+        if connection.replay is None or connection.closing or self._sent_close:
+            connection.lost(error)
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self._connection.flush()
+        self._connection.wake()
+        self._connection.on_data()
+
+    # From the connection (see Link)
+
+    def flush(self) -> None:
+        if self.writable and not self._sent_close:
+            self._transport.write(self._connection.take())
+
+    def finish(self, failed: bool) -> None:
+        if self._connection.outbox and not self._sent_close:
+            self._transport.write(self._connection.take())
+        self._send_close(1011 if failed else 1000)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def unsent(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def alive(self) -> bool:
+        return not self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    # RFC 6455
+
+    def _read_frames(self, data: bytes, payloads: list[bytes]) -> int:
+        """Collect the payload of data frames; return how far `data` was used."""
+        position, size = 0, len(data)
+        while not self._transport.is_closing():
+            if self._left:
+                chunk = data[position : position + self._left]
+                if not chunk:
+                    return position
+                position += len(chunk)
+                self._left -= len(chunk)
+                payloads.append(self._take_payload(chunk))
+                continue
+            if size - position < 2:
+                return position
+            head, length = data[position], data[position + 1] & 0x7F
+            self._check_head(head, data[position + 1])
+            start = position + 2
+            if length >= 126:
+                width = 2 if length == 126 else 8
+                if size - start < width:
+                    return position
+                length = int.from_bytes(data[start : start + width], "big")
+                start += width
+                if length >= 1 << 63:
+                    raise _FrameError(1002, "a length with the highest bit set")
+            if size - start < 4:
+                return position
+            mask = data[start : start + 4]
+            start += 4
+            if head & 0x08:
+                if size - start < length:
+                    return position
+                position = start + length
+                self._control(head & 0x0F, _unmask(data[start:position], mask))
+                continue
+            position = start
+            self._begin_frame(head, length, mask)
+        return size
+
+    def _check_head(self, head: int, second: int) -> None:
+        opcode = head & 0x0F
+        if head & 0x70:
+            raise _FrameError(1002, "reserved bits without an extension")
+        if not second & 0x80:
+            raise _FrameError(1002, "a client's frame must be masked")
+        if opcode >= 8:
+            if opcode > PONG:
+                raise _FrameError(1002, f"unknown opcode {opcode}")
+            if not head & 0x80 or second & 0x7F > 125:
+                raise _FrameError(1002, "a control frame fragmented or too long")
+        elif opcode > BINARY:
+            raise _FrameError(1002, f"unknown opcode {opcode}")
+        elif (opcode == 0) != self._in_message:
+            raise _FrameError(1002, "a fragment out of place")
+
+    def _begin_frame(self, head: int, length: int, mask: bytes) -> None:
+        opcode, self._final = head & 0x0F, head & 0x80 == 0x80
+        if opcode:
+            self._empty, self._text, self._decoder = 0, opcode == TEXT, None
+        self._in_message = not self._final
+        self._left, self._mask = length, mask
+        if not length:
+            self._take_payload(b"")
+            self._empty += 1
+            if self._empty > _EMPTY_FRAGMENTS:
+                raise _FrameError(1008, "a flood of empty fragments")
+
+    def _take_payload(self, chunk: bytes) -> bytes:
+        """Unmask a piece of a data frame, checking that text is text."""
+        payload = _unmask(chunk, self._mask)
+        if self._left and len(chunk) % 4:
+            turn = len(chunk) % 4
+            self._mask = self._mask[turn:] + self._mask[:turn]
+        if self._text:
+            self._check_text(payload, self._final and not self._left)
+        return payload
+
+    def _check_text(self, payload: bytes, last: bool) -> None:
+        try:
+            if self._decoder is None and last:
+                payload.decode()
+            else:
+                self._decoder = self._decoder or _utf8_decoder()
+                self._decoder.decode(payload, last)
+        except UnicodeDecodeError:
+            raise _FrameError(1007, "text that is not UTF-8") from None
+
+    def _control(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING_FRAME:
+            # A peer that takes no data needs no pongs to pile up behind it.
+            if self.writable and not self._sent_close:
+                self._transport.write(_frame_of(PONG, payload))
+        elif opcode == CLOSE:
+            self._receive_close(payload)
+
+    def _receive_close(self, payload: bytes) -> None:
+        code = int.from_bytes(payload[:2], "big") if payload else 1000
+        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
+        if len(payload) == 1 or not (known or 3000 <= code <= 4999):
+            raise _FrameError(1002, f"close code {code}")
+        try:
+            payload[2:].decode()
+        except UnicodeDecodeError:
+            raise _FrameError(1007, "a close reason that is not UTF-8") from None
+        if not self._sent_close:
+            self._sent_close = True
+            self._transport.write(_frame_of(CLOSE, payload[:2]))
+        self._transport.close()
+
+    def _fail(self, error: _FrameError) -> None:
+        """Answer a broken frame with its close code, then hang up."""
+        log.warning(
+            "connection %s broke RFC 6455: %s", self._connection.connection_id, error
+        )
+        self._send_close(error.code)
+        connection = self._connection
+        connection.detach()
+        connection.lost(ProtocolError(str(error)))
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def _send_close(self, code: int) -> None:
+        """Send a close frame and give the peer `close_timeout` to answer it."""
+        if self._sent_close or self._transport.is_closing():
+            return
+        self._sent_close = True
+        self._transport.write(_frame_of(CLOSE, code.to_bytes(2, "big")))
+        timeout = self._connection.options.close_timeout
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout, self._transport.abort)
+
+
+async def serve_websocket(
+    request: web.Request, connection: Connection
+) -> web.StreamResponse:
+    """Answer 101 and give the socket to the connection; return at once.
+
+    The upgrade is aiohttp's, the frames are ours: the transport gets a new
+    protocol, and aiohttp's own is told that its connection is over, so that
+    neither a task nor a parser of it stays behind for an idle client.
+    """
+    key = request.headers.get("Sec-WebSocket-Key", "")
+    accept = base64.b64encode(hashlib.sha1(key.encode() + _WEBSOCKET_GUID).digest())
+    response = web.StreamResponse(
+        status=101,
+        headers={
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Accept": accept.decode(),
+        },
+    )
+    await response.prepare(request)
+    await response.write_eof()
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        connection.lost(None)
+        return response
+    socket = WebSocket(connection, transport)
+    tail = _Tail()
+    request.protocol.set_parser(tail)  # type: ignore[arg-type]
+    transport.set_protocol(socket)
+    request.protocol.transport = None  # or the next line would close it
+    request.protocol.connection_lost(None)
+    connection.attach(socket)
+    if tail.data:
+        socket.data_received(tail.data)
+    return response
+
+
+class _Tail:
+    """Takes from aiohttp what a hasty client sent right behind its upgrade."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self.data += data
+        return False, b""
+
+    def feed_eof(self) -> None:
+        """Nothing to end: the parser is used for what has already come."""
+
+
+def _check_upgrade(request: web.Request) -> None:
+    """Raise HTTPBadRequest or HTTPUpgradeRequired for a broken upgrade."""
+    headers = request.headers
+    if request.method != "GET" or request.version < aiohttp.HttpVersion11:
+        raise web.HTTPBadRequest(text="A WebSocket upgrade is a GET of HTTP/1.1.")
+    if headers.get("Sec-WebSocket-Version", "") != "13":
+        raise web.HTTPUpgradeRequired(
+            text="Only version 13 of the WebSocket protocol is supported.",
+            headers={"Sec-WebSocket-Version": "13"},
+        )
+    try:
+        key = base64.b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != 16:
+        raise web.HTTPBadRequest(text="Sec-WebSocket-Key must be 16 bytes in base64.")
+
+
+class ParkedRequest:
+    """The `Link` of a request whose answer waits for data: a poll or a stream."""
+
+    __slots__ = ("_connection", "_waiter", "ended", "released", "transport", "writable")
+
+    def __init__(self, request: web.Request, connection: Connection) -> None:
+        self.transport = request.transport
+        self._connection = connection
+        self.writable = True
+        self._waiter: asyncio.Future[None] | None = None
+        #: A newer poll wants to take its place.
+        self.released = False
+        self.ended = asyncio.Event()
+
+    def flush(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def finish(self, failed: bool) -> None:
+        timeout = self._connection.options.close_timeout
+        if timeout is not None and not self.ended.is_set():
+            asyncio.get_running_loop().call_later(timeout, self._give_up)
+        self.flush()
+
+    def _give_up(self) -> None:
+        if not self.ended.is_set():
+            self.abort()
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+        self.flush()
+
+    def release(self) -> None:
+        self.released = True
+        self.flush()
+
+    def unsent(self) -> int:
+        if self.transport is None or self.transport.is_closing():
+            return 0
+        return self.transport.get_write_buffer_size()
+
+    def alive(self) -> bool:
+        alive = self.transport is not None and not self.transport.is_closing()
+        if not alive:
+            self.flush()
+        return alive
+
+    def pause_reading(self) -> None:
+        """The POST that brought the bytes is not answered; nothing to stop."""
+
+    def resume_reading(self) -> None:
+        """See `pause_reading`."""
+
+    async def ready(self) -> bool:
+        """Wait for data or the end of it all; True if there is data to send."""
+        connection = self._connection
+        while self.alive() and not self.released and not connection.gone:
+            if connection.outbox:
+                return True
+            if connection.closing:
+                return False
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return False
+
+
+async def serve_events(
+    request: web.Request, connection: Connection
+) -> web.StreamResponse:
+    """Stream the outbox as Server-Sent Events until either side ends."""
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-cache,no-store",
+            "Pragma": "no-cache",
+            "Content-Encoding": "identity",
+        }
+    )
+    link = ParkedRequest(request, connection)
+    try:
+        await response.prepare(request)
+        await response.write(b":\r\n")  # some browsers open on the first bytes only
+        connection.attach(link)
+        while await link.ready():
+            event = connection.take()
+            # Encoded messages hold no line feed, so one data line carries them.
+            await response.write(b"data: " + event + b"\r\n\r\n")
+        if not connection.gone:
+            await response.write_eof()
+    except ConnectionError:
+        pass  # the client left while being written to, as clients do
+    finally:
+        link.ended.set()
+        connection.detach()
+        connection.lost(None)
+    return response
+
+
+_NO_CACHE = {
+    "Cache-Control": "no-cache, no-store",
+    "Pragma": "no-cache",
+    "Expires": "Thu, 01 Jan 1970 00:00:00 GMT",
+}
+
+
+def _poll_answer(status: int, body: bytes = b"", data: bool = False) -> web.Response:
+    kind = "application/octet-stream" if data else "text/plain"
+    return web.Response(status=status, body=body, content_type=kind, headers=_NO_CACHE)
+
+
+async def serve_poll(
+    request: web.Request, connection: Connection, first: bool
+) -> web.StreamResponse:
+    """Answer one long poll: with data, empty after a while, 204 at the end.
+
+    A newer poll takes the place of an older one, which must have ended before:
+    two readers of one outbox would lose messages between them.
+    """
+    while isinstance(connection.link, ParkedRequest):
+        connection.link.release()
+        await connection.link.ended.wait()
+    if connection.gone:
+        return _poll_answer(404)
+    link = ParkedRequest(request, connection)
+    connection.attach(link)
+    try:
+        if first:
+            return _poll_answer(200, data=True)
+        try:
+            async with asyncio.timeout(connection.options.poll_timeout):
+                has_data = await link.ready()
+        except TimeoutError:
+            return _poll_answer(200)
+        if has_data:
+            return await _send_poll(request, connection)
+        if connection.closing and not link.released:
+            connection.lost(None)  # this 204 is the goodbye; the token dies
+        return _poll_answer(204)
+    finally:
+        link.ended.set()
+        if connection.link is link:
+            connection.detach()
+
+
+async def _send_poll(
+    request: web.Request, connection: Connection
+) -> web.StreamResponse:
+    """Write what waits as the answer, for as long as the client takes it."""
+    response = _poll_answer(200, connection.take(), data=True)
+    try:
+        await response.prepare(request)
+        await response.write_eof()
+    except ConnectionError as error:
+        connection.lost(error)  # taken from the outbox, but nobody has it
+    return response
+
+
+# ----------------------------------------------------------------- registry
+#
+# Who is connected, who is in which group, and the one way out: an address says
+# who shall have a message, publish finds them, encodes once for each wire in
+# use and puts the same bytes into every outbox. An address is a value, not a
+# closure: it can be logged, compared and sent to another process. A backplane
+# is a subclass that overrides `publish`.
+
+
+class Address(NamedTuple):
+    """The receivers of a message: a kind, its names, and who is left out."""
+
+    kind: str  # "all", "connections", "groups" or "users"
+    names: tuple[str, ...] = ()
+    excluding: frozenset[str] = frozenset()
+
+
+class Registry:
+    """The connections of one hub, their groups and users, and what they owe us."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
+        self.traffic = Traffic()
+        self.connections: dict[str, Connection] = {}
+        self._groups: dict[str, dict[str, Connection]] = {}
+        self._groups_of: dict[str, set[str]] = {}
+        self._users: dict[str, dict[str, Connection]] = {}
+        self._results: dict[str, tuple[Connection, asyncio.Future[Any]]] = {}
+        self._last_result = 0
+
+    # Presence
+
+    def add(self, connection: Connection) -> None:
+        connection_id = connection.connection_id
+        self.connections[connection_id] = connection
+        if connection.user_id is not None:
+            of_user = self._users.setdefault(connection.user_id, {})
+            of_user[connection_id] = connection
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection, its memberships and the results it owed."""
+        connection_id = connection.connection_id
+        self.connections.pop(connection_id, None)
+        for name in self.groups_of(connection_id):
+            self.leave(connection_id, name)
+        if connection.user_id is not None:
+            of_user = self._users.get(connection.user_id, {})
+            of_user.pop(connection_id, None)
+            if not of_user:
+                self._users.pop(connection.user_id, None)
+        self.disown(connection)
+
+    def join(self, connection_id: str, name: str) -> None:
+        """Add to a group; a connection that is gone is silently left out."""
+        connection = self.connections.get(connection_id)
+        if connection is not None:
+            self._groups.setdefault(name, {})[connection_id] = connection
+            self._groups_of.setdefault(connection_id, set()).add(name)
+
+    def leave(self, connection_id: str, name: str) -> None:
+        members = self._groups.get(name)
+        if members is not None and members.pop(connection_id, None) is not None:
+            if not members:
+                del self._groups[name]
+            names = self._groups_of[connection_id]
+            names.discard(name)
+            if not names:
+                del self._groups_of[connection_id]
+
+    def members(self, name: str) -> list[str]:
+        return list(self._groups.get(name, ()))
+
+    def group_names(self) -> list[str]:
+        return list(self._groups)
+
+    def groups_of(self, connection_id: str) -> list[str]:
+        return list(self._groups_of.get(connection_id, ()))
+
+    # Sending
+
+    def publish(self, address: Address, message: Invocation) -> None:
+        """Put a message into the outbox of everyone at the address.
+
+        Raises TypeError or ValueError, before anyone got it, when the message
+        cannot be written.
+        """
+        receivers = self._receivers(address)
+        # No await from here on, so nobody joins or leaves meanwhile.
+        frames = {
+            wire: wire.encode(message)
+            for wire in {receiver.wire for receiver in receivers}
+            if wire is not None
+        }
+        for receiver in receivers:
+            if receiver.wire is not None:
+                receiver.send(frames[receiver.wire])
+        if frames:
+            self.turn.published += max(map(len, frames.values()))
+
+    def _receivers(self, address: Address) -> Collection[Connection]:
+        kind, names, excluding = address
+        if kind == "all":
+            found = self.connections
+        elif kind == "connections":
+            found = {n: self.connections[n] for n in names if n in self.connections}
+        else:
+            sets = self._groups if kind == "groups" else self._users
+            if len(names) == 1:
+                found = sets.get(names[0], {})
+            else:
+                found = {}
+                for name in names:
+                    found.update(sets.get(name, {}))
+        if not excluding:
+            return found.values()
+        return [c for name, c in found.items() if name not in excluding]
+
+    # Client results
+
+    def expect(self, connection: Connection) -> tuple[str, asyncio.Future[Any]]:
+        """Make an invocation id and a future for a result that a client owes."""
+        self._last_result += 1
+        invocation_id = f"s{self._last_result}"  # clients count without a letter
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._results[invocation_id] = connection, future
+        return invocation_id, future
+
+    def forget(self, invocation_id: str) -> None:
+        self._results.pop(invocation_id, None)
+
+    def settle(self, connection: Connection, completion: Completion) -> None:
+        """Hand a client's result to whoever waits for it; others are ignored.
+
+        Raises ProtocolError when another client was asked.
+        """
+        owner, future = self._results.get(completion.invocation_id, (None, None))
+        if owner is None or future is None:
+            return
+        if owner is not connection:
+            raise ProtocolError(
+                f"Connection ID '{connection.connection_id}' is not valid for "
+                f"invocation ID '{completion.invocation_id}'."
+            )
+        if future.done():
+            return
+        if completion.error is not None:
+            future.set_exception(HubException(completion.error))
+        else:
+            result = completion.result
+            future.set_result(None if result is VOID else result)
+
+    def disown(self, connection: Connection) -> None:
+        """Fail the results that a connection still owes."""
+        if not self._results:
+            return
+        for owner, future in self._results.values():
+            if owner is connection and not future.done():
+                future.set_exception(
+                    ConnectionError(
+                        f"Connection '{connection.connection_id}' disconnected."
+                    )
+                )
+
+
+# ---------------------------------------------------------------------- hub
+#
+# All that user code sees. A hub method names its receivers through
+# `self.clients` and sends; the same proxies serve routes and jobs through the
+# HubContext that `map_hub` returns.
+
+
+class _Slot(Protocol):
+    """What must give way while user code waits for a client's answer."""
+
+    def yield_slot(self) -> None:
+        """Let the client's next call start. Raises HubException if impossible."""
+
+
+#: The hub method call, or the on_connected, that the current task works for.
+_current_call: contextvars.ContextVar[_Slot | None] = contextvars.ContextVar(
+    "kestrun_call", default=None
+)
+
+
+class ClientProxy:
+    """Receivers of messages. Made anew by each access; costs next to nothing."""
+
+    __slots__ = ("_address", "_registry")
+
+    def __init__(self, registry: Registry, address: Address) -> None:
+        self._registry = registry
+        self._address = address
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._address}>"
+
+    async def send(self, method: str, *args: Any) -> None:
+        """Call `method` on every receiver, without waiting for any of them.
+
+        method: the name under which clients registered their handler.
+        args: what `HubOptions` calls results: numbers, text, bytes, lists, dicts,
+            dataclasses, enums, datetimes, UUIDs, None, nested as you like.
+        Returns when the message is queued, and never fails for clients that are
+        gone. Raises TypeError or ValueError for arguments that no client could
+        read; then nobody has received anything.
+        """
+        self._registry.publish(self._address, _invocation(method, args))
+        if self._registry.turn.published > _HIGH_WATER:
+            # One broadcast never waits for a client. A long run of them still
+            # lets the event loop write and read in between.
+            await asyncio.sleep(0)
+
+
+class SingleClientProxy(ClientProxy):
+    """One receiver, who can also be asked for a result."""
+
+    __slots__ = ()
+
+    async def send(self, method: str, *args: Any) -> None:
+        """Call `method` on the client; waits while it takes nothing.
+
+        Like `ClientProxy.send`, but a single receiver sets the pace: with
+        64 KiB on the way this waits until the client has taken some, or has
+        been cut because it does not.
+        """
+        self._registry.publish(self._address, _invocation(method, args))
+        connection = self._connection()
+        if connection is not None and not connection.has_room():
+            await connection.room()
+
+    async def invoke(
+        self, method: str, *args: Any, timeout: float | None = None
+    ) -> Any:
+        """Call `method` on the client and return what its handler returns.
+
+        timeout: seconds to wait for the answer; None waits for the connection's
+            whole life.
+        Meanwhile the caller's other calls may run. Raises ConnectionError when
+        there is no such client or it leaves, HubException with the client's
+        text when its handler fails or is missing, TimeoutError, and TypeError
+        or ValueError for arguments that cannot be written. Inside
+        `on_connected` it raises HubException: the client does not listen yet.
+        """
+        if (slot := _current_call.get()) is not None:
+            slot.yield_slot()
+        connection = self._connection()
+        if connection is None or connection.wire is None:
+            name = self._address.names[0]
+            raise ConnectionError(f"Connection '{name}' does not exist.")
+        invocation_id, future = self._registry.expect(connection)
+        try:
+            message = _invocation(method, args)._replace(invocation_id=invocation_id)
+            connection.send(connection.wire.encode(message))
+            async with asyncio.timeout(timeout):
+                return await future
+        finally:
+            self._registry.forget(invocation_id)
+
+    def _connection(self) -> Connection | None:
+        return self._registry.connections.get(self._address.names[0])
+
+
+def _invocation(method: str, args: tuple[Any, ...]) -> Invocation:
+    if not isinstance(method, str):
+        raise TypeError(f"a client method's name is a str, not {method!r}")
+    return Invocation(method, list(args))
+
+
+def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
+    """Check a collection of names; a lone string is a mistake, not a list."""
+    if isinstance(names, str):
+        raise TypeError(f"{what}: a list of strings, not the string {names!r}")
+    return tuple(dict.fromkeys(names))
+
+
+class HubClients:
+    """Everyone that can be named: `hub.clients` outside of hub methods."""
+
+    __slots__ = ("_registry",)
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def _proxy(
+        self, kind: str, names: tuple[str, ...] = (), excluding: Iterable[str] = ()
+    ) -> ClientProxy:
+        address = Address(kind, names, frozenset(excluding))
+        return ClientProxy(self._registry, address)
+
+    @property
+    def all(self) -> ClientProxy:
+        """Every connection of this hub."""
+        return self._proxy("all")
+
+    def all_except(self, ids: Iterable[str]) -> ClientProxy:
+        """Every connection but those with these connection ids."""
+        return self._proxy("all", (), _names(ids, "ids"))
+
+    def client(self, id: str) -> SingleClientProxy:
+        """The connection with this connection id."""
+        return SingleClientProxy(self._registry, Address("connections", (id,)))
+
+    def clients(self, ids: Iterable[str]) -> ClientProxy:
+        """The connections with these connection ids."""
+        return self._proxy("connections", _names(ids, "ids"))
+
+    def group(self, name: str) -> ClientProxy:
+        """The members of a group."""
+        return self._proxy("groups", (name,))
+
+    def groups(self, names: Iterable[str]) -> ClientProxy:
+        """The members of any of these groups, each of them once."""
+        return self._proxy("groups", _names(names, "names"))
+
+    def group_except(self, name: str, ids: Iterable[str]) -> ClientProxy:
+        """The members of a group but those with these connection ids."""
+        return self._proxy("groups", (name,), _names(ids, "ids"))
+
+    def user(self, id: str) -> ClientProxy:
+        """All connections of one user, compared exactly."""
+        return self._proxy("users", (id,))
+
+    def users(self, ids: Iterable[str]) -> ClientProxy:
+        """All connections of these users."""
+        return self._proxy("users", _names(ids, "ids"))
+
+
+class HubCallerClients(HubClients):
+    """The same as seen by one caller: `self.clients` inside a hub."""
+
+    __slots__ = ("_caller",)
+
+    def __init__(self, registry: Registry, caller: str) -> None:
+        super().__init__(registry)
+        self._caller = caller
+
+    @property
+    def caller(self) -> SingleClientProxy:
+        """The connection that made this call."""
+        return self.client(self._caller)
+
+    @property
+    def others(self) -> ClientProxy:
+        """Every connection but the caller's."""
+        return self._proxy("all", (), (self._caller,))
+
+    def others_in_group(self, name: str) -> ClientProxy:
+        """The members of a group but the caller."""
+        return self._proxy("groups", (name,), (self._caller,))
+
+
+class GroupManager:
+    """Groups of connections by name, case-sensitive, in memory, with presence."""
+
+    __slots__ = ("_registry",)
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def add(self, connection_id: str, name: str) -> None:
+        """Add a connection; nothing happens if it is gone or in it already."""
+        self._registry.join(connection_id, name)
+
+    async def remove(self, connection_id: str, name: str) -> None:
+        """Remove a connection; nothing happens if it is not a member."""
+        self._registry.leave(connection_id, name)
+
+    def members(self, name: str) -> list[str]:
+        """List the connection ids in a group, in the order of their joining."""
+        return self._registry.members(name)
+
+    def names(self) -> list[str]:
+        """List the groups that have members."""
+        return self._registry.group_names()
+
+    def of(self, connection_id: str) -> list[str]:
+        """List the groups that a connection is in."""
+        return self._registry.groups_of(connection_id)
+
+
+class HubCallerContext:
+    """One connection as user code sees it: `self.context`."""
+
+    __slots__ = ("_abort", "_aborted", "_connection", "_items")
+
+    def __init__(self, connection: Connection, abort: Callable[[], None]) -> None:
+        self._connection = connection
+        self._abort = abort
+        self._items: dict[Any, Any] | None = None
+        self._aborted: asyncio.Event | bool = False
+
+    def __repr__(self) -> str:
+        return f"<HubCallerContext {self.connection_id} over {self.transport}>"
+
+    @property
+    def connection_id(self) -> str:
+        """The public id of the connection: not a secret, unlike its token."""
+        return self._connection.connection_id
+
+    @property
+    def user_id(self) -> str | None:
+        """What `authenticate` returned when the connection was made."""
+        return self._connection.user_id
+
+    @property
+    def items(self) -> dict[Any, Any]:
+        """Anything that user code wants to keep with the connection."""
+        if self._items is None:
+            self._items = {}
+        return self._items
+
+    @property
+    def request(self) -> web.Request:
+        """The aiohttp request that opened the connection."""
+        assert self._connection.request is not None
+        return self._connection.request
+
+    @property
+    def transport(self) -> str:
+        """ "WebSockets", "ServerSentEvents" or "LongPolling"."""
+        return self._connection.transport or ""
+
+    @property
+    def protocol(self) -> str:
+        """ "json" or "messagepack"."""
+        wire = self._connection.wire
+        return "" if wire is None else wire.protocol.name
+
+    def abort(self) -> None:
+        """Close the connection, from any code; returns at once.
+
+        The client is told not to reconnect by itself.
+        """
+        self._abort()
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the connection has ended, for whatever reason."""
+        aborted = self._aborted
+        return aborted if isinstance(aborted, bool) else aborted.is_set()
+
+    async def wait_aborted(self) -> None:
+        """Wait until the connection has ended."""
+        if self._aborted is False:
+            self._aborted = asyncio.Event()
+        if isinstance(self._aborted, asyncio.Event):
+            await self._aborted.wait()
+
+    def mark_aborted(self) -> None:
+        if isinstance(self._aborted, asyncio.Event):
+            self._aborted.set()
+        self._aborted = True
+
+
+class HubInvocation:
+    """One call of a hub method, as `Hub.on_invocation` sees it."""
+
+    __slots__ = ("arguments", "target")
+
+    def __init__(self, target: str, arguments: list[Any]) -> None:
+        #: The method's name as the client spelled it.
+        self.target = target
+        #: The arguments as the method will get them; the list may be changed.
+        self.arguments = arguments
+
+
+class Hub:
+    """Base of all hubs: subclass it, and every public method can be called.
+
+    There is one instance for each connection, so `self` may hold that
+    connection's own state. Methods may be plain, async, or async generators
+    (streams to the client); a parameter annotated AsyncIterator takes a stream
+    from the client. Wire names match without regard to case and underscores.
+    """
+
+    #: The connection: id, user, items, transport, abort().
+    context: HubCallerContext
+    #: Whom to send to.
+    clients: HubCallerClients
+    #: Groups of connections.
+    groups: GroupManager
+
+    async def on_connected(self) -> None:
+        """Run after the handshake and before the client's first call.
+
+        An exception refuses the connection.
+        """
+
+    async def on_disconnected(self, error: Exception | None) -> None:
+        """Run when a connection that had been accepted has ended.
+
+        error: None after a proper end, else what went wrong.
+        """
+
+    async def on_invocation(
+        self,
+        invocation: HubInvocation,
+        call_next: Callable[[], Awaitable[Any]],
+    ) -> Any:
+        """Run around every call of a hub method. Override it to look or refuse.
+
+        invocation: the target and the arguments, ready to be called.
+        call_next: calls the method and returns its result (of a streaming
+            method: the iterator).
+        Return what `call_next()` returned, or raise HubException to refuse.
+        """
+        return await call_next()
+
+
+class _Connections(Mapping[str, HubCallerContext]):
+    """A live, read-only view: connection id -> context."""
+
+    def __init__(self, contexts: dict[str, HubCallerContext]) -> None:
+        self._contexts = contexts
+
+    def __getitem__(self, connection_id: str) -> HubCallerContext:
+        return self._contexts[connection_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._contexts)
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+
+class HubContext:
+    """A hub seen from outside: from routes, operations and jobs."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        options: HubOptions,
+        contexts: dict[str, HubCallerContext],
+    ) -> None:
+        self._registry = registry
+        #: Whom to send to.
+        self.clients = HubClients(registry)
+        #: Groups of connections.
+        self.groups = GroupManager(registry)
+        #: The connections there are, by id; a live read-only mapping.
+        self.connections: Mapping[str, HubCallerContext] = _Connections(contexts)
+        #: The options this hub was mapped with.
+        self.options = options
+
+    def stats(self) -> dict[str, Any]:
+        """Count: connections by transport and protocol, traffic, cuts by reason.
+
+        Returns plain numbers and dicts, ready for JSON. Bytes are those of hub
+        messages with their frames; `queued_bytes` wait for clients just now.
+        """
+        transports: dict[str, int] = {}
+        protocols: dict[str, int] = {}
+        queued = 0
+        for connection in self._registry.connections.values():
+            transport = connection.transport or ""
+            transports[transport] = transports.get(transport, 0) + 1
+            if connection.wire is not None:
+                protocol = connection.wire.protocol.name
+                protocols[protocol] = protocols.get(protocol, 0) + 1
+            queued += connection.backlog()
+        traffic = self._registry.traffic
+        return {
+            "connections": len(self._registry.connections),
+            "transports": transports,
+            "protocols": protocols,
+            "groups": len(self._registry.group_names()),
+            "messages_in": traffic.messages_in,
+            "messages_out": traffic.messages_out,
+            "bytes_in": traffic.bytes_in,
+            "bytes_out": traffic.bytes_out,
+            "queued_bytes": queued,
+            "cuts": dict(traffic.cuts),
+        }
+
+
+# -------------------------------------------------------------- hub methods
+#
+# What a client may call is collected once for each hub class, from what the
+# subclass adds; a name that came over the wire is looked up in that table and
+# nowhere else. Signatures are read once too: every annotated parameter gets a
+# converter, a function that returns the checked value or raises ValueError.
+
+Converter = Callable[[Any], Any]
+
+
+def hub_method(name: str) -> Callable[[F], F]:
+    """Give a hub method another name on the wire.
+
+    name: matched, like all names, without regard to case and underscores.
+    Raises TypeError when used without a name.
+    """
+    if not isinstance(name, str) or not name.strip("_"):
+        raise TypeError('hub_method takes the wire name: @hub_method("OtherName")')
+
+    def decorate(function: F) -> F:
+        function.__kestrun_name__ = name  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _fold(name: str) -> str:
+    """Reduce a name to what counts when names are compared."""
+    return name.replace("_", "").lower()
+
+
+class BindingError(Exception):
+    """The arguments of a call do not fit the method."""
+
+    reported_as = "InvalidDataException"
+
+
+class HubMethod:
+    """One method of a hub class that clients can call."""
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], takes_hub: bool = True
+    ) -> None:
+        self.name = name
+        self.function = function
+        #: False for static and class methods, which need no instance.
+        self.takes_hub = takes_hub
+        parameters = list(inspect.signature(function).parameters.values())
+        if takes_hub:
+            parameters = parameters[1:]
+        self.parameters: list[tuple[str, Converter | None]] = []
+        #: Position of each upload stream, and what converts its items.
+        self.uploads: list[tuple[int, Converter | None]] = []
+        self.required = 0
+        self._defaults: list[Any] = []
+        self._rest: tuple[str, Converter | None] | None = None
+        for parameter in parameters:
+            self._add(parameter)
+        self._unchecked = not any(convert for _, convert in self.parameters)
+        result = _annotation(function, "return", lenient=True)
+        self.streaming = inspect.isasyncgenfunction(
+            inspect.unwrap(function)
+        ) or _is_stream(result)
+        #: Runs to its end when called, so that no task is needed for it.
+        self.direct = not (
+            self.streaming or self.uploads or inspect.iscoroutinefunction(function)
+        )
+
+    def _add(self, parameter: inspect.Parameter) -> None:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.default is parameter.empty:
+                raise TypeError(
+                    f"{self.name}: clients pass arguments by position, so "
+                    f"keyword-only {parameter.name!r} needs a default"
+                )
+            return
+        annotation = _annotation(self.function, parameter.name)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            self._rest = parameter.name, _converter(annotation)
+        elif _is_stream(annotation):
+            (item,) = typing.get_args(annotation)[:1] or (Any,)
+            position = len(self.parameters) + len(self.uploads)
+            self.uploads.append((position, _converter(item)))
+        else:
+            self.parameters.append((parameter.name, _converter(annotation)))
+            self._defaults.append(parameter.default)
+            if parameter.default is parameter.empty:
+                self.required = len(self.parameters)
+
+    def bind(self, values: list[Any]) -> list[Any]:
+        """Check and convert the arguments of one call. Raises BindingError."""
+        count, most = len(values), len(self.parameters)
+        if count < self.required or count > most and self._rest is None:
+            raise BindingError(
+                f"Invocation provides {count} argument(s) but target expects {most}."
+            )
+        if not self._unchecked or count > most:
+            values = [self._convert(i, value) for i, value in enumerate(values)]
+        if self.uploads:  # their places are fixed, so none before may be left out
+            values = values + self._defaults[count:]
+        return values
+
+    def call(self, hub: Hub, arguments: list[Any]) -> Any:
+        """Call it: the result, or a coroutine or iterator of what follows."""
+        if self.takes_hub:
+            return self.function(hub, *arguments)
+        return self.function(*arguments)
+
+    def _convert(self, index: int, value: Any) -> Any:
+        if index < len(self.parameters):
+            name, convert = self.parameters[index]
+        else:
+            assert self._rest is not None
+            name, convert = self._rest
+        if convert is None:
+            return value
+        try:
+            return convert(value)
+        except (ValueError, TypeError, OverflowError) as error:
+            log.warning("%s: argument %r does not fit: %s", self.name, name, error)
+            raise BindingError(
+                "Error binding arguments. Make sure that the types of the provided "
+                "values match the types of the hub method being invoked."
+            ) from error
+
+
+def _collect_methods(hub_class: type[Hub]) -> dict[str, HubMethod]:
+    """Find what clients may call, by folded name.
+
+    Raises TypeError for names that collide or hide what Hub gives a method.
+    """
+    methods: dict[str, HubMethod] = {}
+    for name in dir(hub_class):
+        static = inspect.getattr_static(hub_class, name)
+        is_method = inspect.isfunction(static) or isinstance(
+            static, (staticmethod, classmethod)
+        )
+        if name.startswith("_") or hasattr(Hub, name) or not is_method:
+            continue
+        if name in Hub.__annotations__:
+            raise TypeError(f"{hub_class.__name__}.{name} hides the hub's own {name}")
+        takes_hub = inspect.isfunction(static)
+        function = static if takes_hub else getattr(hub_class, name)
+        wire_name = getattr(function, "__kestrun_name__", name)
+        method = HubMethod(f"{hub_class.__name__}.{name}", function, takes_hub)
+        other = methods.setdefault(_fold(wire_name), method)
+        if other is not method:
+            raise TypeError(
+                f"{method.name} and {other.name} are the same name for clients; "
+                'rename one with @hub_method("OtherName")'
+            )
+    return methods
+
+
+def _annotation(function: Callable[..., Any], name: str, lenient: bool = False) -> Any:
+    """Evaluate one annotation; Any where there is none.
+
+    Raises TypeError for a name that does not exist where the method was defined.
+    """
+    function = inspect.unwrap(function)
+    annotation = function.__annotations__.get(name, Any)
+    if not isinstance(annotation, str):
+        return annotation
+    holder = types.SimpleNamespace(__annotations__={name: annotation})
+    scope = dict(function.__globals__)
+    with contextlib.suppress(ValueError):  # an empty closure cell
+        scope.update(inspect.getclosurevars(function).nonlocals)
+    try:
+        return typing.get_type_hints(holder, scope)[name]
+    except Exception as error:  # an annotation is any expression of the user's
+        if lenient:
+            return Any
+        raise TypeError(
+            f"{function.__qualname__}: the annotation {annotation!r} of {name!r} "
+            f"cannot be evaluated: {error}"
+        ) from error
+
+
+def _is_stream(annotation: Any) -> bool:
+    origin = typing.get_origin(annotation) or annotation
+    return origin in (AsyncIterator, AsyncIterable, AsyncGenerator)
+
+
+def _converter(annotation: Any) -> Converter | None:
+    """Choose what checks values of this annotation; None lets everything pass."""
+    if annotation in (Any, object, inspect.Parameter.empty):
+        return None
+    if annotation is None or annotation is type(None):
+        return _to_none
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _converter(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _union(args)
+    if annotation in _PLAIN_CONVERTERS:
+        return _PLAIN_CONVERTERS[annotation]
+    if annotation is list or origin is list:
+        return _list(args)
+    if annotation is dict or origin is dict:
+        return _dict(args)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return functools.partial(_to_enum, annotation)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return _to_dataclass(annotation)
+    return None
+
+
+def _mismatch(expected: str, value: Any) -> ValueError:
+    return ValueError(f"{expected} expected, not {type(value).__name__}")
+
+
+def _to_none(value: Any) -> None:
+    if value is not None:
+        raise _mismatch("null", value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # JavaScript has one kind of number
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _mismatch("an integer", value)
+    return value
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _mismatch("a number", value)
+    return float(value)
+
+
+def _to_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _mismatch("a string", value)
+    return value
+
+
+def _to_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _mismatch("true or false", value)
+    return value
+
+
+def _to_bytes(value: Any) -> bytes:
+    if isinstance(value, str):  # JSON has no bytes of its own
+        return base64.b64decode(value, validate=True)
+    if not isinstance(value, bytes):
+        raise _mismatch("bytes", value)
+    return value
+
+
+def _to_datetime(value: Any) -> datetime:
+    if isinstance(value, str):
+        return datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        raise _mismatch("an ISO 8601 time", value)
+    return value
+
+
+def _to_uuid(value: Any) -> uuid.UUID:
+    return uuid.UUID(_to_str(value))
+
+
+_PLAIN_CONVERTERS: dict[Any, Converter] = {
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    bool: _to_bool,
+    bytes: _to_bytes,
+    datetime: _to_datetime,
+    uuid.UUID: _to_uuid,
+}
+
+
+def _union(members: tuple[Any, ...]) -> Converter | None:
+    """Take the first member that fits; None is tried first, bare types follow."""
+    converters = [_converter(m) for m in sorted(members, key=lambda m: m is not None)]
+    if None in converters:
+        return None
+
+    def convert(value: Any) -> Any:
+        for member in converters:
+            try:
+                return member(value) if member else value
+            except (ValueError, TypeError, OverflowError):
+                continue
+        raise _mismatch(" or ".join(map(_type_name, members)), value)
+
+    return convert
+
+
+def _type_name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _list(args: tuple[Any, ...]) -> Converter:
+    convert_item = _converter(args[0]) if args else None
+
+    def convert(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise _mismatch("an array", value)
+        return [convert_item(item) for item in value] if convert_item else value
+
+    return convert
+
+
+def _dict(args: tuple[Any, ...]) -> Converter:
+    convert_key = _key_converter(args[0]) if args else None
+    convert_value = _converter(args[1]) if args else None
+
+    def convert(value: Any) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise _mismatch("an object", value)
+        return {
+            convert_key(key) if convert_key else key: (
+                convert_value(item) if convert_value else item
+            )
+            for key, item in value.items()
+        }
+
+    return convert
+
+
+def _key_converter(annotation: Any) -> Converter | None:
+    """Convert dict keys, which JSON always writes as strings."""
+    if annotation in (int, float):
+        convert = _PLAIN_CONVERTERS[annotation]
+        return lambda key: convert(annotation(key) if isinstance(key, str) else key)
+    return _converter(annotation)
+
+
+def _to_enum(kind: type[Enum], value: Any) -> Enum:
+    """Read an enum by value, or by name without regard to case."""
+    try:
+        return kind(value)
+    except ValueError:
+        for name, member in kind.__members__.items():
+            if isinstance(value, str) and _fold(name) == _fold(value):
+                return member
+        raise ValueError(f"{value!r} is no {kind.__name__}") from None
+
+
+def _to_dataclass(kind: type) -> Converter:
+    """Read a dataclass from an object; unknown members are skipped."""
+    fields = {_fold(field.name): field for field in dataclasses.fields(kind)}
+
+    @functools.cache
+    def converters() -> dict[str, Converter | None]:
+        # Evaluated at the first use, so that a dataclass may contain itself.
+        hints = typing.get_type_hints(kind)
+        return {name: _converter(hints[field.name]) for name, field in fields.items()}
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _mismatch(f"an object ({kind.__name__})", value)
+        members = {}
+        for key, item in value.items():
+            field = fields.get(_fold(key)) if isinstance(key, str) else None
+            if field is None or not field.init:
+                continue
+            convert_item = converters()[_fold(field.name)]
+            try:
+                members[field.name] = convert_item(item) if convert_item else item
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"{kind.__name__}.{field.name}: {error}") from None
+        try:
+            return kind(**members)
+        except TypeError as error:
+            raise ValueError(f"{kind.__name__}: {error}") from None
+
+    return convert
+
+
+# --------------------------------------------------------------- dispatcher
+#
+# `Dispatcher.run` is the life of a connection on one screen. Between connected
+# and disconnected it sleeps: messages are dispatched straight from the bytes
+# that bring them (`Session.pump`), so an idle client costs no work and a plain
+# method no task. Other methods run in a task of their own. The pump goes on
+# while they run, so pings, items, results and cancels always get through; it
+# stops only when a client sends faster than it may.
+
+#: Calls of one client that may wait for a free slot before reading stops.
+_WAITING_CALLS = 32
+
+#: Seconds that a hub method may hold the event loop before it is named.
+_BLOCKING = 0.1
+
+
+class OperationCanceled(Exception):
+    """Something took too long or was called off; .NET's name goes to clients."""
+
+    reported_as = "OperationCanceledException"
+
+
+class UploadStream:
+    """The items that a client streams to a method; `async for` reads them."""
+
+    def __init__(
+        self,
+        convert: Converter | None,
+        options: HubOptions,
+        on_room: Callable[[], None],
+    ) -> None:
+        self._convert = convert
+        self._options = options
+        self._on_room = on_room
+        self._items: list[Any] = []
+        self._ended = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Any) -> bool:
+        """Take an item from the client; False if it has to wait for its turn."""
+        if self._ended:
+            return True
+        capacity = self._options.stream_buffer_capacity
+        if capacity is not None and len(self._items) >= capacity:
+            return False
+        try:
+            self._items.append(self._convert(item) if self._convert else item)
+        except (ValueError, TypeError, OverflowError) as error:
+            log.warning("an item of an upload stream does not fit: %s", error)
+            message = "Failed to bind Stream message."
+            self.end(HubException(_detail(message, error, self._options)))
+        self._wake()
+        return True
+
+    def end(self, error: Exception | None = None) -> None:
+        """No more items: the reader stops after those it has, or gets `error`."""
+        if not self._ended:
+            self._ended, self._error = True, error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> UploadStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        item = self._items.pop(0)
+        self._on_room()
+        return item
+
+
+@types.coroutine
+def _watched(work: Coroutine[Any, Any, Any], name: str) -> Generator[Any, Any, Any]:
+    """Await `work`, naming in the log what holds the event loop for too long.
+
+    It stands between a task and the coroutine, and times each step of it.
+    """
+    step: Callable[[Any], Any] = work.send
+    value: Any = None
+    while True:
+        started = time.perf_counter()
+        try:
+            awaited = step(value)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            _warn_if_blocking(name, started)
+        try:
+            step, value = work.send, (yield awaited)
+        except BaseException as error:  # noqa: BLE001 (handed on, as await does)
+            step, value = work.throw, error
+
+
+def _warn_if_blocking(name: str, started: float) -> None:
+    held = time.perf_counter() - started
+    if held > _BLOCKING:
+        log.warning(
+            "%s held the event loop for %.0f ms; nobody else was served meanwhile. "
+            "Use await, or asyncio.to_thread for work that cannot.",
+            name,
+            held * 1000,
+        )
+
+
+class Call:
+    """One call of a hub method that runs in a task, or waits for its slot."""
+
+    __slots__ = (
+        "arguments",
+        "canceled",
+        "holds_slot",
+        "message",
+        "method",
+        "session",
+        "task",
+    )
+
+    def __init__(
+        self,
+        session: Session,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        arguments: list[Any],
+    ) -> None:
+        self.session = session
+        self.message = message
+        self.method = method
+        self.arguments = arguments
+        #: Streams and uploads run beside the calls that take turns.
+        self.holds_slot = not (method.streaming or method.uploads)
+        self.canceled = False
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self, begun: Awaitable[Any] | None = None) -> None:
+        """Run in a task: from Python 3.12 on until it waits, else a turn later.
+
+        begun: what the method returned, if it has been called already.
+        """
+        loop, work = asyncio.get_running_loop(), self._perform(begun)
+        if sys.version_info >= (3, 12):
+            self.task = asyncio.Task(work, loop=loop, eager_start=True)
+        else:
+            self.task = loop.create_task(work)
+        if not self.task.done():
+            self.session.tasks.add(self.task)
+            self.task.add_done_callback(self.session.tasks.discard)
+
+    def cancel(self) -> None:
+        """Stop it on the client's behalf; a completion is sent all the same."""
+        self.canceled = True
+        if self.task is not None:
+            self.task.cancel()
+
+    def yield_slot(self) -> None:
+        """Let the client's next call start while this one waits for an answer."""
+        if self.holds_slot:
+            self.holds_slot = False
+            self.session.free_slot()
+
+    async def _perform(self, begun: Awaitable[Any] | None) -> None:
+        _current_call.set(self)
+        try:
+            work = self._stream() if self.method.streaming else self._answer(begun)
+            await _watched(work, self.method.name)
+        except asyncio.CancelledError:
+            self.session.answer_canceled(self)
+            raise
+        finally:
+            self.session.call_ended(self)
+
+    async def _answer(self, begun: Awaitable[Any] | None) -> None:
+        try:
+            result = self.session.invoke(self) if begun is None else begun
+            if hasattr(result, "__await__"):
+                result = await result
+        except Exception as error:  # noqa: BLE001 (user code)
+            self.session.fail(self.message, self.method, error)
+        else:
+            self.session.complete(self.message, self.method, result)
+
+    async def _stream(self) -> None:
+        """Send every item, then one completion without a result."""
+        session, target = self.session, self.message.target
+        problem, text = _failed_invoking(target), None
+        try:
+            items = session.invoke(self)
+            if hasattr(items, "__await__"):
+                items = await items
+            if hasattr(items, "__aiter__"):
+                problem = "An error occurred on the server while streaming results."
+                await self._send_items(items)
+            else:
+                text = (
+                    f"The value returned by the streaming method '{target}' "
+                    "is not a ChannelReader<> or IAsyncEnumerable<>."
+                )
+        except Exception as error:  # noqa: BLE001 (user code)
+            session.log_failure(self.method, error)
+            text = _detail(problem, error, session.options)
+        session.reply(self.message, Completion(session.id_of(self.message), VOID, text))
+
+    async def _send_items(self, items: AsyncIterable[Any]) -> None:
+        """Send items as fast as the client takes them: it is the only receiver."""
+        connection, encode = self.session.connection, self.session.wire.encode
+        invocation_id = self.message.invocation_id or ""
+        try:
+            async for item in items:
+                connection.send(encode(StreamItem(invocation_id, item)))
+                if not connection.has_room():
+                    await connection.room()
+        finally:
+            if isinstance(items, AsyncGenerator):
+                await items.aclose()
+
+
+def _failed_invoking(target: str) -> str:
+    return f"An unexpected error occurred invoking '{target}' on the server."
+
+
+class _Connecting:
+    """The slot of `on_connected`, in which no client can be asked anything."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def yield_slot(self) -> None:
+        if not self.over:
+            raise HubException(
+                "Client results inside OnConnectedAsync Hub methods are not allowed."
+            )
+
+
+class Session:
+    """What a hub and one connection have going: calls, streams, timers."""
+
+    __slots__ = (
+        "_dispatcher",
+        "_heard",
+        "_last_heard",
+        "_messages",
+        "_next_ping",
+        "_pinged",
+        "_pumping",
+        "_running",
+        "_stalled",
+        "_waiting",
+        "calls",
+        "connection",
+        "context",
+        "ended",
+        "hub",
+        "options",
+        "tasks",
+        "uploads",
+        "wire",
+    )
+
+    def __init__(
+        self, dispatcher: Dispatcher, connection: Connection, wire: Wire
+    ) -> None:
+        self._dispatcher = dispatcher
+        self.options = dispatcher.options
+        self.connection = connection
+        self.wire = wire
+        self.context = HubCallerContext(connection, self.abort)
+        self.hub = dispatcher.make_hub(self.context)
+        #: Resolved with the error that `on_disconnected` shall see.
+        self.ended: asyncio.Future[Exception | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self.calls: dict[str, Call] = {}
+        self.uploads: dict[str, UploadStream] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._waiting: list[Call] = []
+        self._running = 0
+        self._messages: Iterator[Message | None] | None = None
+        self._stalled: StreamItem | None = None
+        self._pumping = False
+        self._heard = self._pinged = False
+        self._last_heard = now = time.monotonic()
+        self._next_ping = now + _or_forever(self.options.keep_alive_interval)
+
+    # From the client
+
+    def start(self) -> None:
+        """Begin to dispatch; what arrived before has been waiting."""
+        limit = self.options.maximum_receive_message_size
+        self._messages = self.wire.protocol.decode(self.connection.inbox, limit)
+        self.connection.on_data = self.pump
+        self.pump()
+
+    def pump(self) -> None:
+        """Dispatch what has arrived, as far as the client may go on just now."""
+        if self._pumping or self._messages is None or self.ended.done():
+            return
+        self._pumping = self._heard = True
+        try:
+            while not self.ended.done() and self._may_go_on():
+                message = next(self._messages)
+                if message is None:
+                    break
+                self.connection.traffic.messages_in += 1
+                self._dispatch(message)
+        except ProtocolError as error:
+            log.warning("connection %s: %s", self.connection.connection_id, error)
+            self.end(error, self._closing(error))
+        finally:
+            self._pumping = False
+        self.connection.drained()
+
+    def _may_go_on(self) -> bool:
+        """Tell whether the client's next message may be looked at already."""
+        if self._stalled is not None and self._place(self._stalled):
+            self._stalled = None
+        return (
+            self._stalled is None
+            and len(self._waiting) < _WAITING_CALLS
+            and self.connection.has_room()
+        )
+
+    def _pump_if_stalled(self) -> None:
+        if self._stalled is not None:
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    def _dispatch(self, message: Message) -> None:
+        replay = self.connection.replay
+        if replay is not None and isinstance(message, COUNTED) and not replay.accept():
+            return
+        match message:
+            case Invocation() | StreamInvocation():
+                self._invoke(message)
+            case StreamItem():
+                if not self._place(message):
+                    self._stalled = message
+            case Completion():
+                self._take_completion(message)
+            case CancelInvocation(invocation_id):
+                self._cancel(invocation_id)
+            case Ping():
+                self._pinged = True
+            case Close(error):
+                self.end(None if error is None else HubException(error), Close())
+            case Ack(sequence_id) if replay is not None:
+                replay.acknowledge(sequence_id)
+                self.connection.wake()
+            case Sequence(sequence_id) if replay is not None:
+                replay.resume(sequence_id)
+
+    def _place(self, message: StreamItem) -> bool:
+        stream = self.uploads.get(message.invocation_id)
+        return stream is None or stream.put(message.item)
+
+    def _take_completion(self, message: Completion) -> None:
+        """End an upload stream, or settle what the server asked the client."""
+        stream = self.uploads.pop(message.invocation_id, None)
+        if stream is None:
+            self._dispatcher.registry.settle(self.connection, message)
+        else:
+            error = message.error
+            stream.end(None if error is None else HubException(error))
+
+    # Calls
+
+    def _invoke(self, message: Invocation | StreamInvocation) -> None:
+        """Check a call in the reference's order, then run it or let it wait."""
+        method = self._dispatcher.methods.get(_fold(message.target))
+        try:
+            if method is None:
+                raise HubException("Method does not exist.")
+            arguments = method.bind(message.arguments)
+        except (HubException, BindingError) as error:
+            text = f"Failed to invoke '{message.target}' due to an error on the server."
+            self._refuse(message, _detail(text, error, self.options))
+            return
+        if (refusal := self._mismatch(message, method)) is not None:
+            self._refuse(message, refusal)
+        elif method.direct and self._has_slot() and not self._dispatcher.intercepts:
+            self._call_directly(message, method, arguments)
+        else:
+            self._schedule(Call(self, message, method, arguments))
+
+    def _mismatch(
+        self, message: Invocation | StreamInvocation, method: HubMethod
+    ) -> str | None:
+        """Tell why a method cannot be called in this way, if it cannot."""
+        target, streaming = message.target, type(message) is StreamInvocation
+        if streaming != method.streaming:
+            kinds = ("non-streaming", "streaming")
+            return (
+                f"The client attempted to invoke the {kinds[method.streaming]} "
+                f"'{target}' method with a {kinds[streaming]} invocation."
+            )
+        sent, expected = len(message.stream_ids), len(method.uploads)
+        if sent != expected:
+            error = HubException(
+                f"Client sent {sent} stream(s), Hub method expects {expected}."
+            )
+            return _detail(_failed_invoking(target), error, self.options)
+        if streaming and message.invocation_id in self.calls:
+            return f"Invocation ID '{message.invocation_id}' is already in use."
+        if taken := self.uploads.keys() & set(message.stream_ids):
+            return f"Stream ID '{taken.pop()}' is already in use."
+        return None
+
+    def _refuse(self, message: Invocation | StreamInvocation, text: str) -> None:
+        log.info("connection %s: %s", self.connection.connection_id, text)
+        self.reply(message, Completion(self.id_of(message), VOID, text))
+
+    def _has_slot(self) -> bool:
+        limit = self.options.maximum_parallel_invocations_per_client
+        return not self._waiting and (limit is None or self._running < limit)
+
+    def _call_directly(
+        self,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        arguments: list[Any],
+    ) -> None:
+        """Call a plain method right here: it is over before anyone could wait."""
+        started = time.perf_counter()
+        try:
+            result = method.call(self.hub, arguments)
+        except Exception as error:  # noqa: BLE001 (user code)
+            self.fail(message, method, error)
+        else:
+            if hasattr(result, "__await__"):  # an async function in a plain wrapper
+                self._schedule(Call(self, message, method, arguments), result)
+            else:
+                self.complete(message, method, result)
+        _warn_if_blocking(method.name, started)
+
+    def _schedule(self, call: Call, begun: Awaitable[Any] | None = None) -> None:
+        if call.message.invocation_id is not None:
+            self.calls[call.message.invocation_id] = call
+        self._open_uploads(call)
+        if not call.holds_slot:
+            call.start()
+        elif self._has_slot():
+            self._running += 1
+            call.start(begun)
+        else:
+            self._waiting.append(call)
+
+    def _open_uploads(self, call: Call) -> None:
+        """Put the client's streams among the arguments, in the method's order."""
+        if call.method.uploads:
+            call.arguments = list(call.arguments)
+        places = zip(call.message.stream_ids, call.method.uploads, strict=True)
+        for stream_id, (position, convert) in places:
+            stream = UploadStream(convert, self.options, self._pump_if_stalled)
+            self.uploads[stream_id] = stream
+            call.arguments.insert(position, stream)
+
+    def _cancel(self, invocation_id: str) -> None:
+        call = self.calls.get(invocation_id)
+        if call is None:
+            return
+        if call in self._waiting:
+            self._waiting.remove(call)
+            del self.calls[invocation_id]
+            self.answer_canceled(call)
+        else:
+            call.cancel()
+
+    def invoke(self, call: Call) -> Any:
+        """Call the method, inside the hub's `on_invocation` if it has one."""
+        if call.canceled:  # before its task took the first step
+            raise asyncio.CancelledError
+        method = call.method
+        if not self._dispatcher.intercepts:
+            return method.call(self.hub, call.arguments)
+        invocation = HubInvocation(call.message.target, call.arguments)
+
+        async def call_next() -> Any:
+            result = method.call(self.hub, invocation.arguments)
+            return await result if hasattr(result, "__await__") else result
+
+        return self.hub.on_invocation(invocation, call_next)
+
+    def call_ended(self, call: Call) -> None:
+        """Forget a call, its streams and its slot."""
+        if call.message.invocation_id is not None:
+            self.calls.pop(call.message.invocation_id, None)
+        for stream_id in call.message.stream_ids:
+            stream = self.uploads.pop(stream_id, None)
+            if stream is not None:
+                stream.end()
+        if call.holds_slot:
+            call.holds_slot = False
+            self.free_slot()
+        elif call.message.stream_ids:
+            self.pump()  # it may have waited for room in a stream nobody reads now
+
+    def free_slot(self) -> None:
+        """Start the next call that waits, and read on if that had to stop."""
+        self._running -= 1
+        limit = _or_forever(self.options.maximum_parallel_invocations_per_client)
+        while self._waiting and self._running < limit and not self.ended.done():
+            self._running += 1
+            self._waiting.pop(0).start()
+        self.pump()
+
+    # To the client
+
+    @staticmethod
+    def id_of(message: Invocation | StreamInvocation) -> str:
+        return message.invocation_id or ""
+
+    def reply(
+        self, message: Invocation | StreamInvocation, completion: Completion
+    ) -> None:
+        """Answer a call, unless the client did not ask for an answer."""
+        if message.invocation_id is not None:
+            self.connection.send(self.wire.encode(completion))
+
+    def complete(
+        self,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        result: Any,
+    ) -> None:
+        """Answer with a result; one that cannot be written becomes an error."""
+        if message.invocation_id is None:
+            return
+        try:
+            frame = self.wire.encode(Completion(message.invocation_id, result))
+        except (TypeError, ValueError) as error:
+            self.fail(message, method, error)
+        else:
+            self.connection.send(frame)
+
+    def fail(
+        self,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        error: BaseException,
+    ) -> None:
+        """Answer with what the client may know of an error; log the rest."""
+        self.log_failure(method, error)
+        text = _detail(_failed_invoking(message.target), error, self.options)
+        self.reply(message, Completion(self.id_of(message), VOID, text))
+
+    def answer_canceled(self, call: Call) -> None:
+        """Complete a call that was called off, as its caller still expects."""
+        if call.method.streaming:
+            text = None
+        else:
+            error = OperationCanceled("The invocation was canceled.")
+            text = _detail(_failed_invoking(call.message.target), error, self.options)
+        self.reply(call.message, Completion(self.id_of(call.message), VOID, text))
+
+    def log_failure(self, method: HubMethod, error: BaseException) -> None:
+        """Log an error of user code: in full, unless it was meant for the client."""
+        if isinstance(error, HubException):
+            log.info("%s refused: %s", method.name, error)
+        else:
+            log.error(
+                "%s failed for connection %s",
+                method.name,
+                self.connection.connection_id,
+                exc_info=error,
+            )
+
+    # The end
+
+    def _closing(self, error: Exception, allow_reconnect: bool = True) -> Close:
+        text = _detail("Connection closed with an error.", error, self.options)
+        return Close(text, allow_reconnect)
+
+    def end(self, error: Exception | None, closing: Close | None = None) -> None:
+        """End the session once: say `closing`, tell `error` to on_disconnected."""
+        if self.ended.done():
+            return
+        if closing is not None:
+            self.connection.send(self.wire.encode(closing), counted=False)
+        self.connection.closing = True
+        self.ended.set_result(error)
+
+    def lost(self, error: Exception | None) -> None:
+        """End because the transport did."""
+        if error is None and self.connection.inbox:
+            error = ProtocolError("Connection terminated while reading a message.")
+        self.end(error)
+
+    def abort(self) -> None:
+        """End on user code's behalf (`context.abort`)."""
+        self.end(None, Close())
+
+    def refuse(self, error: Exception) -> None:
+        """End because `on_connected` failed: coming back would not help."""
+        self.end(None, self._closing(error, allow_reconnect=False))
+
+    async def stop_calls(self) -> None:
+        """End everything that runs on behalf of a client that is gone."""
+        gone = ConnectionError("The underlying connection was closed.")
+        for stream in self.uploads.values():
+            stream.end(gone)
+        self._dispatcher.registry.disown(self.connection)
+        self._waiting.clear()
+        await asyncio.sleep(0)  # whoever reads a stream or awaits a result is told
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            timeout = self.options.close_timeout
+            _, running = await asyncio.wait(self.tasks, timeout=timeout)
+            for task in running:
+                log.error("a hub method ignores its cancellation: %r", task)
+
+    # Timers
+
+    def tick(self, now: float) -> None:
+        """Look after pings, acknowledgements and silence; called every second."""
+        connection = self.connection
+        if self.ended.done():
+            return
+        if self._heard or self._stalled is not None:
+            self._heard, self._last_heard = False, now
+        elif self._pinged and now - self._last_heard > _or_forever(
+            self.options.client_timeout_interval
+        ):
+            error = OperationCanceled(
+                "Client hasn't sent a message/ping within the configured "
+                "ClientTimeoutInterval."
+            )
+            connection.traffic.count_cut("client timeout")
+            self.end(error, self._closing(error))
+            return
+        if connection.stalled(now):
+            connection.cut("send timeout")
+            return
+        if now >= self._next_ping and connection.transport != LONG_POLLING:
+            self._next_ping = now + _or_forever(self.options.keep_alive_interval)
+            self._say(PING)
+        replay = connection.replay
+        if replay is not None and replay.latest > replay.acked:
+            replay.acked = replay.latest
+            self._say(Ack(replay.latest))
+
+    def _say(self, message: Message) -> None:
+        """Send what only matters now; a peer that takes nothing gets none of it."""
+        if self.connection.link is not None and self.connection.link.writable:
+            self.connection.send(self.wire.encode(message), counted=False)
+
+
+class Dispatcher:
+    """Runs connections on one hub class."""
+
+    def __init__(
+        self,
+        hub_class: type[Hub],
+        options: HubOptions,
+        protocols: dict[str, HubProtocol],
+    ) -> None:
+        self.options = options
+        self.registry = Registry()
+        self.methods = _collect_methods(hub_class)
+        #: Whether the hub wants to see every call.
+        self.intercepts = hub_class.on_invocation is not Hub.on_invocation
+        self.contexts: dict[str, HubCallerContext] = {}
+        self.sessions: dict[str, Session] = {}
+        self.protocols = protocols
+        self._hub_class = hub_class
+        self._groups = GroupManager(self.registry)
+        self._wires = {
+            (name, framed): Wire(protocol, _frame if framed else None)
+            for name, protocol in protocols.items()
+            for framed in (False, True)
+        }
+
+    async def run(self, connection: Connection) -> None:
+        """Live the life of a connection, from handshake to farewell."""
+        wire = await self._shake_hands(connection)
+        if wire is None:
+            connection.finish()
+            return
+        session = Session(self, connection, wire)
+        failed = False
+        self._register(session)
+        try:
+            if await self._connect(session):
+                session.start()
+                error = await session.ended
+                session.context.mark_aborted()
+                await session.stop_calls()
+                failed = not await self._disconnect(session, error)
+        finally:
+            self._unregister(session)
+            connection.finish(failed)
+
+    async def _shake_hands(self, connection: Connection) -> Wire | None:
+        """Agree on a protocol, or answer why not. (HubProtocol.md, Handshake)"""
+        framed = connection.transport == WEBSOCKETS
+        try:
+            record = await self._first_record(connection)
+            if record is None:
+                return None
+            request = _read_handshake(record)
+            wire = self._choose_wire(connection, request)
+        except ProtocolError as error:
+            log.warning("connection %s: %s", connection.connection_id, error)
+            text = str(error)
+            if not isinstance(error, HandshakeError):
+                text = "An unexpected error occurred during connection handshake."
+                text = _detail(text, error, self.options)
+            answer = _handshake_response(text)
+            connection.send(_frame(answer) if framed else answer)
+            return None
+        answer = _handshake_response()
+        connection.send(_frame(answer, wire.protocol.binary) if framed else answer)
+        connection.wire = wire
+        if connection.stateful and request.version >= 2:
+            connection.replay = Replay()
+        return wire
+
+    async def _first_record(self, connection: Connection) -> bytes | None:
+        """Wait for the handshake; what follows it stays in the inbox."""
+        inbox, limit = connection.inbox, self.options.maximum_receive_message_size
+        try:
+            async with asyncio.timeout(self.options.handshake_timeout):
+                while (end := inbox.find(RECORD_SEPARATOR, 0, limit)) < 0:
+                    if connection.closing:
+                        return None
+                    if limit is not None and len(inbox) >= limit:
+                        raise HandshakeError("Handshake was canceled.")
+                    await connection.arrival()
+        except TimeoutError:
+            raise HandshakeError("Handshake was canceled.") from None
+        record = bytes(inbox[:end])
+        del inbox[: end + 1]
+        return record
+
+    def _choose_wire(self, connection: Connection, request: HandshakeRequest) -> Wire:
+        name, version = request
+        protocol = self.protocols.get(name.lower())
+        if protocol is None:
+            if name.lower() == "messagepack":
+                log.warning("a client asks for MessagePack: pip install msgpack")
+            raise HandshakeError(f"The protocol '{name}' is not supported.")
+        if version > PROTOCOL_VERSION:
+            raise HandshakeError(
+                f"The server does not support version {version} of the '{name}' "
+                "protocol."
+            )
+        if protocol.binary and connection.transport == SERVER_SENT_EVENTS:
+            raise HandshakeError(
+                f"Cannot use the '{protocol.name}' protocol on the current transport. "
+                "The transport does not support 'Binary' transfer format."
+            )
+        return self._wires[protocol.name, connection.transport == WEBSOCKETS]
+
+    def make_hub(self, context: HubCallerContext) -> Hub:
+        hub = self._hub_class()
+        hub.context = context
+        hub.clients = HubCallerClients(self.registry, context.connection_id)
+        hub.groups = self._groups
+        return hub
+
+    def _register(self, session: Session) -> None:
+        connection = session.connection
+        self.sessions[connection.connection_id] = session
+        self.contexts[connection.connection_id] = session.context
+        self.registry.add(connection)
+        connection.on_data = _nothing
+        connection.on_lost = session.lost
+        if connection.gone:
+            session.lost(None)
+        log.debug("connection %s opened: %r", connection.connection_id, session.context)
+
+    def _unregister(self, session: Session) -> None:
+        connection = session.connection
+        connection.on_data = connection.on_lost = _nothing
+        self.registry.remove(connection)
+        self.contexts.pop(connection.connection_id, None)
+        self.sessions.pop(connection.connection_id, None)
+        session.context.mark_aborted()
+        log.debug("connection %s closed", connection.connection_id)
+
+    async def _connect(self, session: Session) -> bool:
+        """Run `on_connected`; False if it refused the connection."""
+        connecting = _Connecting()
+        _current_call.set(connecting)
+        try:
+            await _watched(session.hub.on_connected(), _hook(session, "on_connected"))
+        except Exception as error:  # noqa: BLE001 (user code)
+            self._log_hook(session, "on_connected", error)
+            session.refuse(error)
+            return False
+        finally:
+            connecting.over = True
+        return True
+
+    async def _disconnect(self, session: Session, error: Exception | None) -> bool:
+        """Run `on_disconnected`; False if it failed."""
+        name = "on_disconnected"
+        try:
+            await _watched(session.hub.on_disconnected(error), _hook(session, name))
+        except Exception as failure:  # noqa: BLE001 (user code)
+            self._log_hook(session, name, failure)
+            return False
+        return True
+
+    @staticmethod
+    def _log_hook(session: Session, name: str, error: Exception) -> None:
+        level = logging.INFO if isinstance(error, HubException) else logging.ERROR
+        log.log(
+            level,
+            "%s failed for connection %s",
+            _hook(session, name),
+            session.connection.connection_id,
+            exc_info=error if level == logging.ERROR else None,
+        )
+
+    def tick(self, now: float) -> None:
+        for session in list(self.sessions.values()):
+            session.tick(now)
+
+
+def _hook(session: Session, name: str) -> str:
+    return f"{type(session.hub).__name__}.{name}"
+
+
+# ----------------------------------------------------------------- endpoint
+#
+# The HTTP side of a hub: negotiate makes connections, GET gives them a
+# transport, POST brings bytes, DELETE ends a poll. Each request is checked in
+# the same order: origin, user, connection, transport. Bodies and status codes
+# are those of the reference server, which clients and their tests know.
+
+#: Where the response hook finds the origin that may read the answer.
+_CORS_ORIGIN = "kestrun.cors_origin"
+
+#: Seconds for everyone to go at shutdown before they are cut.
+_SHUTDOWN = 3.0
+
+
+class _Refused(Exception):
+    """A request ends here, with this answer."""
+
+    def __init__(self, status: int, text: str = "") -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+def access_token(request: web.Request) -> str | None:
+    """Find the token of a request: `Authorization: Bearer`, or `access_token`.
+
+    Browsers cannot set headers on WebSockets and event streams, so SignalR
+    clients put the token into the query there. For use in `authenticate`.
+    """
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.query.get("access_token")
+
+
+def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
+    """Raise HTTPForbidden for a page of another origin that is not allowed.
+
+    A browser tells the origin of the page whose script makes the request. What
+    is no browser sends none, and needs no protection from one.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return
+    if origin.lower() in allowed:
+        request[_CORS_ORIGIN] = origin
+    elif urlsplit(origin).netloc.lower() != request.host.lower():
+        log.warning(
+            "refused %s %s for origin %r: allowed_origins (--allow-origin) allows it",
+            request.method,
+            request.rel_url.raw_path,
+            origin,
+        )
+        raise web.HTTPForbidden(text="This origin is not allowed.")
+
+
+def _is_preflight(request: web.Request) -> bool:
+    return (
+        request.method == "OPTIONS"
+        and _CORS_ORIGIN in request
+        and "Access-Control-Request-Method" in request.headers
+    )
+
+
+async def _add_cors(request: web.Request, response: web.StreamResponse) -> None:
+    """Let an allowed origin read any answer, errors and streams included."""
+    if (origin := request.get(_CORS_ORIGIN)) is None:
+        return
+    headers = response.headers
+    headers["Access-Control-Allow-Origin"] = origin
+    headers["Access-Control-Allow-Credentials"] = "true"
+    headers["Vary"] = "Origin"
+    if request.method == "OPTIONS":
+        asked = request.headers.get("Access-Control-Request-Headers", "")
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
+        headers["Access-Control-Allow-Headers"] = asked or "x-requested-with"
+
+
+def _new_id() -> str:
+    """Make a name that nobody guesses and that needs no escaping in a URL."""
+    return secrets.token_urlsafe(16)
+
+
+class Endpoint:
+    """The routes of one hub, and the connections that were negotiated there."""
+
+    def __init__(self, hub_class: type[Hub], options: HubOptions) -> None:
+        self.options = options
+        self.dispatcher = Dispatcher(hub_class, options, _load_protocols())
+        self.context = HubContext(
+            self.dispatcher.registry, options, self.dispatcher.contexts
+        )
+        self._connections: dict[str, Connection] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
+        self._sweeper: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    # Requests
+
+    async def handle_negotiate(self, request: web.Request) -> web.StreamResponse:
+        """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
+        return await self._answer(request, self._negotiate)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
+        return await self._answer(request, self._serve)
+
+    async def _answer(
+        self,
+        request: web.Request,
+        serve: Callable[[web.Request, str | None], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        authenticate = self.options.authenticate
+        try:
+            _check_origin(request, self._origins)
+            if _is_preflight(request):
+                return web.Response(status=204)
+            user_id = await authenticate(request) if authenticate else None
+            return await serve(request, user_id)
+        except _Refused as refused:
+            headers = _NO_CACHE if request.method == "GET" else None
+            return web.Response(
+                status=refused.status, text=refused.text, headers=headers
+            )
+        except web.HTTPException as error:
+            return _error_answer(error)
+
+    async def _negotiate(
+        self, request: web.Request, user_id: str | None
+    ) -> web.StreamResponse:
+        if request.method != "POST":
+            raise _Refused(405)
+        query = _query(request)
+        text = query.get("negotiateversion", "0")
+        if not re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII):
+            error = "The client requested a non-integer protocol version."
+            return _json_answer({"error": error})
+        if int(text) < 0:
+            error = (
+                f"The client requested version '{int(text)}', but the server does not "
+                "support this version."
+            )
+            return _json_answer({"error": error})
+        version = min(int(text), 1)
+        connection = self._create(user_id)
+        answer: dict[str, Any] = {}
+        wanted = query.get("usestatefulreconnect", "").strip().lower() == "true"
+        if wanted and self.options.allow_stateful_reconnects:
+            connection.stateful = answer["useStatefulReconnect"] = True
+        answer["negotiateVersion"] = version
+        if version:  # version 0 has one name for both purposes
+            connection.connection_id = _new_id()
+        answer["connectionId"] = connection.connection_id
+        if version:
+            answer["connectionToken"] = connection.token
+        answer["availableTransports"] = [
+            {
+                "transport": transport,
+                "transferFormats": ["Text"]
+                if transport == SERVER_SENT_EVENTS
+                else ["Text", "Binary"],
+            }
+            for transport in TRANSPORTS
+            if transport in self.options.transports
+        ]
+        return _json_answer(answer)
+
+    async def _serve(
+        self, request: web.Request, user_id: str | None
+    ) -> web.StreamResponse:
+        match request.method:
+            case "GET":
+                return await self._open(request, user_id)
+            case "POST":
+                return await self._receive(request, user_id)
+            case "DELETE":
+                return self._delete(request, user_id)
+        raise _Refused(405)
+
+    async def _open(
+        self, request: web.Request, user_id: str | None
+    ) -> web.StreamResponse:
+        """Give a connection its transport, or a new request of the same one."""
+        transport = _asked_transport(request)
+        if transport == WEBSOCKETS and not _query(request).get("id"):
+            connection = None  # skipNegotiation
+        else:
+            connection = self._find(request, user_id)
+        if transport not in self.options.transports:
+            raise _Refused(
+                404, f"{transport} transport not supported by this end point type"
+            )
+        if transport == WEBSOCKETS:
+            _check_upgrade(request)
+        if connection is None:
+            connection = self._create(user_id)
+        first = connection.transport is None
+        if first:
+            connection.transport, connection.request = transport, request
+        elif connection.transport != transport:
+            raise _Refused(400, "Cannot change transports mid-connection")
+        elif transport == WEBSOCKETS and connection.replay is not None:
+            self._make_way(connection)
+        elif transport != LONG_POLLING:
+            raise _Refused(409)
+        if first:
+            self._run(connection)
+        if transport == WEBSOCKETS:
+            return await serve_websocket(request, connection)
+        if transport == SERVER_SENT_EVENTS:
+            return await serve_events(request, connection)
+        return await serve_poll(request, connection, first)
+
+    def _make_way(self, connection: Connection) -> None:
+        """Stop the old socket of a client that reconnects; it may look alive."""
+        if connection.closing:
+            raise _Refused(404)
+        old = connection.link
+        connection.detach()
+        if old is not None:
+            old.abort()
+
+    async def _receive(
+        self, request: web.Request, user_id: str | None
+    ) -> web.StreamResponse:
+        """Take bytes from the client; answer when the hub has caught up."""
+        connection = self._find(request, user_id)
+        if connection.transport == WEBSOCKETS:
+            raise _Refused(
+                405, "POST requests are not allowed for WebSocket connections."
+            )
+        if connection.posting is None:
+            connection.posting = asyncio.Lock()
+        async with connection.posting:
+            try:
+                async for chunk in request.content.iter_chunked(_HIGH_WATER):
+                    connection.feed(chunk)
+                    await connection.inbox_room()
+            except (aiohttp.ClientPayloadError, ConnectionError):
+                raise _Refused(400) from None  # the client left half-way
+        if connection.gone:
+            raise _Refused(404)
+        return web.Response(text="")
+
+    def _delete(self, request: web.Request, user_id: str | None) -> web.StreamResponse:
+        connection = self._find(request, user_id)
+        if connection.transport != LONG_POLLING:
+            raise _Refused(
+                400, "Cannot terminate this connection using the DELETE endpoint."
+            )
+        connection.lost(None)
+        return web.Response(status=202, text="")
+
+    def _find(self, request: web.Request, user_id: str | None) -> Connection:
+        token = _query(request).get("id")
+        if not token:
+            raise _Refused(400, "Connection ID required")
+        connection = self._connections.get(token)
+        if connection is None or connection.gone:
+            raise _Refused(404, "No Connection with that ID")
+        if connection.user_id != user_id:
+            log.warning(
+                "connection %s of another user was asked for", connection.connection_id
+            )
+            raise web.HTTPForbidden(text="This connection belongs to another user.")
+        return connection
+
+    # Connections
+
+    def _create(self, user_id: str | None) -> Connection:
+        if self._stopping:
+            raise _Refused(503, "The server is shutting down.")
+        registry = self.dispatcher.registry
+        token = _new_id()
+        connection = Connection(self.options, registry.turn, registry.traffic, token)
+        connection.user_id = user_id
+        connection.on_gone = functools.partial(self._connections.pop, token, None)
+        self._connections[token] = connection
+        return connection
+
+    def _run(self, connection: Connection) -> None:
+        task = asyncio.create_task(self.dispatcher.run(connection))
+        connection.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a connection failed", exc_info=error)
+
+    # The clock
+
+    async def start(self, app: web.Application) -> None:
+        """Start the sweep; aiohttp calls this when the application starts."""
+        self._stopping = False
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Look at every connection once a second: no timers of their own."""
+        seconds = (
+            self.options.keep_alive_interval,
+            self.options.client_timeout_interval,
+            self.options.disconnect_timeout,
+            self.options.transport_send_timeout,
+        )
+        interval = min(1.0, *(_or_forever(value) / 2 for value in seconds))
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                self._look_after(time.monotonic())
+            except Exception:
+                log.exception("the sweep failed and goes on")
+
+    def _look_after(self, now: float) -> None:
+        timeout = _or_forever(self.options.disconnect_timeout)
+        for connection in list(self._connections.values()):
+            if connection.link is not None:
+                connection.link.alive()
+            elif now - connection.last_seen > timeout:
+                log.debug("connection %s did not come back", connection.connection_id)
+                connection.lost(None)
+        self.dispatcher.tick(now)
+
+    async def stop(self, app: web.Application) -> None:
+        """Tell everyone to come back later, and wait until they have gone."""
+        self._stopping = True
+        for session in list(self.dispatcher.sessions.values()):
+            session.end(None, Close(allow_reconnect=True))
+        for connection in list(self._connections.values()):
+            if connection.task is None:
+                connection.lost(None)
+            elif connection.wire is None:
+                connection.closing = True
+                connection.on_data()  # the handshake need not be waited for
+        deadline = time.monotonic() + _SHUTDOWN
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_SHUTDOWN)
+        while self._connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+            for connection in list(self._connections.values()):
+                if connection.transport == LONG_POLLING and not connection.outbox:
+                    connection.lost(None)  # no poll will come for its goodbye
+        for connection in list(self._connections.values()):
+            connection.cut("shutdown")
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+
+def _query(request: web.Request) -> dict[str, str]:
+    """Read the query as ASP.NET does: keys without case, values joined."""
+    query: dict[str, str] = {}
+    for key, value in request.query.items():
+        key = key.lower()
+        query[key] = f"{query[key]},{value}" if key in query else value
+    return query
+
+
+def _asked_transport(request: web.Request) -> str:
+    """Tell by its headers which transport a GET wants. (Always an answer.)"""
+    headers = request.headers
+    accepted = headers.get("Accept", "").lower().split(",")
+    if any(part.split(";")[0].strip() == "text/event-stream" for part in accepted):
+        return SERVER_SENT_EVENTS
+    if headers.get("Upgrade", "").lower() == "websocket":
+        return WEBSOCKETS
+    return LONG_POLLING
+
+
+def _json_answer(value: Any, status: int = 200) -> web.Response:
+    text = json.dumps(value, separators=(",", ":"))
+    return web.Response(status=status, text=text, content_type="application/json")
+
+
+def _error_answer(
+    error: web.HTTPException, message: str | None = None, **extra: Any
+) -> web.Response:
+    """Turn an aiohttp error into the JSON that every error of kestrun is."""
+    headers = error.headers.copy()
+    for name in ("Content-Type", "Content-Length"):
+        headers.pop(name, None)
+    message = message or error.text or error.reason
+    answer = {"Success": False, "Message": message, **extra}
+    return web.json_response(answer, status=error.status, headers=headers)
+
+
+def map_hub(
+    app: web.Application,
+    path: str,
+    hub_class: type[Hub],
+    options: HubOptions | None = None,
+    **overrides: Any,
+) -> HubContext:
+    """Serve a hub at `path` of an aiohttp application.
+
+    path: such as "/hubs/chat"; "/hubs/chat/negotiate" belongs to it too.
+    hub_class: a subclass of Hub that can be made without arguments. The same
+        class may be mapped twice; the two hubs know nothing of each other.
+    options, overrides: a HubOptions, and fields of it to set or change.
+    Returns the hub's context, for everything outside of hub methods. Raises
+    TypeError or ValueError for an unknown option, for a class that is no hub,
+    and for two methods that clients could not tell apart.
+    """
+    if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
+        raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
+    if not isinstance(path, str) or not path.startswith("/"):
+        raise ValueError(f"path: begins with '/', unlike {path!r}")
+    options = dataclasses.replace(options or HubOptions(), **overrides)
+    endpoint = Endpoint(hub_class, options)
+    path = path.rstrip("/")
+    for slash in ("", "/") if path else ("/",):  # ASP.NET takes both
+        app.router.add_route("*", f"{path}{slash}", endpoint.handle)
+    for slash in ("", "/"):
+        app.router.add_route("*", f"{path}/negotiate{slash}", endpoint.handle_negotiate)
+    if _add_cors not in app.on_response_prepare:
+        app.on_response_prepare.append(_add_cors)
+    app.on_startup.append(endpoint.start)
+    app.on_shutdown.append(endpoint.stop)
+    return endpoint.context
+
+
+# --------------------------------------------------------------- operations
+#
+# Long-running work on asyncio tasks. An operation belongs to nobody's request:
+# it is started, looked at by its id, called off, and forgotten a while after
+# its end. Whoever wants to tell the world about it passes `on_change`.
+
+NOT_STARTED, RUNNING = "NotStarted", "Running"
+COMPLETED, FAULTED, CANCELED = "Completed", "Faulted", "Canceled"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Operation:
+    """One piece of work. Read it at any time; only `Operations` changes it."""
+
+    def __init__(self, name: str, description: str) -> None:
+        #: The id, unguessable and safe in URLs.
+        self.id = _new_id()
+        self.name = name
+        self.description = description
+        #: "NotStarted", "Running"; then for good "Completed", "Faulted" or "Canceled".
+        self.state = NOT_STARTED
+        #: Percent, 0 to 100. It only rises, and is 100 only when completed.
+        self.progress = 0
+        #: How often progress was reported, and the text that came with it last.
+        self.step = 0
+        self.status = ""
+        self.started_at: datetime | None = None
+        self.completed_at: datetime | None = None
+        #: What the work returned, and what it raised.
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._ended = asyncio.Event()
+        self._expires = math.inf
+        self._canceled = False
+        self._task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Operation {self.name!r} {self.state} {self.progress}%>"
+
+    @property
+    def final(self) -> bool:
+        """Whether the state will not change any more."""
+        return self._ended.is_set()
+
+    async def wait(self) -> Operation:
+        """Wait for the final state; cancelling this does not cancel the work."""
+        await self._ended.wait()
+        return self
+
+
+class Progress:
+    """What the work calls to say how far it is: `await progress(40, "sorting")`."""
+
+    def __init__(
+        self, operation: Operation, changed: Callable[[Operation], Awaitable[None]]
+    ) -> None:
+        self._operation = operation
+        self._changed = changed
+
+    async def __call__(self, percent: float, status: str = "") -> None:
+        """Report progress.
+
+        percent: 0 to 100; less than before counts as before. 100 is shown and
+            announced when the work has returned, not while it still runs.
+        status: a text for people; empty leaves the last one.
+        Raises ValueError for a percentage out of range.
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent: 0 to 100, not {percent!r}")
+        operation = self._operation
+        if operation.final:
+            return
+        operation.step += 1
+        operation.progress = max(operation.progress, min(round(percent), 99))
+        operation.status = status or operation.status
+        if percent < 100:
+            await self._changed(operation)
+
+
+class Operations:
+    """Starts operations, keeps the newest, and ends them all with the program.
+
+    limit: how many are kept; the oldest finished ones go first, running ones stay.
+    retention: seconds after its end in which a finished one is kept.
+    on_change: called, or awaited if it is async, with the operation when it
+        starts, at each progress and at its end; its errors are logged only.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 1000,
+        retention: float = 3600,
+        on_change: Callable[[Operation], Awaitable[None] | None] | None = None,
+    ) -> None:
+        if limit < 1 or retention < 0:
+            raise ValueError("limit: at least 1; retention: at least 0 seconds")
+        self._limit = limit
+        self._retention = retention
+        self._on_change = on_change
+        self._operations: dict[str, Operation] = {}
+        self._closed = False
+
+    def start(
+        self,
+        work: Callable[[Progress], Awaitable[Any]],
+        *,
+        name: str = "",
+        description: str = "",
+    ) -> Operation:
+        """Start `await work(progress)` in a task of its own.
+
+        name, description: for people; the name is the function's unless given.
+        Raises RuntimeError after `close`.
+        """
+        if self._closed:
+            raise RuntimeError("these Operations are closed")
+        name = name or getattr(work, "__name__", "operation")
+        operation = Operation(name, description)
+        self._operations[operation.id] = operation
+        self._forget_old()
+        operation._task = asyncio.create_task(self._run(operation, work))
+        return operation
+
+    def get(self, id: str) -> Operation | None:
+        """Find an operation; None if it is unknown or forgotten."""
+        self._forget_old()
+        return self._operations.get(id)
+
+    def list(self) -> list[Operation]:
+        """List the operations that are kept, newest first."""
+        self._forget_old()
+        return list(self._operations.values())[::-1]
+
+    def cancel(self, id: str) -> bool:
+        """Call off an operation. False if it is unknown or final already."""
+        operation = self.get(id)
+        if operation is None or operation.final:
+            return False
+        if not operation._canceled and operation._task is not None:
+            operation._canceled = True
+            if operation.state == RUNNING:
+                operation._task.cancel()
+        return True
+
+    def remove(self, id: str) -> bool:
+        """Forget a final operation. False if it is unknown or still running."""
+        operation = self.get(id)
+        if operation is None or not operation.final:
+            return False
+        del self._operations[id]
+        return True
+
+    async def close(self) -> None:
+        """Cancel what runs and wait until it has ended; start nothing more."""
+        self._closed = True
+        running = [o for o in self._operations.values() if not o.final]
+        for operation in running:
+            self.cancel(operation.id)
+        for operation in running:
+            await operation.wait()
+
+    async def _run(
+        self, operation: Operation, work: Callable[[Progress], Awaitable[Any]]
+    ) -> None:
+        """Take an operation through its states; each is announced once."""
+        state, result = CANCELED, None
+        error: BaseException | None = None
+        try:
+            if not operation._canceled:  # before the first step
+                operation.state, operation.started_at = RUNNING, _now()
+                await self._changed(operation)
+                result = await work(Progress(operation, self._changed))
+                state = COMPLETED
+        except asyncio.CancelledError as canceled:
+            error = canceled
+        except Exception as failure:
+            state, error = FAULTED, failure
+            log.error("operation %r failed", operation.name, exc_info=failure)
+        operation.state, operation.result, operation.error = state, result, error
+        operation.completed_at = _now()
+        if state == COMPLETED:
+            operation.progress = 100
+        operation._expires = time.monotonic() + self._retention
+        operation._canceled = True  # too late: the announcement goes through
+        await self._changed(operation)
+        operation._ended.set()
+
+    async def _changed(self, operation: Operation) -> None:
+        if self._on_change is None:
+            return
+        try:
+            told = self._on_change(operation)
+            if told is not None:
+                await told
+        except Exception:
+            log.exception("on_change failed for operation %r", operation.name)
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        surplus = len(self._operations) - self._limit
+        for operation in list(self._operations.values()):
+            if not operation.final:
+                continue
+            if surplus > 0 or operation._expires <= now:
+                del self._operations[operation.id]
+                surplus -= 1
+
+
+# ----------------------------------------------------------------- schedule
+#
+# Jobs on the wall clock. One task sleeps until the next job is due; each run is
+# a task of its own, so a slow job delays nobody. A time that was missed, because
+# the machine slept or the loop was blocked, stays missed: no bursts afterwards.
+
+#: Seconds that a job may start late before that run is skipped.
+_LATE = 1.0
+
+
+class _Interval:
+    """Every so many seconds, counted from midnight UTC, 1 January 1970."""
+
+    def __init__(self, seconds: float) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"every: a number of seconds, not {seconds!r}")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"every: more than 0 seconds, not {seconds!r}")
+        self._seconds = seconds
+
+    def __str__(self) -> str:
+        return f"every {self._seconds:g} s"
+
+    def after(self, moment: float) -> float:
+        count = math.floor(moment / self._seconds) + 1
+        following = count * self._seconds
+        return following if following > moment else (count + 1) * self._seconds
+
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun") + (
+    "jul",
+    "aug",
+    "sep",
+    "oct",
+    "nov",
+    "dec",
+)
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+
+
+class _Cron:
+    """A six-field cron expression, seconds first, in local time."""
+
+    _FIELDS: ClassVar[tuple[tuple[str, int, int, dict[str, int]], ...]] = (
+        ("seconds", 0, 59, {}),
+        ("minutes", 0, 59, {}),
+        ("hours", 0, 23, {}),
+        ("day of month", 1, 31, {}),
+        ("month", 1, 12, {name: i for i, name in enumerate(_MONTHS, 1)}),
+        ("day of week", 0, 7, {name: i for i, name in enumerate(_DAYS)}),
+    )
+
+    def __init__(self, expression: str) -> None:
+        parts = expression.split()
+        if len(parts) != len(self._FIELDS):
+            raise ValueError(
+                f"cron {expression!r}: six fields are needed (seconds, minutes, hours, "
+                f"day of month, month, day of week), not {len(parts)}"
+            )
+        self._expression = expression
+        values = []
+        for part, field in zip(parts, self._FIELDS, strict=True):
+            try:
+                values.append(self._parse(part, *field[1:]))
+            except ValueError as error:
+                raise ValueError(
+                    f"cron {expression!r}: {field[0]} {part!r}: {error}"
+                ) from None
+        self._seconds, self._minutes, self._hours = map(sorted, values[:3])
+        self._days, self._months, weekdays = values[3:]
+        self._weekdays = {day % 7 for day in weekdays}
+        # Cron's oldest rule: with both days restricted, either may match.
+        self._either = parts[3][0] not in "*?" and parts[5][0] not in "*?"
+        if not any(self._days_from(datetime(2024, 1, 1), 366 * 8)):
+            raise ValueError(f"cron {expression!r}: day of month: there is no such day")
+
+    def __str__(self) -> str:
+        return self._expression
+
+    @staticmethod
+    def _parse(part: str, low: int, high: int, names: dict[str, int]) -> set[int]:
+        """Read one field: *, ?, lists, ranges, steps, names."""
+
+        def number(text: str) -> int:
+            value = names.get(text.lower(), int(text) if text.isdecimal() else -1)
+            if not low <= value <= high:
+                raise ValueError(f"{text!r} is not between {low} and {high}")
+            return value
+
+        found: set[int] = set()
+        for item in part.split(","):
+            span, slash, step = item.partition("/")
+            if slash and not (step.isdecimal() and int(step) > 0):
+                raise ValueError(f"the step {step!r} is not a number above 0")
+            first, dash, last = span.partition("-")
+            if span in ("*", "?"):
+                start, end = low, high
+            elif dash:
+                start, end = number(first), number(last)
+            else:
+                start = number(first)
+                end = high if slash else start
+            if start > end:
+                raise ValueError(f"{span!r} runs backwards")
+            found.update(range(start, end + 1, int(step) if slash else 1))
+        return found
+
+    def _matches(self, day: datetime) -> bool:
+        in_month = day.day in self._days
+        in_week = day.isoweekday() % 7 in self._weekdays
+        fits = in_month or in_week if self._either else in_month and in_week
+        return fits and day.month in self._months
+
+    def _days_from(self, day: datetime, count: int) -> Iterator[datetime]:
+        for _ in range(count):
+            if self._matches(day):
+                yield day
+            day += timedelta(days=1)
+
+    def after(self, moment: float) -> float:
+        """Find the first matching second after a moment (seconds since 1970)."""
+        local = datetime.fromtimestamp(math.floor(moment) + 1)
+        today = local.replace(hour=0, minute=0, second=0)
+        for day in self._days_from(today, 366 * 8 + 1):
+            for hour in self._hours:
+                for minute in self._minutes:
+                    for second in self._seconds:
+                        found = day.replace(hour=hour, minute=minute, second=second)
+                        # The second check leaves out hours that a change to
+                        # summer time skips or repeats.
+                        if found >= local and found.timestamp() > moment:
+                            return found.timestamp()
+        return math.inf
+
+
+class _Job:
+    """A function and when it runs."""
+
+    def __init__(
+        self, name: str, function: Callable[[], Any], when: _Interval | _Cron
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.when = when
+        self.next = math.inf
+        self.last: float | None = None
+        self.suspended = False
+        self.runs = self.failures = 0
+        self.task: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Run once; an error is logged, and the next time comes all the same."""
+        try:
+            result = self.function()
+            if hasattr(result, "__await__"):
+                await result
+        except Exception:
+            self.failures += 1
+            log.exception("job %s failed and runs again next time", self.name)
+
+
+class Schedule:
+    """Runs functions on the clock, without an external scheduler.
+
+    Register with `every` or `cron`; jobs run between `start` and `close`, or as
+    long as an application does: `app.cleanup_ctx.append(schedule.context)`.
+    Registering while an event loop runs starts the schedule by itself.
+
+    clock, sleep: the time in seconds since 1970 and an async sleep, for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._jobs: dict[str, _Job] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def every(self, seconds: float, *, name: str = "") -> Callable[[F], F]:
+        """Run the decorated function at every multiple of `seconds`.
+
+        Multiples are of the clock: 30 means :00 and :30 of each minute. The job
+        is named after the function unless `name` is given. Raises ValueError for
+        an interval that is not positive or a name that is taken.
+        """
+        return self._register(_Interval(seconds), name)
+
+    def cron(self, expression: str, *, name: str = "") -> Callable[[F], F]:
+        """Run the decorated function when six fields match the local time.
+
+        expression: seconds, minutes, hours, day of month, month, day of week;
+            each with lists (1,15), ranges (mon-fri), steps (*/10) and names.
+        Raises ValueError that points at the wrong field.
+        """
+        return self._register(_Cron(expression), name)
+
+    def _register(self, when: _Interval | _Cron, name: str) -> Callable[[F], F]:
+        def decorate(function: F) -> F:
+            job = _Job(name or function.__name__, function, when)
+            if job.name in self._jobs:
+                raise ValueError(f"there is a job named {job.name!r} already")
+            job.next = when.after(self._clock())
+            self._jobs[job.name] = job
+            with contextlib.suppress(RuntimeError):  # no loop yet: start() comes later
+                asyncio.get_running_loop()
+                self._restart()
+            return function
+
+        return decorate
+
+    def report(self) -> list[dict[str, Any]]:
+        """Describe every job: name, when, suspended, last and next run, counts."""
+
+        def moment(seconds: float | None) -> datetime | None:
+            if seconds is None or seconds == math.inf:
+                return None
+            return datetime.fromtimestamp(seconds, UTC)
+
+        return [
+            {
+                "name": job.name,
+                "schedule": str(job.when),
+                "suspended": job.suspended,
+                "running": job.task is not None,
+                "last_run": moment(job.last),
+                "next_run": None if job.suspended else moment(job.next),
+                "runs": job.runs,
+                "failures": job.failures,
+            }
+            for job in self._jobs.values()
+        ]
+
+    def suspend(self, name: str) -> None:
+        """Let a job's times pass. Raises KeyError for an unknown name."""
+        self._jobs[name].suspended = True
+
+    def resume(self, name: str) -> None:
+        """Let a suspended job run at its next time. Raises KeyError."""
+        job = self._jobs[name]
+        job.suspended, job.next = False, job.when.after(self._clock())
+        if self._task is not None:
+            self._restart()
+
+    def cancel(self, name: str) -> None:
+        """Forget a job, and end it if it runs. Raises KeyError."""
+        job = self._jobs.pop(name)
+        if job.task is not None:
+            job.task.cancel()
+
+    def start(self) -> None:
+        """Begin to run jobs; needs a running event loop."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop, ending the jobs that run."""
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        if self._task is not None:
+            tasks.append(self._task)
+            self._task = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def context(self, app: object) -> AsyncIterator[None]:
+        """Run with an aiohttp application (for `app.cleanup_ctx`)."""
+        self.start()
+        yield
+        await self.close()
+
+    def _restart(self) -> None:
+        """Look at the jobs anew: one of them may be due earlier now."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            now = self._clock()
+            for job in list(self._jobs.values()):
+                self._run_if_due(job, now)
+            nearest = min((job.next for job in self._jobs.values()), default=math.inf)
+            # Never for long: the clock may be set while this sleeps.
+            await self._sleep(max(0.0, min(nearest - self._clock(), 30.0)))
+
+    def _run_if_due(self, job: _Job, now: float) -> None:
+        following = job.when.after(now)
+        if job.next > now:
+            job.next = min(job.next, following)  # in case the clock was set back
+            return
+        late, job.next = now - job.next, following
+        if job.suspended:
+            return
+        if late > _LATE:
+            log.warning("job %s skipped a run: %.1f s late", job.name, late)
+        elif job.task is not None:
+            log.warning("job %s skipped a run: the last one is not over", job.name)
+        else:
+            job.last, job.runs = now, job.runs + 1
+            job.task = asyncio.create_task(job.run())
+            job.task.add_done_callback(functools.partial(self._job_done, job))
+
+    @staticmethod
+    def _job_done(job: _Job, task: asyncio.Task[None]) -> None:
+        job.task = None
+
+
+# --------------------------------------------------------------------- page
+#
+# The second half of the lesson: a hub client of its own in plain JavaScript.
+# A raw literal without placeholders; what differs it asks the server.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="hub" content="hubs/kestrun">
+<title>Kestrun</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http:%2F%2Fwww.w3.org%2F2000%2Fsvg'
+  viewBox='0 0 24 24' fill='none' stroke='%23b8683a' stroke-width='2.6'
+  stroke-linecap='round' %3E%3Cpath d='M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8
+  18 12 17 17 18'/%3E%3C/svg%3E">
+<style>
+  :root {
+    color-scheme: light dark;
+    --paper: #eef2f5; --panel: #fdfefe; --raised: #edf2f6; --ink: #17222c;
+    --muted: #51606d; --line: #d6dee5; --edge: #7a8997; --accent: #235f8c;
+    --on-accent: #fff; --feather: #a9582b; --good: #1c6b48; --warn: #855000;
+    --bad: #b02a20;
+  }
+  @media (prefers-color-scheme: dark) {
+    :root {
+      --paper: #10161c; --panel: #182028; --raised: #232e38; --ink: #dfe7ee;
+      --muted: #9aa9b6; --line: #2c3843; --edge: #677683; --accent: #86b9e2;
+      --on-accent: #0d1a25; --feather: #e0935f; --good: #7ccba2; --warn: #e6b566;
+      --bad: #f0938a;
+    }
+  }
+  * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0;
+    overflow-wrap: anywhere; }
+  [hidden] { display: none !important; }
+  html { scroll-padding-bottom: 40dvh; }     /* what has the focus stays above the log */
+  body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
+    max-width: 84rem; margin: auto; padding: 1rem; color: var(--ink);
+    background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
+  header, .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+  header svg { width: 2.75rem; margin-right: .25rem; fill: none; stroke: var(--feather);
+    stroke-width: 2.2; stroke-linecap: round; }
+  h1 { font-size: 1.5rem; line-height: 1.2; }
+  h2 { font-size: 1.0625rem; }
+  p, label, .state { color: var(--muted); font-size: .875rem; }
+  code, time { font: .8125rem ui-monospace, Menlo, Consolas, monospace; }
+  ul, ol { padding: 0; list-style: none; }
+  main, .controls, .controls section { display: grid; gap: 1rem; align-content: start; }
+  .controls section { gap: .75rem; }
+  section, #token-form { padding: 1rem 1.125rem; border: 1px solid var(--line);
+    border-radius: .75rem; background: var(--panel); }
+  label { display: grid; flex: 1 1 8rem; gap: .25rem; }
+  .row:has(label) { align-items: end; }
+  input, button { padding: .375rem .75rem; border: 1px solid var(--edge);
+    border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
+  input { width: 100%; font-size: 1rem; }
+  button { border-color: var(--line); background: var(--raised); font-size: .875rem;
+    line-height: 1.7; cursor: pointer; }
+  button:hover { border-color: var(--edge); }
+  .main { background: var(--accent); color: var(--on-accent); }
+  :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+
+  #state { font-weight: 600; }
+  #state::before { content: "●"; margin-right: .375rem; color: var(--warn); }
+  [data-state="Connected"] #state::before { color: var(--good); }
+  #groups { display: flex; flex-wrap: wrap; gap: .375rem; font-size: .875rem; }
+  #groups li { padding: 0 .75rem; border: 1px solid var(--edge); border-radius: 1rem; }
+  #groups:empty::after { content: "In no group yet"; color: var(--muted); }
+  #operations:empty { display: none; }
+  #operations li { display: grid; gap: .5rem; padding: .75rem 0;
+    border-top: 1px solid var(--line); }
+  #operations button, #clear, #retry { padding: 0 .625rem; }
+  .id { flex: 1 1 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  .state { color: var(--ink); font-weight: 600; }
+  progress { width: 100%; height: .5rem; border: 0; border-radius: 1rem; appearance: none;
+    background: var(--line); overflow: hidden; }
+  progress::-webkit-progress-bar { background: none; }
+  progress::-webkit-progress-value { background: var(--feather); transition: width .4s; }
+  progress::-moz-progress-bar { background: var(--feather); }
+
+  [role="log"] { display: grid; grid-template-rows: auto 1fr; gap: .5rem; height: 38dvh;
+    position: sticky; bottom: 0; margin: 0 -1rem -1rem; border-width: 1px 0 0;
+    border-radius: 0; }                      /* docked below the buttons that fill it */
+  [role="log"] .row { justify-content: space-between; }
+  #log { overflow-y: auto; }
+  #log:empty::after { content: "Nothing yet"; color: var(--muted); }
+  #log li { display: grid; grid-template-columns: 4.5rem 1fr; gap: 0 .75rem;
+    align-items: baseline; padding: .3125rem 0; font-size: .9375rem;
+    animation: arrive .4s; }
+  #log li + li { border-top: 1px solid var(--line); }
+  #log strong { color: var(--accent); font-size: .8125rem; }
+  #log span { grid-column: 1 / -1; }
+  #log :is(time, [data-kind="Connection"] *, [data-kind="Answer"] *) {
+    color: var(--muted); }
+  #log [data-kind~="Warning"] strong { color: var(--warn); }
+  #log [data-kind~="Error"] strong { color: var(--bad); }
+  @keyframes arrive { from { opacity: 0; } }
+  @media (min-width: 56rem) {                /* two columns, each scrolls by itself */
+    body { height: 100dvh; padding: 1.25rem 2rem 2rem; }
+    #connection { margin-left: auto; text-align: right; }
+    main { flex: 1; grid-template: minmax(0, 1fr) / 27rem 1fr; align-content: stretch; }
+    .controls { overflow-y: auto; }
+    [role="log"] { height: auto; margin: 0; border-width: 1px; border-radius: .75rem; }
+    #log li { grid-template-columns: 4.5rem 12rem 1fr; }
+    #log span { grid-column: auto; }
+  }
+  @media (prefers-reduced-motion: reduce) {
+    #log li { animation: none; }
+    progress::-webkit-progress-value { transition: none; }
+  }
+</style>
+</head>
+<body>
+<header>
+  <svg viewBox="0 0 24 24" aria-hidden="true">
+    <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
+  <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
+  <div id="connection">
+    <button id="retry" type="button" hidden>Try now</button>
+    <output id="state"><span id="state-words">Connecting</span>
+      <span id="transport"></span></output>
+    <p>Connection id <code id="connection-id">none yet</code></p>
+  </div>
+</header>
+
+<form id="token-form" class="row" hidden>
+  <label><span id="token-hint">Token</span>
+    <input id="token" type="password" autocomplete="off" required pattern="[ -~]+"
+      title="Latin letters, digits and signs"></label>
+  <button id="token-send" class="main">Use this token</button>
+</form>
+
+<main>
+  <div class="controls">
+    <noscript>This page needs JavaScript to talk to the server.</noscript>
+    <section>
+      <h2>To everyone</h2>
+      <form class="row">
+        <button id="log-information">Information</button>
+        <button id="log-warning">Warning</button>
+        <button id="log-error">Error</button>
+        <button id="event">Custom event</button>
+      </form>
+      <form class="row">
+        <label>Echo, to this page only <input id="echo" value="Hello" required></label>
+        <button id="echo-send">Send</button>
+      </form>
+    </section>
+
+    <section>
+      <h2>Groups</h2>
+      <form class="row">
+        <label>Group <input id="group" value="Admins" autocomplete="off" required></label>
+        <button id="join" class="main">Join</button>
+        <button id="leave">Leave</button>
+        <button id="broadcast">Broadcast</button>
+        <button id="ask-join">Ask others to join</button>
+        <button id="ask-leave">Ask others to leave</button>
+      </form>
+      <ul id="groups" aria-label="Groups this page is in"></ul>
+    </section>
+
+    <section>
+      <h2>Long operations</h2>
+      <form class="row">
+        <label>Seconds
+          <input id="seconds" type="number" min="1" max="3600" value="5" required></label>
+        <button id="start" class="main">Start</button>
+      </form>
+      <ul id="operations" aria-label="Operations, newest first"></ul>
+      <template id="operation">
+        <li>
+          <div class="row"><code class="id"></code> <output class="state"></output></div>
+          <progress max="100" value="0"></progress>
+          <p class="message"></p>
+          <div class="row">
+            <button type="button" class="status">Status</button>
+            <button type="button" class="cancel">Cancel</button>
+            <button type="button" class="remove" hidden>Remove</button>
+          </div>
+        </li>
+      </template>
+    </section>
+  </div>
+
+  <section role="log" aria-labelledby="log-title">
+    <div class="row">
+      <h2 id="log-title">Log</h2> <button id="clear" type="button">Clear</button></div>
+    <ol id="log" tabindex="0" aria-labelledby="log-title"></ol>
+  </section>
+</main>
+
+<script type="module">
+// ------------------------------------------------------------------ hub connection
+//
+// A SignalR client: the JSON protocol over a WebSocket. A hub message is one JSON object
+// and the character 0x1E. Left out, because this page needs none of it: the other
+// transports, streams, client results, MessagePack, stateful reconnect.
+
+const INVOCATION = 1, COMPLETION = 3, PING = 6, CLOSE = 7, END = "\x1e";
+const PING_INTERVAL = 15_000, SERVER_TIMEOUT = 30_000;   // milliseconds, as in SignalR
+const RETRY_DELAYS = [0, 2, 10, 30];                     // seconds; the last one repeats
+
+class HubConnection {
+  state = "Disconnected";   // or Connecting, Connected, Reconnecting, Unauthorized
+  #handlers = new Map();    // method name in lower case -> function
+  #pending = new Map();     // invocation id -> {resolve, reject}
+  #buffer = "";             // the start of a message whose rest has not arrived yet
+  #tries = 0;               // reconnects since the connection was last a steady one
+  #lastId = 0;
+  #socket = null;
+  #pingedAt = 0;
+  #timers = {};             // retry, ping, silence
+
+  /** token: () => string, asked at each attempt; onstate: (state, {reason, delay}) => … */
+  constructor(url, token, onstate) {
+    Object.assign(this, { url, token, onstate });
+  }
+
+  on(method, handler) {     // SignalR compares these names without regard to case
+    this.#handlers.set(method.toLowerCase(), handler);
+  }
+
+  async invoke(target, ...args) {
+    if (this.state !== "Connected") throw new Error("There is no connection right now.");
+    const invocationId = String(++this.#lastId);
+    this.#send({ type: INVOCATION, invocationId, target, arguments: args });
+    return new Promise((resolve, reject) =>
+      this.#pending.set(invocationId, { resolve, reject }));
+  }
+
+  start() {                 // from the beginning, without waiting for the next attempt
+    this.#drop();
+    this.#tries = 0;
+    this.#connect();
+  }
+
+  async #connect() {
+    this.#setState(this.connectionId ? "Reconnecting" : "Connecting");
+    try {
+      this.#open(await this.#negotiate());
+    } catch (error) {
+      if (error.status === 401) this.#setState("Unauthorized");
+      else this.#lost(error.message);
+    }
+  }
+
+  async #negotiate() {      // the id is public, the token that opens the socket is not
+    const url = new URL(this.url);
+    url.pathname += "/negotiate";
+    url.searchParams.set("negotiateVersion", 1);
+    const answer = await (await request("POST", url, this.token())).json();
+    if (answer.error) throw new Error(answer.error);
+    this.connectionId = answer.connectionId;
+    return answer.connectionToken;
+  }
+
+  #open(connectionToken) {
+    this.#drop();
+    const url = new URL(this.url);
+    url.protocol = url.protocol.replace("http", "ws");
+    url.searchParams.set("id", connectionToken);
+    // A browser sends no Authorization header with a WebSocket, so the query carries it.
+    if (this.token()) url.searchParams.set("access_token", this.token());
+    const socket = this.#socket = new WebSocket(url);
+    const current = (act) => (event) => socket === this.#socket && act(event);
+    socket.onopen = current(() => this.#send({ protocol: "json", version: 1 }));
+    socket.onmessage = current(({ data }) => this.#receive(data));
+    socket.onclose = current(() => this.#lost("The connection broke off."));
+    this.#watch();
+  }
+
+  #send(message) {
+    this.#socket.send(JSON.stringify(message) + END);
+  }
+
+  #receive(data) {          // a frame may hold several messages, or only a part of one
+    this.#watch();
+    const messages = (this.#buffer + data).split(END);
+    this.#buffer = messages.pop();
+    for (const text of messages) {
+      if (!this.#socket) return;                 // the message before was a Close
+      if (this.state === "Connected") this.#dispatch(JSON.parse(text));
+      else this.#shakeHands(JSON.parse(text));
+    }
+  }
+
+  #shakeHands({ error }) {
+    if (error) return this.#lost(error);
+    this.#timers.ping = setInterval(() => {
+      this.#tries = 0;      // steady; a server that cuts us sooner is asked less often
+      this.#ping();
+    }, PING_INTERVAL);
+    this.#ping();
+    this.#setState("Connected");
+  }
+
+  #dispatch(message) {
+    const { type, target, invocationId, result, error } = message;
+    if (type === INVOCATION) {
+      this.#handlers.get(target.toLowerCase())?.(...message.arguments);
+    } else if (type === COMPLETION) {
+      const { resolve, reject } = this.#pending.get(invocationId);
+      this.#pending.delete(invocationId);
+      if (error) reject(new Error(error));
+      else resolve(result);
+    } else if (type === CLOSE) {
+      this.#lost(error ?? "The server ended the connection.", !!message.allowReconnect);
+    }                       // a ping has done its work by arriving
+  }
+
+  #ping() {
+    this.#pingedAt = Date.now();
+    this.#send({ type: PING });
+  }
+
+  #watch() {                // something arrived: the clock of silence starts anew
+    clearTimeout(this.#timers.silence);
+    this.#timers.silence = setTimeout(
+      () => this.#lost("The server was silent for 30 seconds."), SERVER_TIMEOUT);
+    // In a hidden page timers run about once a minute, too seldom for the server's
+    // patience. Messages arrive in time all the same, so they drive pings as well.
+    const due = Date.now() - this.#pingedAt >= PING_INTERVAL;
+    if (due && this.state === "Connected") this.#ping();
+  }
+
+  #lost(reason, again = true) {
+    this.#drop();
+    if (!again) return this.#setState("Disconnected", { reason });
+    const delay = RETRY_DELAYS[Math.min(this.#tries++, RETRY_DELAYS.length - 1)];
+    this.#timers.retry = setTimeout(() => this.#connect(), delay * 1000);
+    this.#setState("Reconnecting", { reason, delay });
+  }
+
+  #drop() {
+    for (const timer of Object.values(this.#timers)) clearTimeout(timer);
+    this.#socket?.close();
+    this.#socket = null;    // from here on the old socket's events are ignored
+    this.#buffer = "";
+    const error = new Error("The connection was lost before the server answered.");
+    for (const { reject } of this.#pending.values()) reject(error);
+    this.#pending.clear();
+  }
+
+  #setState(state, detail) {
+    const previous = this.state;
+    this.state = state;
+    this.onstate(state, { previous, ...detail });
+  }
+}
+
+/** Fetch with the token; whatever goes wrong becomes a sentence for the reader. */
+async function request(method, url, token) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const signal = AbortSignal.timeout(SERVER_TIMEOUT);
+  const response = await fetch(url, { method, headers, signal })
+    .catch(() => { throw new Error("The server cannot be reached. Is it running?"); });
+  if (response.ok) return response;
+  const { status } = response;
+  const { Message } = await response.json().catch(() => ({}));
+  throw Object.assign(new Error(Message ?? `The server answered ${status}.`), { status });
+}
+
+// ------------------------------------------------------------------------ the page
+//
+// Everything received is written with textContent, never as HTML: whatever another
+// client sends stays text.
+
+const byId = (id) => document.getElementById(id);
+const address = (path) => new URL(path, document.baseURI);   // works under a sub-path
+const token = () => sessionStorage.getItem("kestrun-token");
+const hubPath = document.querySelector("meta[name=hub]").content;
+const connection = new HubConnection(address(hubPath), token, showState);
+const groups = new Map();   // name -> "" or what is to be said about it
+
+function element(name, text, properties) {
+  return Object.assign(document.createElement(name), { textContent: text }, properties);
+}
+
+function note(kind, text, timestamp = Date.now()) {
+  const log = byId("log"), date = new Date(timestamp), entry = element("li");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 32;
+  const time = date.toLocaleTimeString([], { hourCycle: "h23" });
+  entry.dataset.kind = kind;
+  entry.append(element("time", time, { dateTime: date.toISOString() }),
+    element("strong", kind), element("span", text));
+  log.append(entry);
+  while (log.childElementCount > 500) log.firstElementChild.remove();
+  if (atEnd) log.scrollTop = log.scrollHeight;   // else somebody is reading further up
+}
+
+/** Ask a route of the API; some answer in JSON, some in plain text. */
+async function call(method, path) {
+  try {
+    const response = await request(method, address(`api/${path}`), token());
+    const isJson = response.headers.get("Content-Type")?.includes("json");
+    return await (isJson ? response.json() : response.text());
+  } catch (error) {
+    if (error.status === 401) askForToken();
+    throw error;
+  }
+}
+
+/** Do what was asked for; its answer or its error goes to the log. */
+async function perform(action) {
+  try {
+    const answer = await action();
+    if (answer) note("Answer", answer.Message ?? answer);
+  } catch (error) {
+    note("Error", error.message);
+  }
+}
+
+function showState(state, { previous, reason, delay }) {
+  const connected = state === "Connected";
+  document.body.dataset.state = state;
+  byId("state-words").textContent = delay ? `${state}, next try in ${delay} s` : state;
+  byId("transport").textContent = connected ? "over WebSockets" : "";
+  byId("connection-id").textContent = connected ? connection.connectionId : "none";
+  byId("retry").hidden = !delay && state !== "Disconnected";
+  if (connected) {
+    byId("token-form").hidden = true;
+    note("Connection", previous === "Reconnecting" ? "Connected again." : "Connected.");
+    // Groups end with the connection: the page remembers its own and joins them again.
+    for (const name of groups.keys()) perform(() => joinGroup(name));
+    perform(refreshOperations);
+  } else {
+    for (const name of groups.keys()) groups.set(name, ", to be joined again");
+    showGroups();
+    if (state === "Unauthorized") askForToken();
+    // Said once when the connection is lost, not at every vain attempt.
+    if (reason && previous !== "Reconnecting") note("Connection", `${reason} ${state}.`);
+  }
+}
+
+function askForToken() {
+  if (!byId("token-form").hidden) return;
+  byId("token-hint").textContent = token()
+    ? "The server did not accept this token. Please check it and try again."
+    : "This server asks for a token.";
+  byId("token-form").hidden = false;
+  byId("token").focus();
+}
+
+function useToken() {
+  sessionStorage.setItem("kestrun-token", byId("token").value);
+  byId("token-form").hidden = true;
+  byId("token-form").reset();
+  connection.start();
+}
+
+const joinGroup = (groupName) => connection.invoke("JoinGroup", groupName);
+const leaveGroup = (groupName) => connection.invoke("LeaveGroup", groupName);
+
+function showGroups() {
+  const items = Array.from(groups, ([name, remark]) => element("li", name + remark));
+  byId("groups").replaceChildren(...items);
+}
+
+// Operations have a row each, made when the page first hears of them.
+
+const rows = () => Array.from(byId("operations").children);
+const isFinal = (row) => !row.querySelector(".remove").hidden;
+
+function operationRow(taskId) {
+  const known = rows().find((row) => row.dataset.taskId === taskId);
+  if (known) return known;
+  const row = byId("operation").content.firstElementChild.cloneNode(true);
+  row.dataset.taskId = taskId;
+  row.querySelector(".id").textContent = taskId;
+  row.querySelector("progress").ariaLabel = `Progress of ${taskId}`;
+  byId("operations").prepend(row);
+  rows().filter(isFinal).slice(20).forEach((old) => old.remove());
+  return row;
+}
+
+function showOperation({ TaskId, State, Progress, Status, Message }) {
+  const row = operationRow(TaskId), progress = row.querySelector("progress");
+  if (isFinal(row)) return; // an answer that was overtaken by the end
+  const running = ["NotStarted", "Running"].includes(State);
+  progress.value = Progress ?? progress.value;
+  row.querySelector(".state").textContent = State;
+  row.querySelector(".message").textContent = `${progress.value} %, ${Status || Message}`;
+  row.querySelector(".cancel").hidden = !running;
+  row.querySelector(".remove").hidden = running;
+}
+
+async function refreshOperations() {
+  const before = rows().map((row) => row.dataset.taskId);
+  const list = await call("GET", "operation/list");
+  list.reverse().forEach(showOperation);         // the newest last, so it ends up on top
+  const known = new Set(list.map(({ TaskId }) => TaskId));
+  for (const TaskId of before.filter((id) => !known.has(id))) {
+    showOperation({ TaskId, State: "Unknown", Message: "the server does not know it" });
+  }
+}
+
+async function startOperation() {
+  const answer = await call("POST", `operation/start?seconds=${byId("seconds").value}`);
+  showOperation({ ...answer, State: "Running" });
+  return answer;
+}
+
+async function getOperationStatus(taskId) {
+  const operation = await call("GET", `operation/status/${taskId}`);
+  showOperation(operation);
+  return operation;
+}
+
+async function cancelOperation(taskId) {
+  return call("POST", `operation/cancel/${taskId}`);
+}
+
+async function removeOperation(taskId) {
+  const answer = await call("DELETE", `operation/${taskId}`).catch((error) => {
+    if (error.status !== 404) throw error;       // the server has forgotten it by itself
+  });
+  operationRow(taskId).remove();
+  return answer;
+}
+
+// The tables: what the server invokes, what its events do, what the buttons do.
+
+const methods = {
+  ReceiveLog({ level, message, timestamp }) {
+    note(`Log · ${level}`, message, timestamp);
+  },
+  ReceiveEvent({ eventName, data, timestamp }) {
+    const text = (data && events[eventName]?.(data)) ?? JSON.stringify(data);
+    note(`Event · ${eventName}`, text, timestamp);
+  },
+  ReceiveGroupMessage({ Message, Timestamp, Sender }) {
+    note("Group message", `${Message} (from ${Sender})`, Timestamp);
+  },
+  ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
+    const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
+    const figures = `${ProcessorCount} processors, ${MemoryMB} MB, Python ${PythonVersion}`;
+    note("Admin update", `${Message} (${figures})`, Timestamp);
+  },
+  ReceiveEcho(message) {
+    note("Echo", message);
+  },
+  GroupJoined(groupName) {
+    groups.set(groupName, "");
+    showGroups();
+    note("Group", `This page is in ${groupName}.`);
+  },
+  GroupLeft(groupName) {
+    groups.delete(groupName);
+    showGroups();
+    note("Group", `This page has left ${groupName}.`);
+  },
+};
+
+const events = {            // each returns its text for the log
+  __proto__: null,          // so that an event called "constructor" finds nothing
+  PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
+  GroupJoinRequest: ({ Message, GroupName }) => `${Message} (group ${GroupName})`,
+  GroupLeaveRequest: ({ Message, GroupName }) => `${Message} (group ${GroupName})`,
+  OperationProgress(data) {
+    showOperation({ ...data, State: "Running" });
+    return `${data.Progress} %, ${data.Message}`;
+  },
+  OperationComplete(data) {
+    showOperation(data);
+    return `${data.State}, ${data.Message}`;
+  },
+  ServerHeartbeat: ({ Message, Uptime, ConnectedClients }) =>
+    `${Message} (up ${Uptime}, ${ConnectedClients} connected)`,
+};
+
+const group = () => byId("group").value;
+const groupPath = (verb) => `group/${verb}/${encodeURIComponent(group())}`;
+const buttons = {
+  "log-information": () => call("GET", "ps/log/Information"),
+  "log-warning": () => call("GET", "ps/log/Warning"),
+  "log-error": () => call("GET", "ps/log/Error"),
+  "event": () => call("GET", "ps/event"),
+  "echo-send": () => connection.invoke("Echo", byId("echo").value),
+  "join": () => joinGroup(group()),
+  "leave": () => leaveGroup(group()),
+  "broadcast": () => call("POST", groupPath("broadcast")),
+  "ask-join": () => call("POST", groupPath("join")),
+  "ask-leave": () => call("POST", groupPath("leave")),
+  "start": startOperation,
+  "token-send": useToken,
+};
+const rowButtons = {
+  status: getOperationStatus, cancel: cancelOperation, remove: removeOperation };
+
+for (const [name, handler] of Object.entries(methods)) {
+  connection.on(name, (...args) => perform(() => handler(...args)));
+}
+document.addEventListener("submit", (event) => {
+  event.preventDefault();
+  perform(buttons[event.submitter.id]);
+});
+byId("operations").addEventListener("click", ({ target }) => {
+  const act = target.matches("button") && rowButtons[target.className];
+  if (act) perform(() => act(target.closest("li").dataset.taskId));
+});
+byId("clear").addEventListener("click", () => byId("log").replaceChildren());
+byId("retry").addEventListener("click", () => connection.start());
+connection.start();
+</script>
+</body>
+</html>
+"""
+
+
+# --------------------------------------------------------------------- demo
+#
+# The sample application, as one would write it with this file next to it: a
+# hub of three methods, routes that broadcast, operations that report, two jobs.
+# Names and payloads are those of Kestrun's PowerShell sample "SignalR".
+
+#: Where the demo application keeps its hub: `app[kestrun.HUB]`.
+HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
+
+#: The levels of the sample, each with Python's number for it.
+LEVELS = {
+    "Trace": 5,
+    "Verbose": 5,
+    "Debug": logging.DEBUG,
+    "Information": logging.INFO,
+    "Warning": logging.WARNING,
+    "Error": logging.ERROR,
+    "Critical": logging.CRITICAL,
+    "Fatal": logging.CRITICAL,
+}
+
+_LONGEST_NAME = 256
+_LONGEST_OPERATION = 3600
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _stamp(moment: datetime) -> str:
+    """Write a time as all payloads carry it: ISO 8601, UTC, ending in Z."""
+    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+async def broadcast_log(hub: HubContext, level: str, message: str) -> None:
+    """Send `ReceiveLog` to everyone: {level, message, timestamp}.
+
+    level: one of the eight names in LEVELS. Raises ValueError for another.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level: one of {', '.join(LEVELS)}, not {level!r}")
+    entry = {"level": level, "message": message, "timestamp": _stamp(_now())}
+    await hub.clients.all.send("ReceiveLog", entry)
+
+
+async def broadcast_event(hub: HubContext, event_name: str, data: Any) -> None:
+    """Send `ReceiveEvent` to everyone: {eventName, data, timestamp}."""
+    event = {"eventName": event_name, "data": data, "timestamp": _stamp(_now())}
+    await hub.clients.all.send("ReceiveEvent", event)
+
+
+async def broadcast_to_group(
+    hub: HubContext, group_name: str, method: str, message: Any
+) -> None:
+    """Call `method(message)` on every member of a group."""
+    await hub.clients.group(group_name).send(method, message)
+
+
+def _check_name(text: str, what: str) -> str:
+    """Let a name pass that can be shown and logged. Raises ValueError."""
+    if not 0 < len(text) <= _LONGEST_NAME:
+        raise ValueError(f"{what}: 1 to {_LONGEST_NAME} characters are needed.")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ValueError(f"{what}: control characters are not allowed.")
+    return text
+
+
+class KestrunHub(Hub):
+    """The hub of the sample."""
+
+    async def join_group(self, group_name: str) -> None:
+        await self.groups.add(self.context.connection_id, self._checked(group_name))
+        await self.clients.caller.send("GroupJoined", group_name)
+
+    async def leave_group(self, group_name: str) -> None:
+        await self.groups.remove(self.context.connection_id, self._checked(group_name))
+        await self.clients.caller.send("GroupLeft", group_name)
+
+    async def echo(self, message: Any) -> None:
+        await self.clients.caller.send("ReceiveEcho", message)
+
+    @staticmethod
+    def _checked(group_name: str) -> str:
+        try:
+            return _check_name(group_name, "groupName")
+        except ValueError as error:
+            raise HubException(str(error)) from None
+
+
+def _status(operation: Operation) -> dict[str, Any]:
+    """Describe an operation as the status and list routes do."""
+    started, ended = operation.started_at, operation.completed_at
+    return {
+        "OperationId": operation.id,
+        "TaskId": operation.id,
+        "Name": operation.name,
+        "State": operation.state,
+        "StartedAt": started and _stamp(started),
+        "CompletedAt": ended and _stamp(ended),
+        "Progress": operation.progress,
+        "Status": operation.status,
+        "Message": f"{operation.name} is {operation.state} at {operation.progress} %.",
+    }
+
+
+def _memory_mb() -> float:
+    """Measure what this process holds in memory, in MiB (0 where unknown)."""
+    try:
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+class Demo:
+    """The sample's routes and jobs around one hub."""
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token
+        self._started = time.monotonic()
+        self._page = PAGE
+        self.hub: HubContext
+        self.operations = Operations(on_change=self._announce)
+        self.schedule = Schedule()
+        self.schedule.every(30, name="heartbeat")(self._heartbeat)
+        self.schedule.cron("0 * * * * *", name="admin_status")(self._admin_status)
+
+    def mount(
+        self, app: web.Application, hub_path: str, origins: Collection[str]
+    ) -> None:
+        """Put hub, routes, jobs and their ends into an application."""
+        app.on_shutdown.append(self._end_operations)  # announced before the hub ends
+        self.hub = app[HUB] = map_hub(
+            app,
+            hub_path,
+            KestrunHub,
+            allow_stateful_reconnects=True,
+            allowed_origins=origins,
+            authenticate=self._authenticate,
+        )
+        relative = html.escape(hub_path.lstrip("/"))
+        self._page = PAGE.replace('content="hubs/kestrun"', f'content="{relative}"')
+        app.cleanup_ctx.append(self.schedule.context)
+        route = app.router
+        route.add_get("/", self._show_page)
+        route.add_get("/healthz", self._healthz)
+        # HEAD must not fire anything, so it is not offered here.
+        api = self._api
+        route.add_get("/api/ps/log/{level}", api(self._log), allow_head=False)
+        route.add_get("/api/ps/event", api(self._event), allow_head=False)
+        route.add_post("/api/group/join/{name}", api(self._ask_to_join))
+        route.add_post("/api/group/leave/{name}", api(self._ask_to_leave))
+        route.add_post("/api/group/broadcast/{name}", api(self._broadcast))
+        route.add_post("/api/operation/start", api(self._start_operation))
+        route.add_get("/api/operation/status/{id}", api(self._operation_status))
+        route.add_get("/api/operation/list", api(self._list_operations))
+        route.add_post("/api/operation/cancel/{id}", api(self._cancel_operation))
+        route.add_delete("/api/operation/{id}", api(self._remove_operation))
+
+    # Who may come in
+
+    async def _authenticate(self, request: web.Request) -> str | None:
+        """Ask for the token, if there is one. Raises HTTPUnauthorized."""
+        if self._token is not None:
+            given = access_token(request) or ""
+            if not hmac.compare_digest(given.encode(), self._token.encode()):
+                raise web.HTTPUnauthorized(
+                    text="The token is missing or wrong. Send it as 'Authorization: "
+                    "Bearer TOKEN'.",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return None
+
+    def _api(self, handler: Handler) -> Handler:
+        """Guard a route with the token, and its names against control characters."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            await self._authenticate(request)
+            for name, value in request.match_info.items():
+                try:
+                    _check_name(value, name)
+                except ValueError as error:
+                    raise web.HTTPBadRequest(text=str(error)) from None
+            return await handler(request)
+
+        return guarded
+
+    # Page and health
+
+    async def _show_page(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html")
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "Status": "Healthy",
+                "Uptime": self._uptime(),
+                "ConnectedClients": len(self.hub.connections),
+                "Groups": len(self.hub.groups.names()),
+                "Operations": len(self.operations.list()),
+                "Hub": self.hub.stats(),
+            }
+        )
+
+    def _uptime(self) -> float:
+        return round(time.monotonic() - self._started, 1)
+
+    # Logs and events
+
+    async def _log(self, request: web.Request) -> web.Response:
+        levels = {level.lower(): level for level in LEVELS}
+        level = levels.get(request.match_info["level"].lower())
+        if level is None:
+            raise web.HTTPBadRequest(text=f"The level must be one of {list(LEVELS)}.")
+        now = datetime.now().strftime("%H:%M:%S")
+        message = request.query.get("message")
+        if not message:
+            message = f"Test {level} message from Kestrun at {now}"
+        log.log(LEVELS[level], "%s", message)
+        await broadcast_log(self.hub, level, message)
+        return web.Response(text=f"Broadcasted {level} log message")
+
+    async def _event(self, request: web.Request) -> web.Response:
+        data = {
+            "Message": "Hello from Kestrun",
+            "Timestamp": _stamp(_now()),
+            "Random": random.randint(1, 100),
+        }
+        await broadcast_event(self.hub, "PowerShellEvent", data)
+        return web.Response(text="Broadcasted custom event")
+
+    # Groups
+
+    async def _ask_to_join(self, request: web.Request) -> web.Response:
+        return await self._ask(request, "GroupJoinRequest", "join")
+
+    async def _ask_to_leave(self, request: web.Request) -> web.Response:
+        return await self._ask(request, "GroupLeaveRequest", "leave")
+
+    async def _ask(self, request: web.Request, event: str, verb: str) -> web.Response:
+        name = request.match_info["name"]
+        message = f"Please {verb} the group {name}"
+        data = {"GroupName": name, "Message": message, "Timestamp": _stamp(_now())}
+        await broadcast_event(self.hub, event, data)
+        return self._done(f"Everyone was asked to {verb} {name}", GroupName=name)
+
+    async def _broadcast(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        message = {
+            "Message": f"Hello to the members of {name}",
+            "Timestamp": _stamp(_now()),
+            "Sender": "Kestrun",
+        }
+        await broadcast_to_group(self.hub, name, "ReceiveGroupMessage", message)
+        return self._done(f"Broadcasted to the group {name}", GroupName=name)
+
+    @staticmethod
+    def _done(message: str, **fields: Any) -> web.Response:
+        return web.json_response({"Success": True, "Message": message, **fields})
+
+    # Operations
+
+    async def _start_operation(self, request: web.Request) -> web.Response:
+        text = request.query.get("seconds", "2")
+        if not re.fullmatch("[0-9]{1,4}", text) or not (
+            1 <= int(text) <= _LONGEST_OPERATION
+        ):
+            raise web.HTTPBadRequest(
+                text=f"seconds must be an integer from 1 to {_LONGEST_OPERATION}."
+            )
+        seconds = int(text)
+
+        async def work(progress: Progress) -> int:
+            for step in range(1, seconds + 1):
+                await asyncio.sleep(1)
+                await progress(step * 100 / seconds, f"Step {step} of {seconds}")
+            return seconds
+
+        operation = self.operations.start(
+            work,
+            name="LongOperation",
+            description=f"{seconds} steps of one second each",
+        )
+        log.info("operation %s of %d s started", operation.id, seconds)
+        return self._done(f"Started an operation of {seconds} s", TaskId=operation.id)
+
+    async def _announce(self, operation: Operation) -> None:
+        """Tell everyone about a step or the end of an operation."""
+        if operation.step and operation.state in (RUNNING, COMPLETED):
+            await self._announce_as(
+                "OperationProgress", operation, "Step", operation.step
+            )
+        if operation.state in (COMPLETED, FAULTED, CANCELED):
+            log.info("operation %s: %s", operation.id, operation.state)
+            await self._announce_as(
+                "OperationComplete", operation, "State", operation.state
+            )
+
+    async def _announce_as(
+        self, event: str, operation: Operation, key: str, value: Any
+    ) -> None:
+        data = {
+            "TaskId": operation.id,
+            key: value,
+            "Progress": operation.progress,
+            "Message": operation.status or operation.state,
+            "Timestamp": _stamp(_now()),
+        }
+        await broadcast_event(self.hub, event, data)
+
+    def _find(self, request: web.Request) -> Operation:
+        operation = self.operations.get(request.match_info["id"])
+        if operation is None:
+            raise web.HTTPNotFound(
+                text="There is no such operation. It may have been removed."
+            )
+        return operation
+
+    async def _operation_status(self, request: web.Request) -> web.Response:
+        return web.json_response(_status(self._find(request)))
+
+    async def _list_operations(self, request: web.Request) -> web.Response:
+        return web.json_response([_status(o) for o in self.operations.list()])
+
+    async def _cancel_operation(self, request: web.Request) -> web.Response:
+        operation = self._find(request)
+        if not self.operations.cancel(operation.id):
+            raise web.HTTPConflict(text=f"The operation is {operation.state} already.")
+        await operation.wait()
+        return self._done("The operation was canceled", TaskId=operation.id)
+
+    async def _remove_operation(self, request: web.Request) -> web.Response:
+        operation = self._find(request)
+        if not self.operations.remove(operation.id):
+            raise web.HTTPConflict(text="The operation still runs. Cancel it first.")
+        return self._done("The operation was removed", TaskId=operation.id)
+
+    async def _end_operations(self, app: web.Application) -> None:
+        await self.operations.close()
+
+    # Jobs
+
+    async def _heartbeat(self) -> None:
+        data = {
+            "Type": "Heartbeat",
+            "ServerTime": _stamp(_now()),
+            "Uptime": self._uptime(),
+            "ConnectedClients": len(self.hub.connections),
+            "Message": "Server is running",
+        }
+        await broadcast_event(self.hub, "ServerHeartbeat", data)
+
+    async def _admin_status(self) -> None:
+        update = {
+            "Type": "AdminUpdate",
+            "SystemInfo": {
+                "ProcessorCount": os.cpu_count(),
+                "PythonVersion": platform.python_version(),
+                "MemoryMB": _memory_mb(),
+            },
+            "Timestamp": _stamp(_now()),
+            "Message": "Admin status update",
+        }
+        await broadcast_to_group(self.hub, "Admins", "ReceiveAdminUpdate", update)
+
+
+def _guard(origins: Collection[str]) -> Any:
+    """Make the middleware that checks origins and turns errors into JSON."""
+    allowed = frozenset(origin.lower() for origin in origins)
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            _check_origin(request, allowed)
+            if _is_preflight(request):
+                return web.Response(status=204)
+            return await handler(request)
+        except web.HTTPMethodNotAllowed as error:
+            methods = " or ".join(sorted(error.allowed_methods))
+            return _error_answer(error, f"Use {methods} for this path.")
+        except web.HTTPException as error:
+            if request.match_info.http_exception is error:
+                return _error_answer(error, "There is nothing at this path.")
+            task_id = request.match_info.get("id")
+            extra = {} if task_id is None else {"TaskId": task_id}
+            return _error_answer(error, **extra)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.rel_url.raw_path)
+            return _error_answer(web.HTTPInternalServerError())
+
+    return guard
+
+
+def create_app(
+    *,
+    hub_path: str = "/hubs/kestrun",
+    allowed_origins: Collection[str] = (),
+    token: str | None = None,
+) -> web.Application:
+    """Build the demo application: hub, routes, jobs and page.
+
+    hub_path: where the hub is.
+    allowed_origins: further origins, such as "https://example.com", whose pages
+        may use hub and API.
+    token: what hub and API ask for, if anything; the page and /healthz do not.
+    Raises ValueError for a path, origin or token that cannot be used.
+    """
+    if token is not None and not token.strip():
+        raise ValueError("token: not empty; leave it out to ask for none")
+    app = web.Application(middlewares=[_guard(allowed_origins)])
+    Demo(token).mount(app, hub_path, allowed_origins)
+    return app
+
+
+# --------------------------------------------------------------------- main
+
+
+class _OneLine(logging.Formatter):
+    """One readable line an event, whatever a message holds; then a traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+        )
+
+
+class _AccessLog(AbstractAccessLogger):
+    """Requests by path only: a query may hold tokens."""
+
+    def log(
+        self, request: web.BaseRequest, response: web.StreamResponse, time: float
+    ) -> None:
+        self.logger.info(
+            "%s %s %s -> %d in %.0f ms",
+            request.remote,
+            request.method,
+            request.rel_url.raw_path,
+            response.status,
+            time * 1000,
+        )
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kestrun.py", description="A SignalR server with a page that shows it."
+    )
+    levels = {level.lower(): level for level in LEVELS}
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=os.environ.get("PORT", "5000"),
+        help="port, 0 for any free one (environment PORT, else 5000)",
+    )
+    add("--hub-path", default="/hubs/kestrun", help="path of the hub (%(default)s)")
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="another origin whose pages may connect; may be repeated",
+    )
+    add(
+        "--token",
+        default=os.environ.get("KESTRUN_TOKEN"),
+        help="ask hub and API clients for this token (environment KESTRUN_TOKEN)",
+    )
+    add(
+        "--log-level",
+        type=lambda text: levels.get(text.lower(), text),
+        choices=list(LEVELS),
+        default="Information",
+        help="least important level to log (%(default)s)",
+    )
+    add("--version", action="version", version=f"kestrun {__version__}")
+    return parser.parse_args(argv)
+
+
+def _set_up_logging(level: str) -> None:
+    logging.addLevelName(LEVELS["Trace"], "TRACE")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
+    logging.basicConfig(level=LEVELS[level], handlers=[handler])
+
+
+async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
+    """Listen until SIGINT or SIGTERM, then end in good order."""
+    runner = web.AppRunner(
+        app,
+        access_log_class=_AccessLog,
+        access_log=logging.getLogger("kestrun.access"),
+        handler_cancellation=True,
+        shutdown_timeout=1.0,
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows
+            loop.add_signal_handler(number, stop.set)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, arguments.host, arguments.port, backlog=1024).start()
+        host, port = runner.addresses[0][:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"page  {address}/", flush=True)
+        print(f"hub   {address}{arguments.hub_path}", flush=True)
+        gc.collect()
+        gc.freeze()  # what lives as long as the program need not be looked at again
+        await stop.wait()
+    finally:
+        log.info("shutting down")
+        await runner.cleanup()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo from the command line; return its exit status."""
+    arguments = _parse_arguments(argv)
+    _set_up_logging(arguments.log_level)
+    try:
+        app = create_app(
+            hub_path=arguments.hub_path,
+            allowed_origins=arguments.allow_origin,
+            token=arguments.token,
+        )
+        asyncio.run(_serve(app, arguments))
+    except (OSError, ValueError, OverflowError) as error:
+        print(f"kestrun cannot start: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # where signals cannot be handled
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
