@@ -448,6 +448,8 @@ def _too_big(limit: int) -> ProtocolError:
 
 RECORD_SEPARATOR = b"\x1e"
 
+_JSON_SPACE = " \t\r\n"
+
 #: Nesting of one JSON message; the reference server's limit.
 _JSON_DEPTH = 64
 
@@ -481,6 +483,11 @@ def _build_json_encoder() -> Callable[[Any], str]:
 _write_json = _build_json_encoder()
 
 
+def _write_value(value: Any) -> str:
+    """Write any value as JSON; text, the usual case, by the shortest way."""
+    return _quote(value) if type(value) is str else _write_json(value)
+
+
 class JsonProtocol:
     """One JSON object a message, each ended by the byte 0x1E. UTF-8 in, ASCII out."""
 
@@ -494,33 +501,32 @@ class JsonProtocol:
             raise ValueError("nested too deeply, or containing itself") from None
 
     def _text(self, message: Message) -> str:
+        # Written as text, since building dictionaries first costs twice as much;
+        # and told apart by type, the most frequent first.
+        if isinstance(message, Completion):
+            head = f'{{"type":3,"invocationId":{_quote(message.invocation_id)}'
+            if message.error is not None:
+                return f'{head},"error":{_quote(message.error)}}}'
+            if message.result is VOID:
+                return head + "}"
+            return f'{head},"result":{_write_value(message.result)}}}'
+        if isinstance(message, Invocation):
+            asks = message.invocation_id
+            number = "" if asks is None else f'"invocationId":{_quote(asks)},'
+            return (
+                f'{{"type":1,{number}"target":{_quote(message.target)}'
+                f',"arguments":{_write_json(message.arguments)}}}'
+            )
+        if isinstance(message, StreamItem):
+            head = f'{{"type":2,"invocationId":{_quote(message.invocation_id)}'
+            return f'{head},"item":{_write_value(message.item)}}}'
         match message:
-            case Completion(invocation_id, result, None):
-                head = f'{{"type":3,"invocationId":{_quote(invocation_id)}'
-                if result is VOID:
-                    return head + "}"
-                return f'{head},"result":{_write_json(result)}}}'
-            case Completion(invocation_id, _, str(error)):
-                head = f'{{"type":3,"invocationId":{_quote(invocation_id)}'
-                return f'{head},"error":{_quote(error)}}}'
-            case StreamItem(invocation_id, item):
-                head = f'{{"type":2,"invocationId":{_quote(invocation_id)}'
-                return f'{head},"item":{_write_json(item)}}}'
-            case Invocation(target, arguments, None):
-                head = f'{{"type":1,"target":{_quote(target)}'
-                return f'{head},"arguments":{_write_json(arguments)}}}'
-            case Invocation(target, arguments, str(invocation_id)):
-                head = f'{{"type":1,"invocationId":{_quote(invocation_id)}'
-                return (
-                    f'{head},"target":{_quote(target)}'
-                    f',"arguments":{_write_json(arguments)}}}'
-                )
             case Ping():
                 return '{"type":6}'
             case Close(error, allow_reconnect):
-                error_part = "" if error is None else f',"error":{_quote(error)}'
-                reconnect_part = ',"allowReconnect":true' if allow_reconnect else ""
-                return f'{{"type":7{error_part}{reconnect_part}}}'
+                reason = "" if error is None else f',"error":{_quote(error)}'
+                again = ',"allowReconnect":true' if allow_reconnect else ""
+                return f'{{"type":7{reason}{again}}}'
             case Ack(sequence_id):
                 return f'{{"type":8,"sequenceId":{sequence_id}}}'
             case Sequence(sequence_id):
@@ -544,9 +550,11 @@ class JsonProtocol:
     def _read(self, record: bytearray) -> Message | None:
         """Read one record; None for a type that a later version may define."""
         try:
-            text = record.decode().strip(" \t\r\n")
+            text = record.decode()
+            if not text.startswith("{"):
+                text = text.lstrip(_JSON_SPACE)
             fields, end = _scan_json(text, 0)
-            if end != len(text):
+            if end != len(text) and text[end:].strip(_JSON_SPACE):
                 raise ValueError("text behind the value")
             if len(text) > 2 * _JSON_DEPTH:
                 _check_depth(text)
@@ -927,6 +935,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
 _HIGH_WATER = 65_536
 
+#: Unacknowledged bytes of a stateful client, in outboxes, before it is cut.
+_REPLAY_SURPLUS = 8
+
 
 class Link(Protocol):
     """What a transport offers to the connection that it serves just now."""
@@ -1161,6 +1172,8 @@ class Connection:
             if self.link is None:  # the replay will bring it
                 self._check_backlog()
                 return
+            if self.replay.size > _HIGH_WATER:
+                self._check_backlog()
         if not self.outbox:
             self._turn.add(self)
         self.outbox.append(frame)
@@ -1175,22 +1188,35 @@ class Connection:
 
     def _check_backlog(self) -> None:
         limit = self.options.outbox_limit
-        if limit is not None and self.backlog() > limit:
+        if limit is None:
+            return
+        if self.replay is not None:
+            # Acknowledgements come once a second, so a client that takes all
+            # at once may owe many for that long. One that is away may not.
+            owed = self.replay.size / (_REPLAY_SURPLUS if self.link else 1)
+            if owed > limit:
+                self.cut("slow client")
+                return
+        if self.backlog() > limit:
             self.cut("slow client")
 
     def backlog(self) -> int:
-        """Count the bytes that the client has not taken, or not acknowledged."""
-        waiting = self.queued + (self.link.unsent() if self.link else 0)
-        return waiting if self.replay is None else max(waiting, self.replay.size)
+        """Count the bytes that the client has not taken yet."""
+        return self.queued + (self.link.unsent() if self.link else 0)
+
+    def congested(self) -> bool:
+        """Tell whether the client takes less than it is sent."""
+        return self.queued > _HIGH_WATER or bool(self.link and not self.link.writable)
 
     def has_room(self) -> bool:
         """Tell whether a sender with this receiver only may go on."""
+        if self.closing:
+            return True
+        if self.replay is None:
+            return not self.congested()
         limit = self.options.stateful_reconnect_buffer_size
-        return self.closing or (
-            self.queued <= _HIGH_WATER
-            and (self.link is None or self.link.writable)
-            and (self.replay is None or limit is None or self.replay.size <= limit)
-        )
+        full = limit is not None and self.replay.size > limit
+        return not full and not self.congested()
 
     async def room(self) -> None:
         """Wait until the client has taken enough of what was sent, or is gone."""
@@ -1258,11 +1284,12 @@ class Connection:
 
     def drained(self) -> None:
         """Let the transport read again; the hub says so when it has caught up."""
-        if len(self.inbox) <= _HIGH_WATER // 2:
-            if self.reading_paused and self.link is not None:
-                self.reading_paused = False
-                self.link.resume_reading()
-            self.wake()
+        if len(self.inbox) > _HIGH_WATER // 2:
+            return
+        if self.reading_paused and self.link is not None:
+            self.reading_paused = False
+            self.link.resume_reading()
+        self.wake()
 
     async def inbox_room(self) -> None:
         """Wait until the hub has caught up: a POST is answered only then."""
@@ -1345,6 +1372,8 @@ _EMPTY_FRAGMENTS = 100
 
 def _frame(payload: bytes, binary: bool = False) -> bytes:
     """Wrap a message into one final, unmasked WebSocket frame."""
+    if len(payload) < 126:
+        return (b"\x82%c%b" if binary else b"\x81%c%b") % (len(payload), payload)
     return _frame_of(BINARY if binary else TEXT, payload)
 
 
@@ -1386,6 +1415,7 @@ class WebSocket(asyncio.Protocol):
     __slots__ = (
         "_buffer",
         "_connection",
+        "_deaf",
         "_decoder",
         "_empty",
         "_final",
@@ -1412,6 +1442,7 @@ class WebSocket(asyncio.Protocol):
         self._text = False  # the message is text, so it must be UTF-8
         self._decoder: codecs.IncrementalDecoder | None = None  # if it is in pieces
         self._sent_close = False
+        self._deaf = False  # the peer has said goodbye
         self._timer: asyncio.TimerHandle | None = None
 
     # From the peer (asyncio calls these)
@@ -1489,7 +1520,7 @@ class WebSocket(asyncio.Protocol):
     def _read_frames(self, data: bytes, payloads: list[bytes]) -> int:
         """Collect the payload of data frames; return how far `data` was used."""
         position, size = 0, len(data)
-        while not self._transport.is_closing():
+        while not self._deaf:
             if self._left:
                 chunk = data[position : position + self._left]
                 if not chunk:
@@ -1500,8 +1531,23 @@ class WebSocket(asyncio.Protocol):
                 continue
             if size - position < 2:
                 return position
-            head, length = data[position], data[position + 1] & 0x7F
-            self._check_head(head, data[position + 1])
+            head, second = data[position], data[position + 1]
+            length, start = second & 0x7F, position + 6
+            if (
+                (head == 0x81 or head == 0x82)
+                and second >= 0x80
+                and length < 126
+                and start + length <= size
+                and not self._in_message
+            ):  # a whole short message: the usual case, by the shortest way
+                mask, position = data[position + 2 : start], start + length
+                payload = _unmask(data[start:position], mask)
+                if head == 0x81 and not payload.isascii():
+                    self._decoder = None
+                    self._check_text(payload, True)
+                payloads.append(payload)
+                continue
+            self._check_head(head, second)
             start = position + 2
             if length >= 126:
                 width = 2 if length == 126 else 8
@@ -1593,6 +1639,7 @@ class WebSocket(asyncio.Protocol):
         if not self._sent_close:
             self._sent_close = True
             self._transport.write(_frame_of(CLOSE, payload[:2]))
+        self._deaf = True
         self._transport.close()
 
     def _fail(self, error: _FrameError) -> None:
@@ -1675,6 +1722,8 @@ def _check_upgrade(request: web.Request) -> None:
     headers = request.headers
     if request.method != "GET" or request.version < aiohttp.HttpVersion11:
         raise web.HTTPBadRequest(text="A WebSocket upgrade is a GET of HTTP/1.1.")
+    if "upgrade" not in headers.get("Connection", "").lower():
+        raise web.HTTPBadRequest(text="A WebSocket needs 'Connection: Upgrade'.")
     if headers.get("Sec-WebSocket-Version", "") != "13":
         raise web.HTTPUpgradeRequired(
             text="Only version 13 of the WebSocket protocol is supported.",
@@ -2479,7 +2528,8 @@ class HubMethod:
         self._rest: tuple[str, Converter | None] | None = None
         for parameter in parameters:
             self._add(parameter)
-        self._unchecked = not any(convert for _, convert in self.parameters)
+        self._most = len(self.parameters)
+        self._converters = [convert or _pass for _, convert in self.parameters]
         result = _annotation(function, "return", lenient=True)
         self.streaming = inspect.isasyncgenfunction(
             inspect.unwrap(function)
@@ -2514,16 +2564,29 @@ class HubMethod:
 
     def bind(self, values: list[Any]) -> list[Any]:
         """Check and convert the arguments of one call. Raises BindingError."""
-        count, most = len(values), len(self.parameters)
-        if count < self.required or count > most and self._rest is None:
+        count = len(values)
+        if count < self.required or count > self._most and self._rest is None:
             raise BindingError(
-                f"Invocation provides {count} argument(s) but target expects {most}."
+                f"Invocation provides {count} argument(s) but target expects "
+                f"{self._most}."
             )
-        if not self._unchecked or count > most:
-            values = [self._convert(i, value) for i, value in enumerate(values)]
+        converters = self._converters
+        if count > self._most and self._rest is not None:
+            converters = converters + [self._rest[1] or _pass] * (count - self._most)
+        bound: list[Any] = []
+        try:
+            for convert, value in zip(converters, values, strict=False):
+                bound.append(convert(value))
+        except (ValueError, TypeError, OverflowError) as error:
+            name = [*self.parameters, self._rest or ("", None)][len(bound)][0]
+            log.warning("%s: argument %r does not fit: %s", self.name, name, error)
+            raise BindingError(
+                "Error binding arguments. Make sure that the types of the provided "
+                "values match the types of the hub method being invoked."
+            ) from error
         if self.uploads:  # their places are fixed, so none before may be left out
-            values = values + self._defaults[count:]
-        return values
+            bound += self._defaults[count:]
+        return bound
 
     def call(self, hub: Hub, arguments: list[Any]) -> Any:
         """Call it: the result, or a coroutine or iterator of what follows."""
@@ -2547,6 +2610,11 @@ class HubMethod:
                 "Error binding arguments. Make sure that the types of the provided "
                 "values match the types of the hub method being invoked."
             ) from error
+
+
+def _pass(value: Any) -> Any:
+    """Convert nothing: the parameter takes whatever comes."""
+    return value
 
 
 def _collect_methods(hub_class: type[Hub]) -> dict[str, HubMethod]:
@@ -3101,12 +3169,15 @@ class Session:
         if self._pumping or self._messages is None or self.ended.done():
             return
         self._pumping = self._heard = True
+        traffic = self.connection.traffic
         try:
-            while not self.ended.done() and self._may_go_on():
+            while not self.connection.closing:
+                if self._must_wait():
+                    break
                 message = next(self._messages)
                 if message is None:
                     break
-                self.connection.traffic.messages_in += 1
+                traffic.messages_in += 1
                 self._dispatch(message)
         except ProtocolError as error:
             log.warning("connection %s: %s", self.connection.connection_id, error)
@@ -3115,15 +3186,14 @@ class Session:
             self._pumping = False
         self.connection.drained()
 
-    def _may_go_on(self) -> bool:
-        """Tell whether the client's next message may be looked at already."""
-        if self._stalled is not None and self._place(self._stalled):
+    def _must_wait(self) -> bool:
+        """Tell whether the client's next message has to wait, and see to it."""
+        if self._stalled is not None:
+            if not self._place(self._stalled):
+                return True
             self._stalled = None
-        return (
-            self._stalled is None
-            and len(self._waiting) < _WAITING_CALLS
-            and self.connection.has_room()
-        )
+        # Room to replay is no reason: what frees it, the Ack, must get through.
+        return len(self._waiting) >= _WAITING_CALLS or self.connection.congested()
 
     def _pump_if_stalled(self) -> None:
         if self._stalled is not None:
@@ -3179,9 +3249,11 @@ class Session:
             text = f"Failed to invoke '{message.target}' due to an error on the server."
             self._refuse(message, _detail(text, error, self.options))
             return
-        if (refusal := self._mismatch(message, method)) is not None:
+        plain = method.direct and type(message) is Invocation
+        simple = plain and not message.stream_ids
+        if not simple and (refusal := self._mismatch(message, method)) is not None:
             self._refuse(message, refusal)
-        elif method.direct and self._has_slot() and not self._dispatcher.intercepts:
+        elif plain and not self._dispatcher.intercepts and self._has_slot():
             self._call_directly(message, method, arguments)
         else:
             self._schedule(Call(self, message, method, arguments))
@@ -3480,7 +3552,14 @@ class Dispatcher:
         if wire is None:
             connection.finish()
             return
-        session = Session(self, connection, wire)
+        try:
+            session = Session(self, connection, wire)
+        except Exception as failure:
+            log.exception("%s cannot be made", self._hub_class.__name__)
+            text = _detail("Connection closed with an error.", failure, self.options)
+            connection.send(wire.encode(Close(text)), counted=False)
+            connection.finish()
+            return
         failed = False
         self._register(session)
         try:
@@ -3587,7 +3666,7 @@ class Dispatcher:
         connecting = _Connecting()
         _current_call.set(connecting)
         try:
-            await _watched(session.hub.on_connected(), _hook(session, "on_connected"))
+            await self._run_hook(session, session.hub.on_connected)
         except Exception as error:  # noqa: BLE001 (user code)
             self._log_hook(session, "on_connected", error)
             session.refuse(error)
@@ -3598,13 +3677,23 @@ class Dispatcher:
 
     async def _disconnect(self, session: Session, error: Exception | None) -> bool:
         """Run `on_disconnected`; False if it failed."""
-        name = "on_disconnected"
         try:
-            await _watched(session.hub.on_disconnected(error), _hook(session, name))
+            await self._run_hook(session, session.hub.on_disconnected, error)
         except Exception as failure:  # noqa: BLE001 (user code)
-            self._log_hook(session, name, failure)
+            self._log_hook(session, "on_disconnected", failure)
             return False
         return True
+
+    @staticmethod
+    async def _run_hook(
+        session: Session, hook: Callable[..., Any], *arguments: Any
+    ) -> None:
+        async def run() -> None:
+            result = hook(*arguments)
+            if hasattr(result, "__await__"):
+                await result
+
+        await _watched(run(), _hook(session, hook.__name__))
 
     @staticmethod
     def _log_hook(session: Session, name: str, error: Exception) -> None:
@@ -4583,10 +4672,10 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="hub" content="hubs/kestrun">
 <title>Kestrun</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http:%2F%2Fwww.w3.org%2F2000%2Fsvg'
-  viewBox='0 0 24 24' fill='none' stroke='%23b8683a' stroke-width='2.6'
-  stroke-linecap='round' %3E%3Cpath d='M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8
-  18 12 17 17 18'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,%3Csvg
+  xmlns='http:%2F%2Fwww.w3.org%2F2000%2Fsvg' viewBox='0 0 24 24' fill='none'
+  stroke='%23b8683a' stroke-width='2.6' stroke-linecap='round' %3E%3Cpath
+  d='M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18'/%3E%3C/svg%3E">
 <style>
   :root {
     color-scheme: light dark;
@@ -4604,9 +4693,9 @@ PAGE = r"""<!doctype html>
     }
   }
   * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0;
-    overflow-wrap: anywhere; }
+    overflow-wrap: anywhere; scrollbar-width: thin; }
   [hidden] { display: none !important; }
-  html { scroll-padding-bottom: 40dvh; }     /* what has the focus stays above the log */
+  html { scroll-padding-bottom: 40dvh; }    /* what has the focus stays above the log */
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 84rem; margin: auto; padding: 1rem; color: var(--ink);
     background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
@@ -4624,13 +4713,14 @@ PAGE = r"""<!doctype html>
     border-radius: .75rem; background: var(--panel); }
   label { display: grid; flex: 1 1 8rem; gap: .25rem; }
   .row:has(label) { align-items: end; }
-  input, button { padding: .375rem .75rem; border: 1px solid var(--edge);
+  input, button { padding: .375rem .65rem; border: 1px solid var(--edge);
     border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
   input { width: 100%; font-size: 1rem; }
   button { border-color: var(--line); background: var(--raised); font-size: .875rem;
     line-height: 1.7; cursor: pointer; }
   button:hover { border-color: var(--edge); }
-  .main { background: var(--accent); color: var(--on-accent); }
+  .main { border-color: var(--accent); background: var(--accent);
+    color: var(--on-accent); }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
   #state { font-weight: 600; }
@@ -4643,12 +4733,13 @@ PAGE = r"""<!doctype html>
   #operations li { display: grid; gap: .5rem; padding: .75rem 0;
     border-top: 1px solid var(--line); }
   #operations button, #clear, #retry { padding: 0 .625rem; }
-  .id { flex: 1 1 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  li code { flex: 1 1 0; overflow: hidden; text-overflow: ellipsis;
+    white-space: nowrap; }
   .state { color: var(--ink); font-weight: 600; }
-  progress { width: 100%; height: .5rem; border: 0; border-radius: 1rem; appearance: none;
-    background: var(--line); overflow: hidden; }
+  progress { width: 100%; height: .5rem; border: 0; appearance: none;
+    border-radius: 1rem; background: var(--line); overflow: hidden; }
   progress::-webkit-progress-bar { background: none; }
-  progress::-webkit-progress-value { background: var(--feather); transition: width .4s; }
+  progress::-webkit-progress-value { background: var(--feather); transition: .4s; }
   progress::-moz-progress-bar { background: var(--feather); }
 
   [role="log"] { display: grid; grid-template-rows: auto 1fr; gap: .5rem; height: 38dvh;
@@ -4674,7 +4765,7 @@ PAGE = r"""<!doctype html>
     main { flex: 1; grid-template: minmax(0, 1fr) / 27rem 1fr; align-content: stretch; }
     .controls { overflow-y: auto; }
     [role="log"] { height: auto; margin: 0; border-width: 1px; border-radius: .75rem; }
-    #log li { grid-template-columns: 4.5rem 12rem 1fr; }
+    #log li { grid-template-columns: 4.5rem 13.25rem 1fr; }
     #log span { grid-column: auto; }
   }
   @media (prefers-reduced-motion: reduce) {
@@ -4723,7 +4814,7 @@ PAGE = r"""<!doctype html>
     <section>
       <h2>Groups</h2>
       <form class="row">
-        <label>Group <input id="group" value="Admins" autocomplete="off" required></label>
+        <label>Group <input id="group" value="Admins" required></label>
         <button id="join" class="main">Join</button>
         <button id="leave">Leave</button>
         <button id="broadcast">Broadcast</button>
@@ -4736,14 +4827,14 @@ PAGE = r"""<!doctype html>
     <section>
       <h2>Long operations</h2>
       <form class="row">
-        <label>Seconds
-          <input id="seconds" type="number" min="1" max="3600" value="5" required></label>
+        <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
+          required></label>
         <button id="start" class="main">Start</button>
       </form>
       <ul id="operations" aria-label="Operations, newest first"></ul>
       <template id="operation">
         <li>
-          <div class="row"><code class="id"></code> <output class="state"></output></div>
+          <div class="row"><code></code> <output class="state"></output></div>
           <progress max="100" value="0"></progress>
           <p class="message"></p>
           <div class="row">
@@ -4766,13 +4857,13 @@ PAGE = r"""<!doctype html>
 <script type="module">
 // ------------------------------------------------------------------ hub connection
 //
-// A SignalR client: the JSON protocol over a WebSocket. A hub message is one JSON object
+// A SignalR client: the JSON protocol over a WebSocket. A hub message is a JSON object
 // and the character 0x1E. Left out, because this page needs none of it: the other
 // transports, streams, client results, MessagePack, stateful reconnect.
 
 const INVOCATION = 1, COMPLETION = 3, PING = 6, CLOSE = 7, END = "\x1e";
-const PING_INTERVAL = 15_000, SERVER_TIMEOUT = 30_000;   // milliseconds, as in SignalR
-const RETRY_DELAYS = [0, 2, 10, 30];                     // seconds; the last one repeats
+const PING_INTERVAL = 15_000, SERVER_TIMEOUT = 30_000;  // milliseconds, as in SignalR
+const RETRY_DELAYS = [0, 2, 10, 30];                    // seconds; the last one repeats
 
 class HubConnection {
   state = "Disconnected";   // or Connecting, Connected, Reconnecting, Unauthorized
@@ -4780,13 +4871,12 @@ class HubConnection {
   #pending = new Map();     // invocation id -> {resolve, reject}
   #buffer = "";             // the start of a message whose rest has not arrived yet
   #tries = 0;               // reconnects since the connection was last a steady one
-  #lastId = 0;
   #socket = null;
+  #timers = {};
+  #lastId = 0;
   #pingedAt = 0;
-  #timers = {};             // retry, ping, silence
 
-  /** token: () => string, asked at each attempt; onstate: (state, {reason, delay}) => … */
-  constructor(url, token, onstate) {
+  constructor(url, token, onstate) {   // token() is asked anew at each attempt
     Object.assign(this, { url, token, onstate });
   }
 
@@ -4795,11 +4885,12 @@ class HubConnection {
   }
 
   async invoke(target, ...args) {
-    if (this.state !== "Connected") throw new Error("There is no connection right now.");
+    if (this.state !== "Connected") throw new Error("There is no connection now.");
     const invocationId = String(++this.#lastId);
     this.#send({ type: INVOCATION, invocationId, target, arguments: args });
-    return new Promise((resolve, reject) =>
-      this.#pending.set(invocationId, { resolve, reject }));
+    return new Promise((resolve, reject) => {
+      this.#pending.set(invocationId, { resolve, reject });
+    });
   }
 
   start() {                 // from the beginning, without waiting for the next attempt
@@ -4814,7 +4905,7 @@ class HubConnection {
       this.#open(await this.#negotiate());
     } catch (error) {
       if (error.status === 401) this.#setState("Unauthorized");
-      else this.#lost(error.message);
+      else this.#lost(error.message, true);
     }
   }
 
@@ -4833,13 +4924,13 @@ class HubConnection {
     const url = new URL(this.url);
     url.protocol = url.protocol.replace("http", "ws");
     url.searchParams.set("id", connectionToken);
-    // A browser sends no Authorization header with a WebSocket, so the query carries it.
+    // A browser sends no headers of ours with a WebSocket, so the query carries it.
     if (this.token()) url.searchParams.set("access_token", this.token());
     const socket = this.#socket = new WebSocket(url);
     const current = (act) => (event) => socket === this.#socket && act(event);
     socket.onopen = current(() => this.#send({ protocol: "json", version: 1 }));
     socket.onmessage = current(({ data }) => this.#receive(data));
-    socket.onclose = current(() => this.#lost("The connection broke off."));
+    socket.onclose = current(() => this.#lost("The connection broke off.", true));
     this.#watch();
   }
 
@@ -4859,26 +4950,24 @@ class HubConnection {
   }
 
   #shakeHands({ error }) {
-    if (error) return this.#lost(error);
-    this.#timers.ping = setInterval(() => {
-      this.#tries = 0;      // steady; a server that cuts us sooner is asked less often
-      this.#ping();
-    }, PING_INTERVAL);
+    if (error) return this.#lost(error, true);
+    this.#timers.ping = setInterval(() => this.#ping(), PING_INTERVAL);
+    // Whoever is cut at once, again and again, asks less and less often.
+    this.#timers.steady = setTimeout(() => { this.#tries = 0; }, 2_000);
     this.#ping();
     this.#setState("Connected");
   }
 
   #dispatch(message) {
-    const { type, target, invocationId, result, error } = message;
-    if (type === INVOCATION) {
-      this.#handlers.get(target.toLowerCase())?.(...message.arguments);
-    } else if (type === COMPLETION) {
+    const { type, target, arguments: args, invocationId, result, error } = message;
+    if (type === INVOCATION) this.#handlers.get(target.toLowerCase())?.(...args);
+    if (type === COMPLETION) {
       const { resolve, reject } = this.#pending.get(invocationId);
       this.#pending.delete(invocationId);
-      if (error) reject(new Error(error));
-      else resolve(result);
-    } else if (type === CLOSE) {
-      this.#lost(error ?? "The server ended the connection.", !!message.allowReconnect);
+      if (error) reject(new Error(error)); else resolve(result);
+    }
+    if (type === CLOSE) {
+      this.#lost(error ?? "The server said goodbye.", message.allowReconnect);
     }                       // a ping has done its work by arriving
   }
 
@@ -4890,14 +4979,14 @@ class HubConnection {
   #watch() {                // something arrived: the clock of silence starts anew
     clearTimeout(this.#timers.silence);
     this.#timers.silence = setTimeout(
-      () => this.#lost("The server was silent for 30 seconds."), SERVER_TIMEOUT);
+      () => this.#lost("The server was silent for 30 seconds.", true), SERVER_TIMEOUT);
     // In a hidden page timers run about once a minute, too seldom for the server's
     // patience. Messages arrive in time all the same, so they drive pings as well.
     const due = Date.now() - this.#pingedAt >= PING_INTERVAL;
     if (due && this.state === "Connected") this.#ping();
   }
 
-  #lost(reason, again = true) {
+  #lost(reason, again = false) {
     this.#drop();
     if (!again) return this.#setState("Disconnected", { reason });
     const delay = RETRY_DELAYS[Math.min(this.#tries++, RETRY_DELAYS.length - 1)];
@@ -4930,8 +5019,9 @@ async function request(method, url, token) {
     .catch(() => { throw new Error("The server cannot be reached. Is it running?"); });
   if (response.ok) return response;
   const { status } = response;
-  const { Message } = await response.json().catch(() => ({}));
-  throw Object.assign(new Error(Message ?? `The server answered ${status}.`), { status });
+  const { Message = `The server answered ${status}.` } = await response.json()
+    .catch(() => ({}));
+  throw Object.assign(new Error(Message), { status });
 }
 
 // ------------------------------------------------------------------------ the page
@@ -5002,7 +5092,8 @@ function showState(state, { previous, reason, delay }) {
     showGroups();
     if (state === "Unauthorized") askForToken();
     // Said once when the connection is lost, not at every vain attempt.
-    if (reason && previous !== "Reconnecting") note("Connection", `${reason} ${state}.`);
+    const isNews = reason && previous !== "Reconnecting";
+    if (isNews) note("Connection", `${reason} ${state}.`);
   }
 }
 
@@ -5014,16 +5105,6 @@ function askForToken() {
   byId("token-form").hidden = false;
   byId("token").focus();
 }
-
-function useToken() {
-  sessionStorage.setItem("kestrun-token", byId("token").value);
-  byId("token-form").hidden = true;
-  byId("token-form").reset();
-  connection.start();
-}
-
-const joinGroup = (groupName) => connection.invoke("JoinGroup", groupName);
-const leaveGroup = (groupName) => connection.invoke("LeaveGroup", groupName);
 
 function showGroups() {
   const items = Array.from(groups, ([name, remark]) => element("li", name + remark));
@@ -5040,7 +5121,7 @@ function operationRow(taskId) {
   if (known) return known;
   const row = byId("operation").content.firstElementChild.cloneNode(true);
   row.dataset.taskId = taskId;
-  row.querySelector(".id").textContent = taskId;
+  row.querySelector("code").textContent = taskId;
   row.querySelector("progress").ariaLabel = `Progress of ${taskId}`;
   byId("operations").prepend(row);
   rows().filter(isFinal).slice(20).forEach((old) => old.remove());
@@ -5050,10 +5131,10 @@ function operationRow(taskId) {
 function showOperation({ TaskId, State, Progress, Status, Message }) {
   const row = operationRow(TaskId), progress = row.querySelector("progress");
   if (isFinal(row)) return; // an answer that was overtaken by the end
-  const running = ["NotStarted", "Running"].includes(State);
+  const text = Status || Message, running = ["NotStarted", "Running"].includes(State);
   progress.value = Progress ?? progress.value;
   row.querySelector(".state").textContent = State;
-  row.querySelector(".message").textContent = `${progress.value} %, ${Status || Message}`;
+  row.querySelector(".message").textContent = `${progress.value} %, ${text}`;
   row.querySelector(".cancel").hidden = !running;
   row.querySelector(".remove").hidden = running;
 }
@@ -5061,35 +5142,11 @@ function showOperation({ TaskId, State, Progress, Status, Message }) {
 async function refreshOperations() {
   const before = rows().map((row) => row.dataset.taskId);
   const list = await call("GET", "operation/list");
-  list.reverse().forEach(showOperation);         // the newest last, so it ends up on top
+  list.reverse().forEach(showOperation);        // the newest last, so it ends up on top
   const known = new Set(list.map(({ TaskId }) => TaskId));
   for (const TaskId of before.filter((id) => !known.has(id))) {
     showOperation({ TaskId, State: "Unknown", Message: "the server does not know it" });
   }
-}
-
-async function startOperation() {
-  const answer = await call("POST", `operation/start?seconds=${byId("seconds").value}`);
-  showOperation({ ...answer, State: "Running" });
-  return answer;
-}
-
-async function getOperationStatus(taskId) {
-  const operation = await call("GET", `operation/status/${taskId}`);
-  showOperation(operation);
-  return operation;
-}
-
-async function cancelOperation(taskId) {
-  return call("POST", `operation/cancel/${taskId}`);
-}
-
-async function removeOperation(taskId) {
-  const answer = await call("DELETE", `operation/${taskId}`).catch((error) => {
-    if (error.status !== 404) throw error;       // the server has forgotten it by itself
-  });
-  operationRow(taskId).remove();
-  return answer;
 }
 
 // The tables: what the server invokes, what its events do, what the buttons do.
@@ -5107,8 +5164,8 @@ const methods = {
   },
   ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
-    const figures = `${ProcessorCount} processors, ${MemoryMB} MB, Python ${PythonVersion}`;
-    note("Admin update", `${Message} (${figures})`, Timestamp);
+    note("Admin update", `${Message} (Python ${PythonVersion}, ${MemoryMB} MB, `
+      + `${ProcessorCount} processors)`, Timestamp);
   },
   ReceiveEcho(message) {
     note("Echo", message);
@@ -5128,8 +5185,8 @@ const methods = {
 const events = {            // each returns its text for the log
   __proto__: null,          // so that an event called "constructor" finds nothing
   PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
-  GroupJoinRequest: ({ Message, GroupName }) => `${Message} (group ${GroupName})`,
-  GroupLeaveRequest: ({ Message, GroupName }) => `${Message} (group ${GroupName})`,
+  GroupJoinRequest: ({ Message }) => Message,
+  GroupLeaveRequest: ({ Message }) => Message,
   OperationProgress(data) {
     showOperation({ ...data, State: "Running" });
     return `${data.Progress} %, ${data.Message}`;
@@ -5139,10 +5196,11 @@ const events = {            // each returns its text for the log
     return `${data.State}, ${data.Message}`;
   },
   ServerHeartbeat: ({ Message, Uptime, ConnectedClients }) =>
-    `${Message} (up ${Uptime}, ${ConnectedClients} connected)`,
+    `${Message} (up ${Uptime} s, ${ConnectedClients} connected)`,
 };
 
 const group = () => byId("group").value;
+const joinGroup = (groupName) => connection.invoke("JoinGroup", groupName);
 const groupPath = (verb) => `group/${verb}/${encodeURIComponent(group())}`;
 const buttons = {
   "log-information": () => call("GET", "ps/log/Information"),
@@ -5151,15 +5209,39 @@ const buttons = {
   "event": () => call("GET", "ps/event"),
   "echo-send": () => connection.invoke("Echo", byId("echo").value),
   "join": () => joinGroup(group()),
-  "leave": () => leaveGroup(group()),
+  "leave": () => connection.invoke("LeaveGroup", group()),
   "broadcast": () => call("POST", groupPath("broadcast")),
   "ask-join": () => call("POST", groupPath("join")),
   "ask-leave": () => call("POST", groupPath("leave")),
-  "start": startOperation,
-  "token-send": useToken,
+  async "start"() {
+    const seconds = byId("seconds").value;
+    const answer = await call("POST", `operation/start?seconds=${seconds}`);
+    showOperation({ ...answer, State: "Running" });
+    return answer;
+  },
+  "token-send"() {
+    sessionStorage.setItem("kestrun-token", byId("token").value);
+    byId("token-form").hidden = true;
+    byId("token-form").reset();
+    connection.start();
+  },
 };
+
 const rowButtons = {
-  status: getOperationStatus, cancel: cancelOperation, remove: removeOperation };
+  async status(taskId) {
+    const operation = await call("GET", `operation/status/${taskId}`);
+    showOperation(operation);
+    return operation;
+  },
+  cancel: (taskId) => call("POST", `operation/cancel/${taskId}`),
+  async remove(taskId) {
+    const answer = await call("DELETE", `operation/${taskId}`).catch((error) => {
+      if (error.status !== 404) throw error;     // else the server forgot it by itself
+    });
+    operationRow(taskId).remove();
+    return answer;
+  },
+};
 
 for (const [name, handler] of Object.entries(methods)) {
   connection.on(name, (...args) => perform(() => handler(...args)));
