@@ -595,27 +595,32 @@ class JsonProtocol:
         return None
 
     def _read_invocation(self, kind: int, fields: dict[str, Any]) -> Message:
-        target = fields.get("target", VOID)
-        if type(target) is not str:
-            if target is VOID:
-                raise ProtocolError("Missing required property 'target'.")
-            _take_string(target, "target")
-        arguments = fields.get("arguments", VOID)
-        if type(arguments) is not list:
-            if arguments is VOID:
-                raise ProtocolError("Missing required property 'arguments'.")
-            raise ProtocolError("Expected 'arguments' to be of type Array.")
-        stream_ids = fields.get("streamIds") or ()
-        if stream_ids:
+        target, arguments = fields.get("target"), fields.get("arguments")
+        if type(target) is not str or type(arguments) is not list:
+            raise self._incomplete(fields)
+        stream_ids = fields.get("streamIds")
+        if stream_ids is not None:
             stream_ids = self._stream_ids(stream_ids)
-        elif type(stream_ids) not in (tuple, list):
-            raise ProtocolError("Expected 'streamIds' to be of type Array.")
+        invocation_id = fields.get("invocationId")
+        if type(invocation_id) is not str or not invocation_id:
+            invocation_id = _take_id(invocation_id, required=kind == 4)
         if kind == 4:
-            return StreamInvocation(
-                target, arguments, self._id(fields), tuple(stream_ids)
-            )
-        invocation_id = _take_id(fields.get("invocationId"), required=False)
-        return Invocation(target, arguments, invocation_id, tuple(stream_ids))
+            assert invocation_id is not None
+            return StreamInvocation(target, arguments, invocation_id, stream_ids or ())
+        return Invocation(target, arguments, invocation_id, stream_ids or ())
+
+    @staticmethod
+    def _incomplete(fields: dict[str, Any]) -> ProtocolError:
+        """Say what an invocation lacks."""
+        for name, kind, word in (
+            ("target", str, "String"),
+            ("arguments", list, "Array"),
+        ):
+            if name not in fields:
+                return ProtocolError(f"Missing required property '{name}'.")
+            if type(fields[name]) is not kind:
+                break
+        return ProtocolError(f"Expected '{name}' to be of type {word}.")
 
     def _read_completion(self, fields: dict[str, Any]) -> Completion:
         invocation_id = self._id(fields)
@@ -642,14 +647,14 @@ class JsonProtocol:
         return _take_id(fields.get("invocationId")) or ""
 
     @staticmethod
-    def _stream_ids(value: Any) -> list[str]:
+    def _stream_ids(value: Any) -> tuple[str, ...]:
         if type(value) is not list:
             raise ProtocolError("Expected 'streamIds' to be of type Array.")
         for stream_id in value:
             if stream_id is None:
                 raise ProtocolError("Null value for 'streamIds' is not valid.")
             _take_string(stream_id, "streamIds")
-        return value
+        return tuple(value)
 
     @staticmethod
     def _sequence_id(fields: dict[str, Any]) -> int:
@@ -891,14 +896,14 @@ PROTOCOL_VERSION = 2
 
 
 def _read_handshake(record: bytes) -> HandshakeRequest:
-    """Read the handshake request without its separator. Raises HandshakeError."""
+    """Read the handshake request without its separator. Raises ProtocolError."""
     try:
         fields = json.loads(record)
     except (ValueError, RecursionError):
-        raise HandshakeError("Error reading JSON.") from None
+        raise ProtocolError("Error reading JSON.") from None
     if type(fields) is not dict:
         kind = _json_kind(fields)
-        raise HandshakeError(
+        raise ProtocolError(
             f"Unexpected JSON Token Type '{kind}'. Expected a JSON Object."
         )
     for name, kind_of, word in (
@@ -907,11 +912,11 @@ def _read_handshake(record: bytes) -> HandshakeRequest:
     ):
         if name not in fields:
             content = record.decode(errors="replace")
-            raise HandshakeError(
+            raise ProtocolError(
                 f"Missing required property '{name}'. Message content: {content}"
             )
         if type(fields[name]) is not kind_of:
-            raise HandshakeError(f"Expected '{name}' to be of type {word}.")
+            raise ProtocolError(f"Expected '{name}' to be of type {word}.")
     return HandshakeRequest(fields["protocol"], fields["version"])
 
 
@@ -2120,7 +2125,7 @@ class SingleClientProxy(ClientProxy):
         64 KiB on the way this waits until the client has taken some, or has
         been cut because it does not.
         """
-        self._registry.publish(self._address, _invocation(method, args))
+        await super().send(method, *args)
         connection = self._connection()
         if connection is not None and not connection.has_room():
             await connection.room()
@@ -2514,22 +2519,23 @@ class HubMethod:
         self, name: str, function: Callable[..., Any], takes_hub: bool = True
     ) -> None:
         self.name = name
-        self.function = function
-        #: False for static and class methods, which need no instance.
-        self.takes_hub = takes_hub
+        #: Called with the hub and the arguments: a result, or a coroutine or
+        #: iterator of what follows.
+        self.function: Callable[..., Any] = function
+        if not takes_hub:
+            self.function = functools.partial(_without_hub, function)
         parameters = list(inspect.signature(function).parameters.values())
         if takes_hub:
             parameters = parameters[1:]
-        self.parameters: list[tuple[str, Converter | None]] = []
+        self._names: list[str] = []
+        self._converters: list[Converter] = []
         #: Position of each upload stream, and what converts its items.
         self.uploads: list[tuple[int, Converter | None]] = []
         self.required = 0
         self._defaults: list[Any] = []
-        self._rest: tuple[str, Converter | None] | None = None
+        self._rest: Converter | None = None
         for parameter in parameters:
-            self._add(parameter)
-        self._most = len(self.parameters)
-        self._converters = [convert or _pass for _, convert in self.parameters]
+            self._add(parameter, _annotation(function, parameter.name))
         result = _annotation(function, "return", lenient=True)
         self.streaming = inspect.isasyncgenfunction(
             inspect.unwrap(function)
@@ -2539,7 +2545,7 @@ class HubMethod:
             self.streaming or self.uploads or inspect.iscoroutinefunction(function)
         )
 
-    def _add(self, parameter: inspect.Parameter) -> None:
+    def _add(self, parameter: inspect.Parameter, annotation: Any) -> None:
         if parameter.kind is parameter.VAR_KEYWORD:
             return
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -2549,37 +2555,38 @@ class HubMethod:
                     f"keyword-only {parameter.name!r} needs a default"
                 )
             return
-        annotation = _annotation(self.function, parameter.name)
+        convert = _converter(annotation) or _pass
         if parameter.kind is parameter.VAR_POSITIONAL:
-            self._rest = parameter.name, _converter(annotation)
+            self._names.append(parameter.name)
+            self._rest = convert
         elif _is_stream(annotation):
             (item,) = typing.get_args(annotation)[:1] or (Any,)
-            position = len(self.parameters) + len(self.uploads)
+            position = len(self._converters) + len(self.uploads)
             self.uploads.append((position, _converter(item)))
         else:
-            self.parameters.append((parameter.name, _converter(annotation)))
+            self._names.append(parameter.name)
+            self._converters.append(convert)
             self._defaults.append(parameter.default)
             if parameter.default is parameter.empty:
-                self.required = len(self.parameters)
+                self.required = len(self._converters)
 
     def bind(self, values: list[Any]) -> list[Any]:
         """Check and convert the arguments of one call. Raises BindingError."""
-        count = len(values)
-        if count < self.required or count > self._most and self._rest is None:
+        count, most = len(values), len(self._converters)
+        if count < self.required or count > most and self._rest is None:
             raise BindingError(
-                f"Invocation provides {count} argument(s) but target expects "
-                f"{self._most}."
+                f"Invocation provides {count} argument(s) but target expects {most}."
             )
         converters = self._converters
-        if count > self._most and self._rest is not None:
-            converters = converters + [self._rest[1] or _pass] * (count - self._most)
-        bound: list[Any] = []
+        if count > most and self._rest is not None:
+            converters = converters + [self._rest] * (count - most)
         try:
-            for convert, value in zip(converters, values, strict=False):
-                bound.append(convert(value))
+            bound = [
+                convert(value)
+                for convert, value in zip(converters, values, strict=False)
+            ]
         except (ValueError, TypeError, OverflowError) as error:
-            name = [*self.parameters, self._rest or ("", None)][len(bound)][0]
-            log.warning("%s: argument %r does not fit: %s", self.name, name, error)
+            self._log_misfit(converters, values)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
                 "values match the types of the hub method being invoked."
@@ -2588,28 +2595,19 @@ class HubMethod:
             bound += self._defaults[count:]
         return bound
 
-    def call(self, hub: Hub, arguments: list[Any]) -> Any:
-        """Call it: the result, or a coroutine or iterator of what follows."""
-        if self.takes_hub:
-            return self.function(hub, *arguments)
-        return self.function(*arguments)
+    def _log_misfit(self, converters: list[Converter], values: list[Any]) -> None:
+        """Find and name the argument that does not fit, once one did not."""
+        names = self._names + [self._names[-1]] * len(values)
+        for name, convert, value in zip(names, converters, values, strict=False):
+            try:
+                convert(value)
+            except (ValueError, TypeError, OverflowError) as error:
+                log.warning("%s: argument %r does not fit: %s", self.name, name, error)
+                return
 
-    def _convert(self, index: int, value: Any) -> Any:
-        if index < len(self.parameters):
-            name, convert = self.parameters[index]
-        else:
-            assert self._rest is not None
-            name, convert = self._rest
-        if convert is None:
-            return value
-        try:
-            return convert(value)
-        except (ValueError, TypeError, OverflowError) as error:
-            log.warning("%s: argument %r does not fit: %s", self.name, name, error)
-            raise BindingError(
-                "Error binding arguments. Make sure that the types of the provided "
-                "values match the types of the hub method being invoked."
-            ) from error
+
+def _without_hub(function: Callable[..., Any], hub: Hub, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _pass(value: Any) -> Any:
@@ -2959,22 +2957,21 @@ def _watched(work: Coroutine[Any, Any, Any], name: str) -> Generator[Any, Any, A
         except StopIteration as stop:
             return stop.value
         finally:
-            _warn_if_blocking(name, started)
+            if time.perf_counter() - started > _BLOCKING:
+                _warn_blocking(name, started)
         try:
             step, value = work.send, (yield awaited)
         except BaseException as error:  # noqa: BLE001 (handed on, as await does)
             step, value = work.throw, error
 
 
-def _warn_if_blocking(name: str, started: float) -> None:
-    held = time.perf_counter() - started
-    if held > _BLOCKING:
-        log.warning(
-            "%s held the event loop for %.0f ms; nobody else was served meanwhile. "
-            "Use await, or asyncio.to_thread for work that cannot.",
-            name,
-            held * 1000,
-        )
+def _warn_blocking(name: str, started: float) -> None:
+    log.warning(
+        "%s held the event loop for %.0f ms; nobody else was served meanwhile. "
+        "Use await, or asyncio.to_thread for work that cannot.",
+        name,
+        (time.perf_counter() - started) * 1000,
+    )
 
 
 class Call:
@@ -3077,12 +3074,18 @@ class Call:
     async def _send_items(self, items: AsyncIterable[Any]) -> None:
         """Send items as fast as the client takes them: it is the only receiver."""
         connection, encode = self.session.connection, self.session.wire.encode
-        invocation_id = self.message.invocation_id or ""
+        invocation_id, in_a_row = self.session.id_of(self.message), 0
         try:
             async for item in items:
-                connection.send(encode(StreamItem(invocation_id, item)))
-                if not connection.has_room():
+                frame = encode(StreamItem(invocation_id, item))
+                connection.send(frame)
+                in_a_row += len(frame)
+                if in_a_row > _HIGH_WATER or not connection.has_room():
+                    in_a_row = 0
+                    await asyncio.sleep(0)  # also where the generator never waits
                     await connection.room()
+                    if connection.closing:
+                        return
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
@@ -3113,6 +3116,7 @@ class Session:
         "_heard",
         "_last_heard",
         "_messages",
+        "_methods",
         "_next_ping",
         "_pinged",
         "_pumping",
@@ -3134,6 +3138,7 @@ class Session:
         self, dispatcher: Dispatcher, connection: Connection, wire: Wire
     ) -> None:
         self._dispatcher = dispatcher
+        self._methods = dispatcher.methods
         self.options = dispatcher.options
         self.connection = connection
         self.wire = wire
@@ -3240,7 +3245,7 @@ class Session:
 
     def _invoke(self, message: Invocation | StreamInvocation) -> None:
         """Check a call in the reference's order, then run it or let it wait."""
-        method = self._dispatcher.methods.get(_fold(message.target))
+        method = self._methods.get(_fold(message.target))
         try:
             if method is None:
                 raise HubException("Method does not exist.")
@@ -3298,7 +3303,7 @@ class Session:
         """Call a plain method right here: it is over before anyone could wait."""
         started = time.perf_counter()
         try:
-            result = method.call(self.hub, arguments)
+            result = method.function(self.hub, *arguments)
         except Exception as error:  # noqa: BLE001 (user code)
             self.fail(message, method, error)
         else:
@@ -3306,7 +3311,8 @@ class Session:
                 self._schedule(Call(self, message, method, arguments), result)
             else:
                 self.complete(message, method, result)
-        _warn_if_blocking(method.name, started)
+        if time.perf_counter() - started > _BLOCKING:
+            _warn_blocking(method.name, started)
 
     def _schedule(self, call: Call, begun: Awaitable[Any] | None = None) -> None:
         if call.message.invocation_id is not None:
@@ -3347,11 +3353,11 @@ class Session:
             raise asyncio.CancelledError
         method = call.method
         if not self._dispatcher.intercepts:
-            return method.call(self.hub, call.arguments)
+            return method.function(self.hub, *call.arguments)
         invocation = HubInvocation(call.message.target, call.arguments)
 
         async def call_next() -> Any:
-            result = method.call(self.hub, invocation.arguments)
+            result = method.function(self.hub, *invocation.arguments)
             return await result if hasattr(result, "__await__") else result
 
         return self.hub.on_invocation(invocation, call_next)
@@ -3492,7 +3498,7 @@ class Session:
         connection = self.connection
         if self.ended.done():
             return
-        if self._heard or self._stalled is not None:
+        if self._heard or self._must_wait():  # it may have said more than we read
             self._heard, self._last_heard = False, now
         elif self._pinged and now - self._last_heard > _or_forever(
             self.options.client_timeout_interval
