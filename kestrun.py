@@ -1094,6 +1094,7 @@ class Connection:
     __slots__ = (
         "_turn",
         "_waiters",
+        "busy",
         "closing",
         "connection_id",
         "failed",
@@ -1153,6 +1154,8 @@ class Connection:
         self.taken = 0
         #: What the client had taken when it last made progress, and the time.
         self.stall: tuple[tuple[int, int], float] | None = None
+        #: The hub leaves whole messages in the inbox for now.
+        self.busy = True
         self.reading_paused = False
         #: Keeps the bytes of two POSTs apart.
         self.posting: asyncio.Lock | None = None
@@ -1211,7 +1214,7 @@ class Connection:
 
     def congested(self) -> bool:
         """Tell whether the client takes less than it is sent."""
-        return self.queued > _HIGH_WATER or bool(self.link and not self.link.writable)
+        return self.queued > _HIGH_WATER  # it fills when the link takes no more
 
     def has_room(self) -> bool:
         """Tell whether a sender with this receiver only may go on."""
@@ -1283,13 +1286,18 @@ class Connection:
         self.traffic.bytes_in += len(data)
         self.inbox += data
         self.on_data()
-        if len(self.inbox) > _HIGH_WATER and self.link and not self.closing:
+        if self.busy and len(self.inbox) > _HIGH_WATER and self.link:
             self.reading_paused = True
             self.link.pause_reading()
 
-    def drained(self) -> None:
-        """Let the transport read again; the hub says so when it has caught up."""
-        if len(self.inbox) > _HIGH_WATER // 2:
+    def taken_in(self, busy: bool) -> None:
+        """Hear from the hub that it took what it could; it may be too busy for all.
+
+        What it leaves without being busy is the front of a message whose rest
+        must be let in, however long it is.
+        """
+        self.busy = busy
+        if busy and len(self.inbox) > _HIGH_WATER // 2:
             return
         if self.reading_paused and self.link is not None:
             self.reading_paused = False
@@ -1298,7 +1306,7 @@ class Connection:
 
     async def inbox_room(self) -> None:
         """Wait until the hub has caught up: a POST is answered only then."""
-        while len(self.inbox) > _HIGH_WATER and not self.closing:
+        while self.busy and len(self.inbox) > _HIGH_WATER and not self.closing:
             await self._wait()
 
     def flush(self) -> None:
@@ -3174,22 +3182,24 @@ class Session:
         if self._pumping or self._messages is None or self.ended.done():
             return
         self._pumping = self._heard = True
-        traffic = self.connection.traffic
+        connection, traffic = self.connection, self.connection.traffic
+        busy = False
         try:
-            while not self.connection.closing:
-                if self._must_wait():
-                    break
-                message = next(self._messages)
-                if message is None:
+            while not connection.closing:
+                busy = (
+                    bool(self._waiting or self._stalled)
+                    or connection.queued > _HIGH_WATER
+                ) and self._must_wait()
+                if busy or (message := next(self._messages)) is None:
                     break
                 traffic.messages_in += 1
                 self._dispatch(message)
         except ProtocolError as error:
-            log.warning("connection %s: %s", self.connection.connection_id, error)
+            log.warning("connection %s: %s", connection.connection_id, error)
             self.end(error, self._closing(error))
         finally:
             self._pumping = False
-        self.connection.drained()
+        connection.taken_in(busy)
 
     def _must_wait(self) -> bool:
         """Tell whether the client's next message has to wait, and see to it."""
@@ -4057,6 +4067,8 @@ class Endpoint:
             elif connection.wire is None:
                 connection.closing = True
                 connection.on_data()  # the handshake need not be waited for
+            elif connection.transport == LONG_POLLING and connection.link is None:
+                connection.lost(None)  # nobody can poll any more
         deadline = time.monotonic() + _SHUTDOWN
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_SHUTDOWN)
