@@ -1182,12 +1182,12 @@ class Connection:
                 return
             if self.replay.size > _HIGH_WATER:
                 self._check_backlog()
+        if self.queued > _HIGH_WATER:
+            self._crowded()  # what waits is judged without what comes now
         if not self.outbox:
             self._turn.add(self)
         self.outbox.append(frame)
         self.queued += len(frame)
-        if self.queued > _HIGH_WATER:
-            self._crowded()
 
     def _crowded(self) -> None:
         """Hand a full outbox to the socket now; give up on a peer that is slow."""
@@ -3739,10 +3739,11 @@ def _hook(session: Session, name: str) -> str:
 # are those of the reference server, which clients and their tests know.
 
 #: Where the response hook finds the origin that may read the answer.
-_CORS_ORIGIN = "kestrun.cors_origin"
+_CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 
-#: Seconds for everyone to go at shutdown before they are cut.
-_SHUTDOWN = 3.0
+#: Seconds for everyone to go at shutdown before they are cut, and for the next
+#: poll of those who had none pending.
+_SHUTDOWN, _LAST_POLL = 3.0, 0.3
 
 
 class _Refused(Exception):
@@ -4067,16 +4068,18 @@ class Endpoint:
             elif connection.wire is None:
                 connection.closing = True
                 connection.on_data()  # the handshake need not be waited for
-            elif connection.transport == LONG_POLLING and connection.link is None:
-                connection.lost(None)  # nobody can poll any more
-        deadline = time.monotonic() + _SHUTDOWN
+        begun = time.monotonic()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_SHUTDOWN)
-        while self._connections and time.monotonic() < deadline:
+        while self._connections and (gone := time.monotonic() - begun) < _SHUTDOWN:
             await asyncio.sleep(0.02)
             for connection in list(self._connections.values()):
-                if connection.transport == LONG_POLLING and not connection.outbox:
-                    connection.lost(None)  # no poll will come for its goodbye
+                # A poll on its way may still fetch the Close; later ones cannot come.
+                waits = connection.link is None and gone > _LAST_POLL
+                if connection.transport == LONG_POLLING and (
+                    waits or not connection.outbox
+                ):
+                    connection.lost(None)
         for connection in list(self._connections.values()):
             connection.cut("shutdown")
         if self._sweeper is not None:
