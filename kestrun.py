@@ -5766,6 +5766,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="Information",
         help="least important level to log (%(default)s)",
     )
+    add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
     return parser.parse_args(argv)
 
@@ -5806,6 +5807,19 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
+def _loop_factory(uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Choose the event loop. Raises ValueError if uvloop is asked for and missing."""
+    if not uvloop:
+        return None
+    try:
+        from uvloop import (  # type: ignore[import-not-found,unused-ignore]
+            new_event_loop,
+        )
+    except ImportError:
+        raise ValueError("--uvloop needs a package: pip install uvloop") from None
+    return new_event_loop
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
     arguments = _parse_arguments(argv)
@@ -5816,7 +5830,8 @@ def main(argv: list[str] | None = None) -> int:
             allowed_origins=arguments.allow_origin,
             token=arguments.token,
         )
-        asyncio.run(_serve(app, arguments))
+        with asyncio.Runner(loop_factory=_loop_factory(arguments.uvloop)) as runner:
+            runner.run(_serve(app, arguments))
     except (OSError, ValueError, OverflowError) as error:
         print(f"kestrun cannot start: {error}", file=sys.stderr)
         return 1

@@ -44,6 +44,7 @@ import shutil
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -7930,6 +7931,188 @@ async def test_the_demo_works_inside_another_application(driver: int) -> None:
         assert log["level"] == "Error"
 
 
+# ------------------------------------------------------------------- measuring speed
+#
+# `python test_kestrun.py --bench` compares with what one writes by hand on aiohttp:
+# `json.dumps` and a loop of `await ws.send_str`. Server and load are a process each;
+# the servers take turns within each round, so that both meet the same machine. The
+# figures to trust are the ratios.
+
+CROWD, BURST, STEPS, CALLERS, CALLS = 200, 100, 40, 50, 100
+PAYLOAD = "x" * 100
+
+
+class BenchHub(kestrun.Hub):
+    async def broadcast(self, count: int, payload: str) -> None:
+        for number in range(count):
+            await self.clients.all.send("ReceiveMessage", payload, number)
+
+    def echo(self, text: str) -> str:
+        return text
+
+
+def kestrun_app() -> web.Application:
+    app = web.Application()
+    kestrun.map_hub(app, "/hub", BenchHub)
+    return app
+
+
+def plain_app() -> web.Application:
+    """The same hub in the plainest aiohttp."""
+    sockets: set[web.WebSocketResponse] = set()
+
+    async def serve(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(compress=False)
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_str("{}\x1e")
+        sockets.add(socket)
+        async for frame in socket:
+            for record in frame.data.split("\x1e")[:-1]:
+                await answer(socket, json.loads(record))
+        sockets.discard(socket)
+        return socket
+
+    async def answer(socket: web.WebSocketResponse, message: dict[str, Any]) -> None:
+        result, arguments = None, message["arguments"]
+        if message["target"] == "Echo":
+            result = arguments[0]
+        else:
+            for number in range(arguments[0]):
+                event = {"type": 1, "target": "ReceiveMessage"}
+                event["arguments"] = [arguments[1], number]
+                for other in list(sockets):
+                    await other.send_str(json.dumps(event) + "\x1e")
+        done = {"type": 3, "invocationId": message["invocationId"], "result": result}
+        await socket.send_str(json.dumps(done) + "\x1e")
+
+    app = web.Application()
+    app.router.add_get("/hub", serve)
+    return app
+
+
+BENCHED = {"kestrun": kestrun_app, "plain": plain_app}
+
+
+class Load(asyncio.Protocol):
+    """A client that only counts the records it gets."""
+
+    def __init__(self) -> None:
+        self.records, self.goal = 0, 1
+        self.reached = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.records += data.count(RS)
+        if self.records >= self.goal and not self.reached.done():
+            self.reached.set_result(None)
+
+    async def get(self, count: int) -> None:
+        """Wait for so many records more."""
+        self.goal += count
+        if self.records < self.goal:
+            self.reached = asyncio.get_running_loop().create_future()
+            await self.reached
+
+    def send(self, message: dict[str, Any]) -> None:
+        payload = json.dumps(message).encode() + RS
+        size = len(payload)
+        length = (
+            bytes([size | 128]) if size < 126 else b"\xfe" + struct.pack(">H", size)
+        )
+        self.transport.write(b"\x81" + length + bytes(4) + payload)
+
+    def invoke(self, target: str, *arguments: Any) -> None:
+        call = {"type": 1, "target": target, "arguments": arguments}
+        self.send({**call, "invocationId": "1"})
+
+
+async def loads(port: int, count: int) -> list[Load]:
+    """Connect so many clients, each with its handshake done."""
+    clients = []
+    for _ in range(count):
+        loop = asyncio.get_running_loop()
+        _, client = await loop.create_connection(Load, "127.0.0.1", port)
+        client.transport.write(
+            b"GET /hub HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        client.send({"protocol": "json", "version": 1})
+        await client.reached
+        clients.append(client)
+    return clients
+
+
+async def burst(port: int) -> float:
+    clients = await loads(port, CROWD)
+    started = time.perf_counter()
+    clients[0].invoke("Broadcast", BURST, PAYLOAD)
+    await asyncio.gather(*(client.get(BURST) for client in clients))
+    return CROWD * BURST / (time.perf_counter() - started)
+
+
+async def lockstep(port: int) -> float:
+    clients = await loads(port, CROWD)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        clients[0].invoke("Broadcast", 1, PAYLOAD)
+        waiting = (client.get(1 + (client is clients[0])) for client in clients)
+        await asyncio.gather(*waiting)
+    return CROWD * STEPS / (time.perf_counter() - started)
+
+
+async def echo(port: int) -> float:
+    async def ask(client: Load) -> None:
+        for _ in range(CALLS):
+            client.invoke("Echo", PAYLOAD)
+            await client.get(1)
+
+    clients = await loads(port, CALLERS)
+    started = time.perf_counter()
+    await asyncio.gather(*map(ask, clients))
+    return CALLERS * CALLS / (time.perf_counter() - started)
+
+
+async def measured(scenario: Callable[[int], Awaitable[float]], name: str) -> float:
+    """Run one scenario against a fresh server process; records a second."""
+    port = free_port()
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, "--bench-server", name, str(port))
+    )
+    try:
+        async with asyncio.timeout(60):
+            while True:
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 0.1).close()
+                    break
+                await asyncio.sleep(0.05)
+            return await scenario(port)
+    finally:
+        server.kill()
+        await server.wait()
+
+
+def bench(rounds: int = 5) -> None:
+    """Print, for each scenario, the medians of both servers and their ratio."""
+    print(f"{'scenario':10}{'kestrun/s':>12}{'plain/s':>12}{'ratio':>8}")
+    for scenario in (burst, lockstep, echo):
+        rates: dict[str, list[float]] = {name: [] for name in BENCHED}
+        for _ in range(rounds):
+            for name, found in rates.items():
+                found.append(asyncio.run(measured(scenario, name)))
+        ours, plain = (statistics.median(rates[name]) for name in BENCHED)
+        row = f"{scenario.__name__:10}{ours:12,.0f}{plain:12,.0f}{ours / plain:8.2f}"
+        print(row, flush=True)
+
+
+async def test_the_bench_measures_both_servers() -> None:
+    for name in BENCHED:
+        assert await measured(echo, name) > 0
+
+
 # ----------------------------------------------------------------------- running them
 
 for _test in [t for n, t in globals().items() if n.startswith("test_")]:
@@ -7945,4 +8128,10 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    match sys.argv[1:]:
+        case ["--bench"]:
+            bench()
+        case ["--bench-server", name, port]:
+            web.run_app(BENCHED[name](), host="127.0.0.1", port=int(port), print=None)
+        case arguments:
+            sys.exit(main(arguments))
