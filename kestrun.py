@@ -953,6 +953,9 @@ class Link(Protocol):
     def flush(self) -> None:
         """Send what is in the outbox, now or as soon as the peer takes it."""
 
+    def write_through(self, data: bytes) -> bool:
+        """Send ready bytes past the empty outbox; False if they have to wait."""
+
     def finish(self, failed: bool) -> None:
         """Send what is left, then say goodbye in the transport's own way."""
 
@@ -971,27 +974,110 @@ class Link(Protocol):
 
 
 class Turn:
-    """The connections that have something to send in this turn of the loop."""
+    """What leaves at the end of this turn of the event loop, joined and in order.
 
-    __slots__ = ("_waiting", "published")
+    Messages for one connection wait in its outbox. Broadcasts to one set of
+    receivers wait once for all of them, as a `Batch`, for as long as nothing
+    else gets in between: another set, a change of the set, or a message to one
+    receiver alone, who then goes on apart.
+    """
+
+    __slots__ = ("_scheduled", "_waiting", "batch", "published")
 
     def __init__(self) -> None:
         self._waiting: list[Connection] = []
+        #: What many will get at the end of the turn, if anything.
+        self.batch: Batch | None = None
+        self._scheduled = False
         #: Bytes published to many since the last flush (see `ClientProxy.send`).
         self.published = 0
 
     def add(self, connection: Connection) -> None:
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
+        """Flush this connection's outbox at the end of the turn."""
         self._waiting.append(connection)
+        self._schedule()
+
+    def batch_for(self, receivers: dict[str, Connection]) -> Batch:
+        """Give the batch of these receivers, where order allows that there is one."""
+        batch = self.batch
+        if batch is None or batch.receivers is not receivers:
+            self.settle()
+            batch = self.batch = Batch(receivers)
+            self._schedule()
+        return batch
+
+    def settle(self) -> None:
+        """Put the batch into its receivers' outboxes, before anything changes."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.spill()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        waiting, self._waiting, self.published = self._waiting, [], 0
+        self._scheduled, self.published = False, 0
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.deliver()
+        waiting, self._waiting = self._waiting, []
         for connection in waiting:
             try:
                 connection.flush()
             except Exception:  # one broken transport must not hold up the others
                 log.exception("connection %s", connection.connection_id)
+                connection.cut("transport error")
+
+
+class Batch:
+    """Messages that wait for the same receivers, kept once for all of them."""
+
+    __slots__ = ("_apart", "_frames", "receivers", "wires")
+
+    def __init__(self, receivers: dict[str, Connection]) -> None:
+        #: By connection id. The batch is settled before this ever changes.
+        self.receivers = receivers
+        self.wires = {connection.wire for connection in receivers.values()}
+        self._frames: dict[Wire | None, list[bytes]] = {w: [] for w in self.wires}
+        self._apart: dict[str, Connection] = {}
+
+    def add(self, frames: dict[Wire | None, bytes]) -> None:
+        """Add one message, encoded for every wire in use."""
+        for wire, frame in frames.items():
+            self._frames[wire].append(frame)
+        for connection in self._apart.values():
+            connection.send(frames[connection.wire])
+
+    def part(self, connection: Connection) -> None:
+        """Move one receiver's share to its outbox, from where it goes on alone."""
+        name = connection.connection_id
+        if name in self.receivers and name not in self._apart:
+            self._apart[name] = connection
+            for frame in self._frames[connection.wire]:
+                connection.send(frame)
+
+    def spill(self) -> None:
+        """Move everyone's share to their outboxes."""
+        for name, connection in self.receivers.items():
+            if name not in self._apart:
+                for frame in self._frames[connection.wire]:
+                    connection.send(frame)
+
+    def deliver(self) -> None:
+        """Write everyone's share at once; who cannot take it gets it queued."""
+        joined = {wire: b"".join(frames) for wire, frames in self._frames.items()}
+        for name, connection in self.receivers.items():
+            if self._apart and name in self._apart:
+                continue
+            frames = self._frames[connection.wire]
+            try:
+                if not connection.write_through(joined[connection.wire], len(frames)):
+                    for frame in frames:
+                        connection.send(frame)
+            except Exception:  # one broken transport must not hold up the others
+                log.exception("connection %s", name)
                 connection.cut("transport error")
 
 
@@ -1174,6 +1260,8 @@ class Connection:
         """
         if self.closing:
             return
+        if self._turn.batch is not None:
+            self._turn.batch.part(self)
         if self.replay is not None:
             if counted:
                 self.replay.keep(frame)
@@ -1188,6 +1276,21 @@ class Connection:
             self._turn.add(self)
         self.outbox.append(frame)
         self.queued += len(frame)
+
+    def write_through(self, data: bytes, count: int) -> bool:
+        """Send `count` joined messages at once if nothing stands in their way.
+
+        False if they must be queued one by one: behind others, for a transport
+        that is not ready, or because stateful reconnect counts them.
+        """
+        if self.outbox or self.replay is not None or self.closing:
+            return False
+        if self.link is None or not self.link.write_through(data):
+            return False
+        traffic = self.traffic
+        traffic.messages_out += count
+        traffic.bytes_out += len(data)
+        return True
 
     def _crowded(self) -> None:
         """Hand a full outbox to the socket now; give up on a peer that is slow."""
@@ -1508,6 +1611,12 @@ class WebSocket(asyncio.Protocol):
         if self.writable and not self._sent_close:
             self._transport.write(self._connection.take())
 
+    def write_through(self, data: bytes) -> bool:
+        if self.writable and not self._sent_close:
+            self._transport.write(data)
+            return True
+        return False
+
     def finish(self, failed: bool) -> None:
         if self._connection.outbox and not self._sent_close:
             self._transport.write(self._connection.take())
@@ -1768,6 +1877,9 @@ class ParkedRequest:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def write_through(self, data: bytes) -> bool:
+        return False  # the answer takes what is in the outbox
+
     def finish(self, failed: bool) -> None:
         timeout = self._connection.options.close_timeout
         if timeout is not None and not self.ended.is_set():
@@ -1941,6 +2053,7 @@ class Registry:
     # Presence
 
     def add(self, connection: Connection) -> None:
+        self.turn.settle()
         connection_id = connection.connection_id
         self.connections[connection_id] = connection
         if connection.user_id is not None:
@@ -1949,6 +2062,7 @@ class Registry:
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection, its memberships and the results it owed."""
+        self.turn.settle()
         connection_id = connection.connection_id
         self.connections.pop(connection_id, None)
         for name in self.groups_of(connection_id):
@@ -1964,10 +2078,12 @@ class Registry:
         """Add to a group; a connection that is gone is silently left out."""
         connection = self.connections.get(connection_id)
         if connection is not None:
+            self.turn.settle()
             self._groups.setdefault(name, {})[connection_id] = connection
             self._groups_of.setdefault(connection_id, set()).add(name)
 
     def leave(self, connection_id: str, name: str) -> None:
+        self.turn.settle()
         members = self._groups.get(name)
         if members is not None and members.pop(connection_id, None) is not None:
             if not members:
@@ -1995,19 +2111,28 @@ class Registry:
         cannot be written.
         """
         receivers = self._receivers(address)
+        if not receivers:
+            return
         # No await from here on, so nobody joins or leaves meanwhile.
-        frames = {
-            wire: wire.encode(message)
-            for wire in {receiver.wire for receiver in receivers}
-            if wire is not None
-        }
-        for receiver in receivers:
-            if receiver.wire is not None:
-                receiver.send(frames[receiver.wire])
-        if frames:
-            self.turn.published += max(map(len, frames.values()))
+        frames: dict[Wire | None, bytes]
+        if len(receivers) == 1:
+            (receiver,) = receivers.values()
+            frames = self._encode(message, (receiver.wire,))
+            receiver.send(frames[receiver.wire])
+        else:
+            batch = self.turn.batch_for(receivers)
+            frames = self._encode(message, batch.wires)
+            batch.add(frames)
+        self.turn.published += max(map(len, frames.values()))
 
-    def _receivers(self, address: Address) -> Collection[Connection]:
+    @staticmethod
+    def _encode(
+        message: Message, wires: Collection[Wire | None]
+    ) -> dict[Wire | None, bytes]:
+        return {wire: wire.encode(message) for wire in wires if wire is not None}
+
+    def _receivers(self, address: Address) -> dict[str, Connection]:
+        """Find the connections at an address; the usual ones without copying."""
         kind, names, excluding = address
         if kind == "all":
             found = self.connections
@@ -2022,8 +2147,8 @@ class Registry:
                 for name in names:
                     found.update(sets.get(name, {}))
         if not excluding:
-            return found.values()
-        return [c for name, c in found.items() if name not in excluding]
+            return found
+        return {name: c for name, c in found.items() if name not in excluding}
 
     # Client results
 
