@@ -7931,6 +7931,69 @@ async def test_the_demo_works_inside_another_application(driver: int) -> None:
         assert log["level"] == "Error"
 
 
+# ------------------------------------------------------- order within one turn
+
+
+class Mixer(kestrun.Hub):
+    """Sends to all, to a group and to one, with nothing to wait for in between."""
+
+    async def mix(self, count: int) -> None:
+        own, number = self.context.connection_id, itertools.count()
+        for turn in range(count):
+            await self.clients.all.send("Note", next(number))
+            await self.clients.all.send("Note", next(number))
+            await self.clients.caller.send("Note", next(number))
+            await self.clients.all.send("Note", next(number))
+            change = self.groups.remove if turn % 2 else self.groups.add
+            await change(own, "some")
+            await self.clients.group("some").send("Note", next(number))
+            await self.clients.others.send("Note", next(number))
+            await self.clients.client(own).send("Note", next(number))
+
+    async def enter(self) -> None:
+        await self.groups.add(self.context.connection_id, "some")
+
+    async def note_all(self, first: int, count: int) -> None:
+        for number in range(first, first + count):
+            await self.clients.all.send("Note", number)
+
+
+@everywhere
+async def test_messages_to_many_and_to_one_keep_their_order(serve, wire) -> None:
+    server = await serve(Mixer, maximum_receive_message_size=None)
+    caller, member, other = [await server.connect(wire) for _ in range(3)]
+    await member.invoke("Enter")
+    await caller.invoke("Mix", 20)
+    caller_gets = {0: (0, 1, 2, 3, 4, 6), 1: (0, 1, 2, 3, 6)}  # by parity of the turn
+    wanted = {
+        caller: [7 * t + n for t in range(20) for n in caller_gets[t % 2]],
+        member: [7 * t + n for t in range(20) for n in (0, 1, 3, 4, 5)],
+        other: [7 * t + n for t in range(20) for n in (0, 1, 3, 5)],
+    }
+    for client, numbers in wanted.items():
+        found = [(await client.received("Note"))[0] for _ in numbers]
+        assert found == numbers
+
+
+async def test_a_broadcast_reaches_every_wire_at_once_in_order(serve) -> None:
+    server = await serve(Mixer)
+    clients = [await server.connect(wire) for wire in WIRES * 2]
+    await clients[0].invoke("NoteAll", 0, 50)
+    for client in clients:
+        numbers = [(await client.received("Note"))[0] for _ in range(50)]
+        assert numbers == list(range(50))
+
+
+async def test_who_leaves_amid_broadcasts_takes_nothing_from_the_others(serve) -> None:
+    server = await serve(Mixer)
+    stays, *leaving = [await server.connect() for _ in range(6)]
+    for first, client in enumerate(leaving):
+        await stays.begin("NoteAll", first * 20, 20)
+        server.hub.connections[client.id].abort()
+    numbers = [(await stays.received("Note"))[0] for _ in range(100)]
+    assert numbers == list(range(100))
+
+
 # ------------------------------------------------------------------- measuring speed
 #
 # `python test_kestrun.py --bench` compares with what one writes by hand on aiohttp:
