@@ -1365,7 +1365,9 @@ class Connection:
 
     def attach(self, link: Link) -> None:
         """Give the pipe to a transport. A stateful one first gets the replay."""
-        self.link = link
+        other, self.link = self.link, link
+        if other is not None:  # two came back at once: the later one is real
+            other.abort()
         if self.replay is not None and self.wire is not None:
             self.inbox.clear()  # half a message that the client will send again
             first = self.wire.encode(Sequence(self.replay.first()))
@@ -1424,6 +1426,9 @@ class Connection:
         self.traffic.bytes_out += len(data)
         self.taken += len(data)
         outbox.clear()
+        if self.busy and self.queued > _HIGH_WATER:
+            # The hub stopped reading for the sake of this outbox: it may go on.
+            asyncio.get_running_loop().call_soon(self.on_data)
         self.queued = 0
         self.wake()
         return data
@@ -1538,6 +1543,7 @@ class WebSocket(asyncio.Protocol):
         "_in_message",
         "_left",
         "_mask",
+        "_pong",
         "_sent_close",
         "_text",
         "_timer",
@@ -1557,6 +1563,7 @@ class WebSocket(asyncio.Protocol):
         self._empty = 0  # empty fragments of that message
         self._text = False  # the message is text, so it must be UTF-8
         self._decoder: codecs.IncrementalDecoder | None = None  # if it is in pieces
+        self._pong: bytes | None = None
         self._sent_close = False
         self._deaf = False  # the peer has said goodbye
         self._timer: asyncio.TimerHandle | None = None
@@ -1567,17 +1574,22 @@ class WebSocket(asyncio.Protocol):
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         payloads: list[bytes] = []
-        failure = None
+        failure, leaving = None, self._sent_close
         try:
             position = self._read_frames(data, payloads)
         except _FrameError as error:
             failure, position = error, len(data)
         if position < len(data):
             self._buffer = data[position:]
-        if payloads and not self._sent_close:
+        if payloads and not leaving:  # what stood before a close frame counts
             self._connection.feed(
                 payloads[0] if len(payloads) == 1 else b"".join(payloads)
             )
+        if self._pong is not None:
+            # A peer that takes no data needs no pongs to pile up behind it.
+            if self.writable and not self._sent_close:
+                self._transport.write(_frame_of(PONG, self._pong))
+            self._pong = None
         if failure is not None:
             self._fail(failure)
 
@@ -1743,9 +1755,7 @@ class WebSocket(asyncio.Protocol):
 
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING_FRAME:
-            # A peer that takes no data needs no pongs to pile up behind it.
-            if self.writable and not self._sent_close:
-                self._transport.write(_frame_of(PONG, payload))
+            self._pong = payload  # the last one answers for all (RFC 6455, 5.5.3)
         elif opcode == CLOSE:
             self._receive_close(payload)
 
@@ -1758,11 +1768,9 @@ class WebSocket(asyncio.Protocol):
             payload[2:].decode()
         except UnicodeDecodeError:
             raise _FrameError(1007, "a close reason that is not UTF-8") from None
-        if not self._sent_close:
-            self._sent_close = True
-            self._transport.write(_frame_of(CLOSE, payload[:2]))
+        self._send_close(code if payload else None)
         self._deaf = True
-        self._transport.close()
+        self._transport.close()  # once everything is sent, or the timer runs out
 
     def _fail(self, error: _FrameError) -> None:
         """Answer a broken frame with its close code, then hang up."""
@@ -1776,12 +1784,13 @@ class WebSocket(asyncio.Protocol):
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()
 
-    def _send_close(self, code: int) -> None:
-        """Send a close frame and give the peer `close_timeout` to answer it."""
+    def _send_close(self, code: int | None) -> None:
+        """Send a close frame and give the peer `close_timeout` for its part."""
         if self._sent_close or self._transport.is_closing():
             return
         self._sent_close = True
-        self._transport.write(_frame_of(CLOSE, code.to_bytes(2, "big")))
+        payload = b"" if code is None else code.to_bytes(2, "big")
+        self._transport.write(_frame_of(CLOSE, payload))
         timeout = self._connection.options.close_timeout
         if timeout is not None:
             loop = asyncio.get_running_loop()
@@ -1807,11 +1816,13 @@ async def serve_websocket(
             "Sec-WebSocket-Accept": accept.decode(),
         },
     )
-    await response.prepare(request)
-    await response.write_eof()
+    with contextlib.suppress(ConnectionError):  # the client did not wait for it
+        await response.prepare(request)
+        await response.write_eof()
     transport = request.transport
     if transport is None or transport.is_closing():
-        connection.lost(None)
+        if connection.replay is None:
+            connection.lost(None)
         return response
     socket = WebSocket(connection, transport)
     tail = _Tail()
@@ -2017,6 +2028,9 @@ async def _send_poll(
         await response.write_eof()
     except ConnectionError as error:
         connection.lost(error)  # taken from the outbox, but nobody has it
+    except asyncio.CancelledError:
+        connection.lost(ConnectionResetError("The poll was dropped."))
+        raise
     return response
 
 
@@ -2718,7 +2732,7 @@ class HubMethod:
                 convert(value)
                 for convert, value in zip(converters, values, strict=False)
             ]
-        except (ValueError, TypeError, OverflowError) as error:
+        except Exception as error:
             self._log_misfit(converters, values)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
@@ -2734,7 +2748,7 @@ class HubMethod:
         for name, convert, value in zip(names, converters, values, strict=False):
             try:
                 convert(value)
-            except (ValueError, TypeError, OverflowError) as error:
+            except Exception as error:  # noqa: BLE001 (a dataclass of the user's may check)
                 log.warning("%s: argument %r does not fit: %s", self.name, name, error)
                 return
 
@@ -3006,6 +3020,13 @@ def _to_dataclass(kind: type) -> Converter:
 #: Calls of one client that may wait for a free slot before reading stops.
 _WAITING_CALLS = 32
 
+#: Messages of one client that are dispatched before others have their turn, and
+#: calls that are cancelled before they do.
+_PORTION = 500
+
+#: Calls and streams of one client that may be under way.
+_RUNNING_CALLS = 1000
+
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
 
@@ -3042,7 +3063,7 @@ class UploadStream:
             return False
         try:
             self._items.append(self._convert(item) if self._convert else item)
-        except (ValueError, TypeError, OverflowError) as error:
+        except Exception as error:  # noqa: BLE001 (as in HubMethod.bind)
             log.warning("an item of an upload stream does not fit: %s", error)
             message = "Failed to bind Stream message."
             self.end(HubException(_detail(message, error, self._options)))
@@ -3152,12 +3173,14 @@ class Call:
 
     def cancel(self) -> None:
         """Stop it on the client's behalf; a completion is sent all the same."""
+        if not self.canceled and self.task is not None:
+            self.task.cancel()  # once: its cleanup may take a while
         self.canceled = True
-        if self.task is not None:
-            self.task.cancel()
 
     def yield_slot(self) -> None:
         """Let the client's next call start while this one waits for an answer."""
+        if self.task not in (None, asyncio.current_task()):
+            return  # a task that the method started: the method itself goes on
         if self.holds_slot:
             self.holds_slot = False
             self.session.free_slot()
@@ -3308,9 +3331,14 @@ class Session:
             return
         self._pumping = self._heard = True
         connection, traffic = self.connection, self.connection.traffic
-        busy = False
+        busy, portion = False, _PORTION
         try:
             while not connection.closing:
+                if not portion:
+                    busy = True
+                    asyncio.get_running_loop().call_soon(self.pump)
+                    break
+                portion -= 1
                 busy = (
                     bool(self._waiting or self._stalled)
                     or connection.queued > _HIGH_WATER
@@ -3321,7 +3349,7 @@ class Session:
                 self._dispatch(message)
         except ProtocolError as error:
             log.warning("connection %s: %s", connection.connection_id, error)
-            self.end(error, self._closing(error))
+            self.end(error, self._farewell(error))
         finally:
             self._pumping = False
         connection.taken_in(busy)
@@ -3417,12 +3445,14 @@ class Session:
             return _detail(_failed_invoking(target), error, self.options)
         if streaming and message.invocation_id in self.calls:
             return f"Invocation ID '{message.invocation_id}' is already in use."
+        if len(self.tasks) >= _RUNNING_CALLS:
+            return "The client has too many calls and streams under way."
         if taken := self.uploads.keys() & set(message.stream_ids):
             return f"Stream ID '{taken.pop()}' is already in use."
         return None
 
     def _refuse(self, message: Invocation | StreamInvocation, text: str) -> None:
-        log.info("connection %s: %s", self.connection.connection_id, text)
+        log.info("connection %s: %.200s", self.connection.connection_id, text)
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
     def _has_slot(self) -> bool:
@@ -3439,7 +3469,7 @@ class Session:
         started = time.perf_counter()
         try:
             result = method.function(self.hub, *arguments)
-        except Exception as error:  # noqa: BLE001 (user code)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (user code)
             self.fail(message, method, error)
         else:
             if hasattr(result, "__await__"):  # an async function in a plain wrapper
@@ -3583,7 +3613,7 @@ class Session:
 
     # The end
 
-    def _closing(self, error: Exception, allow_reconnect: bool = True) -> Close:
+    def _farewell(self, error: Exception, allow_reconnect: bool = True) -> Close:
         text = _detail("Connection closed with an error.", error, self.options)
         return Close(text, allow_reconnect)
 
@@ -3594,6 +3624,7 @@ class Session:
         if closing is not None:
             self.connection.send(self.wire.encode(closing), counted=False)
         self.connection.closing = True
+        self.context.mark_aborted()
         self.ended.set_result(error)
 
     def lost(self, error: Exception | None) -> None:
@@ -3608,7 +3639,7 @@ class Session:
 
     def refuse(self, error: Exception) -> None:
         """End because `on_connected` failed: coming back would not help."""
-        self.end(None, self._closing(error, allow_reconnect=False))
+        self.end(None, self._farewell(error, allow_reconnect=False))
 
     async def stop_calls(self) -> None:
         """End everything that runs on behalf of a client that is gone."""
@@ -3618,8 +3649,11 @@ class Session:
         self._dispatcher.registry.disown(self.connection)
         self._waiting.clear()
         await asyncio.sleep(0)  # whoever reads a stream or awaits a result is told
-        for task in self.tasks:
-            task.cancel()
+        for count, task in enumerate(list(self.tasks), 1):
+            if not task.cancelling():
+                task.cancel()
+            if count % _PORTION == 0:
+                await asyncio.sleep(0)
         if self.tasks:
             timeout = self.options.close_timeout
             _, running = await asyncio.wait(self.tasks, timeout=timeout)
@@ -3643,7 +3677,7 @@ class Session:
                 "ClientTimeoutInterval."
             )
             connection.traffic.count_cut("client timeout")
-            self.end(error, self._closing(error))
+            self.end(error, self._farewell(error))
             return
         if connection.stalled(now):
             connection.cut("send timeout")
@@ -3707,7 +3741,6 @@ class Dispatcher:
             if await self._connect(session):
                 session.start()
                 error = await session.ended
-                session.context.mark_aborted()
                 await session.stop_calls()
                 failed = not await self._disconnect(session, error)
         finally:
@@ -3903,7 +3936,7 @@ def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
         return
     if origin.lower() in allowed:
         request[_CORS_ORIGIN] = origin
-    elif urlsplit(origin).netloc.lower() != request.host.lower():
+    elif origin.lower().partition("://")[2] != request.host.lower():
         log.warning(
             "refused %s %s for origin %r: allowed_origins (--allow-origin) allows it",
             request.method,
@@ -4093,14 +4126,23 @@ class Endpoint:
             connection.posting = asyncio.Lock()
         async with connection.posting:
             try:
-                async for chunk in request.content.iter_chunked(_HIGH_WATER):
-                    connection.feed(chunk)
-                    await connection.inbox_room()
-            except (aiohttp.ClientPayloadError, ConnectionError):
+                await self._feed(request, connection)
+            except (aiohttp.ClientPayloadError, ConnectionError, TimeoutError):
                 raise _Refused(400) from None  # the client left half-way
         if connection.gone:
             raise _Refused(404)
         return web.Response(text="")
+
+    async def _feed(self, request: web.Request, connection: Connection) -> None:
+        """Give the body to the connection, for as long as both go on."""
+        while not connection.closing:
+            async with asyncio.timeout(self.options.disconnect_timeout):
+                chunk = await request.content.readany()
+            if not chunk:
+                return
+            connection.feed(chunk)
+            await connection.inbox_room()
+        request.protocol.keep_alive(False)  # nobody wants the rest
 
     def _delete(self, request: web.Request, user_id: str | None) -> web.StreamResponse:
         connection = self._find(request, user_id)
@@ -4403,11 +4445,12 @@ class Operations:
         """
         if self._closed:
             raise RuntimeError("these Operations are closed")
+        loop = asyncio.get_running_loop()
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description)
         self._operations[operation.id] = operation
         self._forget_old()
-        operation._task = asyncio.create_task(self._run(operation, work))
+        operation._task = loop.create_task(self._run(operation, work))
         return operation
 
     def get(self, id: str) -> Operation | None:
@@ -4462,17 +4505,32 @@ class Operations:
                 state = COMPLETED
         except asyncio.CancelledError as canceled:
             error = canceled
-        except Exception as failure:
+        except BaseException as failure:
             state, error = FAULTED, failure
             log.error("operation %r failed", operation.name, exc_info=failure)
+            if not isinstance(failure, Exception):
+                raise
+        finally:
+            await self._end(operation, state, result, error)
+
+    async def _end(
+        self,
+        operation: Operation,
+        state: str,
+        result: Any,
+        error: BaseException | None,
+    ) -> None:
+        """Make an operation final and announce it."""
         operation.state, operation.result, operation.error = state, result, error
         operation.completed_at = _now()
         if state == COMPLETED:
             operation.progress = 100
         operation._expires = time.monotonic() + self._retention
         operation._canceled = True  # too late: the announcement goes through
-        await self._changed(operation)
-        operation._ended.set()
+        try:
+            await self._changed(operation)
+        finally:
+            operation._ended.set()
 
     async def _changed(self, operation: Operation) -> None:
         if self._on_change is None:
@@ -4511,8 +4569,8 @@ class _Interval:
     def __init__(self, seconds: float) -> None:
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
             raise TypeError(f"every: a number of seconds, not {seconds!r}")
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"every: more than 0 seconds, not {seconds!r}")
+        if not 0.001 <= seconds < math.inf:
+            raise ValueError(f"every: at least 0.001 seconds, not {seconds!r}")
         self._seconds = seconds
 
     def __str__(self) -> str:
@@ -4759,9 +4817,10 @@ class Schedule:
         if self._task is not None:
             tasks.append(self._task)
             self._task = None
-        for task in tasks:
+        others = [task for task in tasks if task is not asyncio.current_task()]
+        for task in others:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def context(self, app: object) -> AsyncIterator[None]:
         """Run with an aiohttp application (for `app.cleanup_ctx`)."""
@@ -5580,7 +5639,10 @@ class Demo:
         """Ask for the token, if there is one. Raises HTTPUnauthorized."""
         if self._token is not None:
             given = access_token(request) or ""
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
+            pair = (
+                text.encode(errors="surrogateescape") for text in (given, self._token)
+            )
+            if not hmac.compare_digest(*pair):
                 raise web.HTTPUnauthorized(
                     text="The token is missing or wrong. Send it as 'Authorization: "
                     "Bearer TOKEN'.",
@@ -5744,7 +5806,8 @@ class Demo:
         if not self.operations.cancel(operation.id):
             raise web.HTTPConflict(text=f"The operation is {operation.state} already.")
         await operation.wait()
-        return self._done("The operation was canceled", TaskId=operation.id)
+        message = f"The operation is {operation.state}"
+        return self._done(message, TaskId=operation.id)
 
     async def _remove_operation(self, request: web.Request) -> web.Response:
         operation = self._find(request)
