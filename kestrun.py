@@ -4674,18 +4674,27 @@ class _Cron:
 
     def after(self, moment: float) -> float:
         """Find the first matching second after a moment (seconds since 1970)."""
-        local = datetime.fromtimestamp(math.floor(moment) + 1)
+        local = datetime.fromtimestamp(math.floor(moment) + 1).replace(fold=0)
         today = local.replace(hour=0, minute=0, second=0)
         for day in self._days_from(today, 366 * 8 + 1):
-            for hour in self._hours:
-                for minute in self._minutes:
-                    for second in self._seconds:
-                        found = day.replace(hour=hour, minute=minute, second=second)
-                        # The second check leaves out hours that a change to
-                        # summer time skips or repeats.
-                        if found >= local and found.timestamp() > moment:
-                            return found.timestamp()
+            for found in self._times(day, local):
+                stamp = found.timestamp()
+                # Summer time skips an hour, whose times do not exist, and repeats
+                # one, whose times count once.
+                if stamp > moment and datetime.fromtimestamp(stamp) == found:
+                    return stamp
         return math.inf
+
+    def _times(self, day: datetime, earliest: datetime) -> Iterator[datetime]:
+        """Go through a day's matching times that are not too early."""
+        for hour in self._hours:
+            if day.replace(hour=hour, minute=59, second=59) < earliest:
+                continue
+            for minute in self._minutes:
+                if day.replace(hour=hour, minute=minute, second=59) < earliest:
+                    continue
+                for second in self._seconds:
+                    yield day.replace(hour=hour, minute=minute, second=second)
 
 
 class _Job:
@@ -4698,6 +4707,8 @@ class _Job:
         self.function = function
         self.when = when
         self.next = math.inf
+        #: When the schedule looked at it last.
+        self.seen = 0.0
         self.last: float | None = None
         self.suspended = False
         self.runs = self.failures = 0
@@ -4844,11 +4855,13 @@ class Schedule:
             await self._sleep(max(0.0, min(nearest - self._clock(), 30.0)))
 
     def _run_if_due(self, job: _Job, now: float) -> None:
-        following = job.when.after(now)
         if job.next > now:
-            job.next = min(job.next, following)  # in case the clock was set back
+            if now < job.seen:  # the clock was set back
+                job.next = job.when.after(now)
+            job.seen = now
             return
-        late, job.next = now - job.next, following
+        late, job.next = now - job.next, job.when.after(now)
+        job.seen = now
         if job.suspended:
             return
         if late > _LATE:
