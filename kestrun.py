@@ -947,14 +947,13 @@ _REPLAY_SURPLUS = 8
 class Link(Protocol):
     """What a transport offers to the connection that it serves just now."""
 
-    #: False while the peer takes no more.
+    #: False while the peer takes no more, and after the goodbye.
     writable: bool
+    #: Writes ready bytes, for a transport that needs nothing around them.
+    direct: Callable[[bytes], None] | None
 
     def flush(self) -> None:
         """Send what is in the outbox, now or as soon as the peer takes it."""
-
-    def write_through(self, data: bytes) -> bool:
-        """Send ready bytes past the empty outbox; False if they have to wait."""
 
     def finish(self, failed: bool) -> None:
         """Send what is left, then say goodbye in the transport's own way."""
@@ -997,12 +996,17 @@ class Turn:
         self._waiting.append(connection)
         self._schedule()
 
-    def batch_for(self, receivers: dict[str, Connection]) -> Batch:
-        """Give the batch of these receivers, where order allows that there is one."""
+    def batch_for(
+        self, receivers: dict[str, Connection], wires: Collection[Wire]
+    ) -> Batch:
+        """Give the batch of these receivers, where order allows that there is one.
+
+        wires: those of all connections, of which the receivers use some or all.
+        """
         batch = self.batch
         if batch is None or batch.receivers is not receivers:
             self.settle()
-            batch = self.batch = Batch(receivers)
+            batch = self.batch = Batch(receivers, wires)
             self._schedule()
         return batch
 
@@ -1034,19 +1038,29 @@ class Turn:
 class Batch:
     """Messages that wait for the same receivers, kept once for all of them."""
 
-    __slots__ = ("_apart", "_frames", "receivers", "wires")
+    __slots__ = ("_apart", "_count", "_frames", "receivers")
 
-    def __init__(self, receivers: dict[str, Connection]) -> None:
+    def __init__(
+        self, receivers: dict[str, Connection], wires: Collection[Wire]
+    ) -> None:
         #: By connection id. The batch is settled before this ever changes.
         self.receivers = receivers
-        self.wires = {connection.wire for connection in receivers.values()}
-        self._frames: dict[Wire | None, list[bytes]] = {w: [] for w in self.wires}
+        if len(wires) > 1:
+            wires = {c.wire for c in receivers.values() if c.wire is not None}
+        self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
+        self._count = 0
         self._apart: dict[str, Connection] = {}
+
+    @property
+    def wires(self) -> Collection[Wire | None]:
+        """How the messages have to be encoded."""
+        return self._frames.keys()
 
     def add(self, frames: dict[Wire | None, bytes]) -> None:
         """Add one message, encoded for every wire in use."""
         for wire, frame in frames.items():
             self._frames[wire].append(frame)
+        self._count += 1
         for connection in self._apart.values():
             connection.send(frames[connection.wire])
 
@@ -1068,17 +1082,26 @@ class Batch:
     def deliver(self) -> None:
         """Write everyone's share at once; who cannot take it gets it queued."""
         joined = {wire: b"".join(frames) for wire, frames in self._frames.items()}
+        only = next(iter(joined.values())) if len(joined) == 1 else None
+        apart, messages, size = self._apart, 0, 0
         for name, connection in self.receivers.items():
-            if self._apart and name in self._apart:
-                continue
-            frames = self._frames[connection.wire]
-            try:
-                if not connection.write_through(joined[connection.wire], len(frames)):
-                    for frame in frames:
+            write = connection.shortcut
+            if write is None or connection.outbox or apart and name in apart:
+                if name not in apart:
+                    for frame in self._frames[connection.wire]:
                         connection.send(frame)
+                continue
+            data = joined[connection.wire] if only is None else only
+            try:
+                write(data)
             except Exception:  # one broken transport must not hold up the others
                 log.exception("connection %s", name)
                 connection.cut("transport error")
+            messages += self._count
+            size += len(data)
+        traffic = connection.traffic  # everyone's of this hub
+        traffic.messages_out += messages
+        traffic.bytes_out += size
 
 
 class Traffic:
@@ -1198,6 +1221,7 @@ class Connection:
         "reading_paused",
         "replay",
         "request",
+        "shortcut",
         "stall",
         "stateful",
         "taken",
@@ -1231,6 +1255,9 @@ class Connection:
         #: Nobody will read the outbox any more; the token is dead.
         self.gone = False
         self.link: Link | None = None
+        #: Writes bytes straight to the socket while nothing stands in the way:
+        #: no transport that frames them, no full buffer, no replay to count for.
+        self.shortcut: Callable[[bytes], None] | None = None
         self.last_seen = time.monotonic()
         self.inbox = bytearray()
         self.outbox: list[bytes] = []
@@ -1276,21 +1303,6 @@ class Connection:
             self._turn.add(self)
         self.outbox.append(frame)
         self.queued += len(frame)
-
-    def write_through(self, data: bytes, count: int) -> bool:
-        """Send `count` joined messages at once if nothing stands in their way.
-
-        False if they must be queued one by one: behind others, for a transport
-        that is not ready, or because stateful reconnect counts them.
-        """
-        if self.outbox or self.replay is not None or self.closing:
-            return False
-        if self.link is None or not self.link.write_through(data):
-            return False
-        traffic = self.traffic
-        traffic.messages_out += count
-        traffic.bytes_out += len(data)
-        return True
 
     def _crowded(self) -> None:
         """Hand a full outbox to the socket now; give up on a peer that is slow."""
@@ -1343,7 +1355,8 @@ class Connection:
 
     def finish(self, failed: bool = False) -> None:
         """End from the hub's side: deliver what is queued, then close."""
-        self.closing, self.failed = True, failed
+        self.shut()
+        self.failed = failed
         if self.link is not None:
             self.link.finish(failed)
         elif self.transport != LONG_POLLING:
@@ -1366,6 +1379,7 @@ class Connection:
     def attach(self, link: Link) -> None:
         """Give the pipe to a transport. A stateful one first gets the replay."""
         other, self.link = self.link, link
+        self.look_for_shortcut()
         if other is not None:  # two came back at once: the later one is real
             other.abort()
         if self.replay is not None and self.wire is not None:
@@ -1377,7 +1391,7 @@ class Connection:
 
     def detach(self) -> None:
         """Take the pipe back: the peer may come again until it is too late."""
-        self.link = None
+        self.link = self.shortcut = None
         self.reading_paused = False
         self.last_seen = time.monotonic()
         if self.replay is not None:
@@ -1436,7 +1450,8 @@ class Connection:
     def lost(self, error: Exception | None) -> None:
         """End from the transport's side: the client is gone."""
         if not self.gone:
-            self.gone = self.closing = True
+            self.gone = True
+            self.shut()
             self.outbox.clear()
             self.queued = 0
             self.wake()
@@ -1458,6 +1473,16 @@ class Connection:
         return now - self.stall[1] > _or_forever(self.options.transport_send_timeout)
 
     # Both ends
+
+    def shut(self) -> None:
+        """Take nothing more, from either side."""
+        self.closing, self.shortcut = True, None
+
+    def look_for_shortcut(self) -> None:
+        """Find out whether bytes may go straight to the socket just now."""
+        link = self.link
+        ready = link is not None and link.writable and not self.closing
+        self.shortcut = link.direct if link and ready and not self.replay else None
 
     async def _wait(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -1548,6 +1573,7 @@ class WebSocket(asyncio.Protocol):
         "_text",
         "_timer",
         "_transport",
+        "direct",
         "writable",
     )
 
@@ -1555,6 +1581,7 @@ class WebSocket(asyncio.Protocol):
         self._connection = connection
         self._transport = transport
         self.writable = True
+        self.direct: Callable[[bytes], None] | None = transport.write
         self._buffer = b""  # the head of a frame that is not complete yet
         self._left = 0  # payload bytes of the current frame still to come
         self._mask = b""  # its mask, turned to the next byte
@@ -1587,7 +1614,7 @@ class WebSocket(asyncio.Protocol):
             )
         if self._pong is not None:
             # A peer that takes no data needs no pongs to pile up behind it.
-            if self.writable and not self._sent_close:
+            if self.writable:
                 self._transport.write(_frame_of(PONG, self._pong))
             self._pong = None
         if failure is not None:
@@ -1609,10 +1636,10 @@ class WebSocket(asyncio.Protocol):
             connection.lost(error)
 
     def pause_writing(self) -> None:
-        self.writable = False
+        self._set_writable(False)
 
     def resume_writing(self) -> None:
-        self.writable = True
+        self._set_writable(not self._sent_close)
         self._connection.flush()
         self._connection.wake()
         self._connection.on_data()
@@ -1620,14 +1647,8 @@ class WebSocket(asyncio.Protocol):
     # From the connection (see Link)
 
     def flush(self) -> None:
-        if self.writable and not self._sent_close:
+        if self.writable:
             self._transport.write(self._connection.take())
-
-    def write_through(self, data: bytes) -> bool:
-        if self.writable and not self._sent_close:
-            self._transport.write(data)
-            return True
-        return False
 
     def finish(self, failed: bool) -> None:
         if self._connection.outbox and not self._sent_close:
@@ -1784,11 +1805,17 @@ class WebSocket(asyncio.Protocol):
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()
 
+    def _set_writable(self, writable: bool) -> None:
+        self.writable = writable
+        if self._connection.link is self:
+            self._connection.look_for_shortcut()
+
     def _send_close(self, code: int | None) -> None:
         """Send a close frame and give the peer `close_timeout` for its part."""
         if self._sent_close or self._transport.is_closing():
             return
         self._sent_close = True
+        self._set_writable(False)
         payload = b"" if code is None else code.to_bytes(2, "big")
         self._transport.write(_frame_of(CLOSE, payload))
         timeout = self._connection.options.close_timeout
@@ -1873,12 +1900,21 @@ def _check_upgrade(request: web.Request) -> None:
 class ParkedRequest:
     """The `Link` of a request whose answer waits for data: a poll or a stream."""
 
-    __slots__ = ("_connection", "_waiter", "ended", "released", "transport", "writable")
+    __slots__ = (
+        "_connection",
+        "_waiter",
+        "direct",
+        "ended",
+        "released",
+        "transport",
+        "writable",
+    )
 
     def __init__(self, request: web.Request, connection: Connection) -> None:
         self.transport = request.transport
         self._connection = connection
         self.writable = True
+        self.direct: Callable[[bytes], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
         #: A newer poll wants to take its place.
         self.released = False
@@ -1887,9 +1923,6 @@ class ParkedRequest:
     def flush(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def write_through(self, data: bytes) -> bool:
-        return False  # the answer takes what is in the outbox
 
     def finish(self, failed: bool) -> None:
         timeout = self._connection.options.close_timeout
@@ -2058,6 +2091,7 @@ class Registry:
         self.turn = Turn()
         self.traffic = Traffic()
         self.connections: dict[str, Connection] = {}
+        self._wires: dict[Wire, int] = {}  # in use, by how many
         self._groups: dict[str, dict[str, Connection]] = {}
         self._groups_of: dict[str, set[str]] = {}
         self._users: dict[str, dict[str, Connection]] = {}
@@ -2070,6 +2104,8 @@ class Registry:
         self.turn.settle()
         connection_id = connection.connection_id
         self.connections[connection_id] = connection
+        if connection.wire is not None:
+            self._wires[connection.wire] = self._wires.get(connection.wire, 0) + 1
         if connection.user_id is not None:
             of_user = self._users.setdefault(connection.user_id, {})
             of_user[connection_id] = connection
@@ -2078,7 +2114,10 @@ class Registry:
         """Forget a connection, its memberships and the results it owed."""
         self.turn.settle()
         connection_id = connection.connection_id
-        self.connections.pop(connection_id, None)
+        if self.connections.pop(connection_id, None) and connection.wire is not None:
+            self._wires[connection.wire] -= 1
+            if not self._wires[connection.wire]:
+                del self._wires[connection.wire]
         for name in self.groups_of(connection_id):
             self.leave(connection_id, name)
         if connection.user_id is not None:
@@ -2134,7 +2173,7 @@ class Registry:
             frames = self._encode(message, (receiver.wire,))
             receiver.send(frames[receiver.wire])
         else:
-            batch = self.turn.batch_for(receivers)
+            batch = self.turn.batch_for(receivers, self._wires)
             frames = self._encode(message, batch.wires)
             batch.add(frames)
         self.turn.published += max(map(len, frames.values()))
@@ -3331,22 +3370,20 @@ class Session:
             return
         self._pumping = self._heard = True
         connection, traffic = self.connection, self.connection.traffic
-        busy, portion = False, _PORTION
+        busy = False
         try:
-            while not connection.closing:
-                if not portion:
-                    busy = True
-                    asyncio.get_running_loop().call_soon(self.pump)
+            for _ in range(_PORTION):
+                if connection.closing:
                     break
-                portion -= 1
-                busy = (
-                    bool(self._waiting or self._stalled)
-                    or connection.queued > _HIGH_WATER
-                ) and self._must_wait()
+                if self._waiting or self._stalled or connection.queued > _HIGH_WATER:
+                    busy = self._must_wait()
                 if busy or (message := next(self._messages)) is None:
                     break
                 traffic.messages_in += 1
                 self._dispatch(message)
+            else:
+                busy = True  # others first
+                asyncio.get_running_loop().call_soon(self.pump)
         except ProtocolError as error:
             log.warning("connection %s: %s", connection.connection_id, error)
             self.end(error, self._farewell(error))
@@ -3623,7 +3660,7 @@ class Session:
             return
         if closing is not None:
             self.connection.send(self.wire.encode(closing), counted=False)
-        self.connection.closing = True
+        self.connection.shut()
         self.context.mark_aborted()
         self.ended.set_result(error)
 
@@ -3770,6 +3807,7 @@ class Dispatcher:
         connection.wire = wire
         if connection.stateful and request.version >= 2:
             connection.replay = Replay()
+            connection.look_for_shortcut()
         return wire
 
     async def _first_record(self, connection: Connection) -> bytes | None:
@@ -4233,7 +4271,7 @@ class Endpoint:
             if connection.task is None:
                 connection.lost(None)
             elif connection.wire is None:
-                connection.closing = True
+                connection.shut()
                 connection.on_data()  # the handshake need not be waited for
         begun = time.monotonic()
         if self._tasks:
