@@ -496,7 +496,7 @@ class JsonProtocol:
 
     def encode(self, message: Message) -> bytes:
         try:
-            return f"{self._text(message)}\x1e".encode("ascii")
+            return (self._text(message) + "\x1e").encode()
         except RecursionError:
             raise ValueError("nested too deeply, or containing itself") from None
 
@@ -535,17 +535,18 @@ class JsonProtocol:
 
     def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
         while True:
-            end = inbox.find(RECORD_SEPARATOR)
-            if limit is not None and (end >= limit or end < 0 and len(inbox) > limit):
-                raise _too_big(limit)
-            if end < 0:
+            *records, rest = inbox.split(RECORD_SEPARATOR)
+            inbox[:] = rest
+            for record in records:
+                if limit is not None and len(record) >= limit:
+                    raise _too_big(limit)
+                message = self._read(record)
+                if message is not None:
+                    yield message
+            if RECORD_SEPARATOR not in inbox:  # none came while these were used
+                if limit is not None and len(inbox) > limit:
+                    raise _too_big(limit)
                 yield None
-                continue
-            record = inbox[:end]
-            del inbox[: end + 1]
-            message = self._read(record)
-            if message is not None:
-                yield message
 
     def _read(self, record: bytearray) -> Message | None:
         """Read one record; None for a type that a later version may define."""
@@ -1131,12 +1132,10 @@ class Wire:
         self, protocol: HubProtocol, frame: Callable[[bytes, bool], bytes] | None
     ) -> None:
         self.protocol = protocol
-        self.encode: Callable[[Message], bytes]
-        if frame is None:
-            self.encode = protocol.encode
-        else:
-            binary = protocol.binary
-            self.encode = lambda message: frame(protocol.encode(message), binary)
+        encode, binary = protocol.encode, protocol.binary
+        self.encode: Callable[[Message], bytes] = encode
+        if frame is not None:
+            self.encode = lambda message: frame(encode(message), binary)
 
 
 class Replay:
