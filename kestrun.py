@@ -3175,6 +3175,7 @@ class Call:
 
     __slots__ = (
         "arguments",
+        "begun",
         "canceled",
         "holds_slot",
         "message",
@@ -3196,7 +3197,7 @@ class Call:
         self.arguments = arguments
         #: Streams and uploads run beside the calls that take turns.
         self.holds_slot = not (method.streaming or method.uploads)
-        self.canceled = False
+        self.begun = self.canceled = False
         self.task: asyncio.Task[None] | None = None
 
     def start(self, begun: Awaitable[Any] | None = None) -> None:
@@ -3215,8 +3216,10 @@ class Call:
 
     def cancel(self) -> None:
         """Stop it on the client's behalf; a completion is sent all the same."""
-        if not self.canceled and self.task is not None:
-            self.task.cancel()  # once: its cleanup may take a while
+        # Once, since its cleanup may take a while; and not before its first step,
+        # or the task would never get to say that it has ended.
+        if self.begun and not self.canceled and self.task is not None:
+            self.task.cancel()
         self.canceled = True
 
     def yield_slot(self) -> None:
@@ -3229,6 +3232,7 @@ class Call:
 
     async def _perform(self, begun: Awaitable[Any] | None) -> None:
         _current_call.set(self)
+        self.begun = True
         try:
             work = self._stream() if self.method.streaming else self._answer(begun)
             await _watched(work, self.method.name)

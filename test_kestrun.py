@@ -63,7 +63,7 @@ from dataclasses import fields as fields_of
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from uuid import UUID
 
 import aiohttp
@@ -7994,6 +7994,233 @@ async def test_who_leaves_amid_broadcasts_takes_nothing_from_the_others(serve) -
     assert numbers == list(range(100))
 
 
+# ------------------------------------------------------- what hostile clients found
+
+
+@dataclass
+class Picky:
+    number: int
+
+    def __post_init__(self) -> None:
+        raise KeyError(self.number)
+
+
+class Victim(kestrun.Hub):
+    """Methods that were once hung, lost or killed by what a client did."""
+
+    notes: ClassVar[list[Any]] = []
+
+    async def on_disconnected(self, error: Exception | None) -> None:
+        self.notes.append(("gone", error and str(error)))
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def note(self, value: Any) -> None:
+        self.notes.append(value)
+
+    async def clean_up(self) -> None:
+        self.notes.append("begun")
+        try:
+            await asyncio.sleep(50)
+        finally:
+            await asyncio.sleep(0.1)
+            self.notes.append("cleaned up")
+
+    def picky(self, value: Picky) -> None:
+        raise AssertionError(value)
+
+    def give_up(self) -> None:
+        raise asyncio.CancelledError
+
+    async def endless(self) -> AsyncIterator[int]:
+        await asyncio.sleep(50)
+        yield 1
+
+    async def start_a_question(self) -> str:
+        task = asyncio.create_task(self.clients.caller.invoke("never"))
+        await asyncio.sleep(0.1)
+        self.notes.append("question over")
+        task.cancel()
+        return "done"
+
+
+@pytest.fixture(autouse=True)
+def forget_notes() -> None:
+    Victim.notes.clear()
+
+
+@every_transport
+async def test_replies_of_more_than_the_outbox_holds_all_arrive(serve, wire) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    text, wanted = "x" * 1000, 300
+    messages = [call("Echo", text, invocationId=str(n)) for n in range(wanted)]
+    await client.send(*messages)
+    for number in range(wanted):
+        assert await client.finish(str(number)) == text
+
+
+async def test_what_comes_together_with_a_close_frame_still_counts(serve) -> None:
+    server = await serve(Victim)
+    raw = await RawSocket.open(server)
+    last = encode("json", call("Note", 7)) + encode("json", {"type": 7, "error": "bye"})
+    raw.writer.write(masked_frame(1, last) + masked_frame(8, b""))
+    await until(lambda: len(Victim.notes) == 2)
+    assert Victim.notes == [7, ("gone", "bye")]
+
+
+def masked_frame(opcode: int, payload: bytes) -> bytes:
+    assert len(payload) < 126
+    return bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+
+
+@pytest.mark.parametrize("again", ["cancel", "leave"])
+async def test_a_cancelled_method_finishes_its_cleanup(serve, again) -> None:
+    client = await (await serve(Victim)).connect()
+    called = await client.begin("CleanUp")
+    await until(lambda: Victim.notes)
+    await client.send({"type": 5, "invocationId": called})
+    if again == "cancel":
+        await client.send({"type": 5, "invocationId": called})
+    else:
+        await client.leave()
+    await until(lambda: "cleaned up" in Victim.notes)
+
+
+@both_protocols
+async def test_a_call_cancelled_before_its_first_step_is_completed(
+    serve, protocol
+) -> None:
+    client = await (await serve(Victim)).connect(("WebSockets", protocol))
+    called = call("CleanUp", invocationId="1")
+    await client.send(called, {"type": 5, "invocationId": "1"})
+    assert "error" in await client.next(3, "1")
+    assert await client.invoke("Echo", 1) == 1
+    assert Victim.notes == []
+
+
+@both_protocols
+async def test_a_conversion_may_fail_in_any_way(serve, protocol) -> None:
+    client = await (await serve(Victim)).connect(("WebSockets", protocol))
+    refused = "Failed to invoke 'Picky' due to an error on the server."
+    assert await client.error("Picky", {"number": 1}) == refused
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_a_plain_method_that_raises_a_cancel_fails_alone(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    failed = "An unexpected error occurred invoking 'GiveUp' on the server."
+    assert await client.error("GiveUp") == failed
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_streams_of_one_client_are_bounded(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    for number in range(1001):
+        stream = {"type": 4, "invocationId": f"s{number}", "arguments": []}
+        await client.send({**stream, "target": "Endless"})
+    refused = await client.next(3, "s1000")
+    assert refused["error"] == "The client has too many calls and streams under way."
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_a_task_that_a_method_starts_leaves_its_slot_alone(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    await client.send(call("StartAQuestion"), call("Note", "second"))
+    await until(lambda: len(Victim.notes) == 2)
+    assert Victim.notes == ["question over", "second"]
+
+
+async def test_a_post_of_a_connection_that_ended_is_not_read_on(serve) -> None:
+    server, url = await polled(serve, disconnect_timeout=1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000"
+    writer.write(head.encode() + b"\r\n\r\n" + b"x" * 100)
+    await server.http.delete(url)
+    async with asyncio.timeout(PATIENCE):
+        status = int((await reader.readline()).split()[1])
+    assert status in (400, 404)
+    writer.close()
+
+
+async def test_a_flood_of_pings_does_not_keep_others_waiting(serve) -> None:
+    server = await serve(Victim)
+    flooder, other = await RawSocket.open(server), await server.connect()
+    flood = masked_frame(9, b"") * 200_000
+    flooder.writer.write(flood)
+    started_at = time.monotonic()
+    assert await other.invoke("Echo", 1) == 1
+    assert time.monotonic() - started_at < 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://["}, {"Authorization": "Bearer \udcff"}],
+    ids=["origin", "authorization"],
+)
+async def test_odd_headers_are_refused_and_not_an_error(serve, headers) -> None:
+    server = await serve(app=kestrun.create_app(token="sesame"))
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"GET /api/ps/event HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n"
+    writer.write(head.encode(errors="surrogateescape"))
+    status = int((await reader.readline()).split()[1])
+    assert status in (401, 403)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("expression", "after", "found"),
+    [
+        ("0 30 2 * * *", "2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"),
+        ("0 30 2 * * *", "2026-03-28T12:00+01:00", "2026-03-30T02:30+02:00"),
+        ("0 0 * * * *", "2026-03-29T01:00+01:00", "2026-03-29T03:00+02:00"),
+        ("59 59 23 31 12 *", "2026-12-31T23:59:58+01:00", "2026-12-31T23:59:59+01:00"),
+        ("0 0 0 29 2 *", "2026-01-01T00:00+01:00", "2028-02-29T00:00+01:00"),
+    ],
+)
+def test_cron_copes_with_clocks_that_change(
+    monkeypatch: pytest.MonkeyPatch, expression: str, after: str, found: str
+) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        moments: list[float] = []
+        now = datetime.datetime.fromisoformat(after).timestamp()
+        schedule = kestrun.Schedule(clock=lambda: now)
+        schedule.cron(expression, name="job")(lambda: moments.append(now))
+        (job,) = schedule.report()
+        wanted = datetime.datetime.fromisoformat(found)
+        assert job["next_run"] == wanted
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+async def test_an_operation_is_final_whatever_on_change_does() -> None:
+    def on_change(operation: kestrun.Operation) -> None:
+        if operation.state == "Completed":
+            raise asyncio.CancelledError
+
+    operations = kestrun.Operations(on_change=on_change)
+    operation = operations.start(lambda progress: asyncio.sleep(0))
+    async with asyncio.timeout(PATIENCE):
+        assert (await operation.wait()).state == "Completed"
+        await operations.close()
+
+
+async def test_a_job_may_close_its_schedule() -> None:
+    schedule, closed = kestrun.Schedule(), asyncio.Event()
+
+    @schedule.every(0.05)
+    async def last() -> None:
+        await schedule.close()
+        closed.set()
+
+    async with asyncio.timeout(PATIENCE):
+        await closed.wait()
+
+
 # ------------------------------------------------------------------- measuring speed
 #
 # `python test_kestrun.py --bench` compares with what one writes by hand on aiohttp:
@@ -8139,8 +8366,9 @@ async def echo(port: int) -> float:
     return CALLERS * CALLS / (time.perf_counter() - started)
 
 
-async def measured(scenario: Callable[[int], Awaitable[float]], name: str) -> float:
-    """Run one scenario against a fresh server process; records a second."""
+@asynccontextmanager
+async def server_of(name: str) -> AsyncIterator[tuple[int, int]]:
+    """Run one of the servers in a process; yield its port and process id."""
     port = free_port()
     server = await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, "--bench-server", name, str(port))
@@ -8152,14 +8380,46 @@ async def measured(scenario: Callable[[int], Awaitable[float]], name: str) -> fl
                     socket.create_connection(("127.0.0.1", port), 0.1).close()
                     break
                 await asyncio.sleep(0.05)
-            return await scenario(port)
+            yield port, server.pid
     finally:
         server.kill()
         await server.wait()
 
 
+async def measured(scenario: Callable[[int], Awaitable[float]], name: str) -> float:
+    """Run one scenario against a fresh server process; records a second."""
+    async with server_of(name) as (port, _):
+        return await scenario(port)
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used. (Linux)"""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+async def cost(wire: tuple[str, str]) -> float:
+    """Microseconds of the server's processor for each message of a broadcast."""
+    async with server_of("kestrun") as (port, pid):
+        server = Server(web.Application(), None)
+        server.http = aiohttp.ClientSession(f"http://127.0.0.1:{port}")
+        async with server.http:
+            clients = [server.client(wire) for _ in range(50)]
+            for client in clients:
+                await client.start()
+            before = cpu_seconds(pid)
+            for _ in range(BURST):
+                await clients[0].invoke("Broadcast", 10, PAYLOAD)
+            for client in clients:
+                for _ in range(10 * BURST):
+                    await client.next(1)
+            used = cpu_seconds(pid) - before
+            for client in clients:
+                client.pump.cancel()
+    return used * 1e6 / (len(clients) * 10 * BURST)
+
+
 def bench(rounds: int = 5) -> None:
-    """Print, for each scenario, the medians of both servers and their ratio."""
+    """Print ratios for each scenario, then what each wire costs the server."""
     print(f"{'scenario':10}{'kestrun/s':>12}{'plain/s':>12}{'ratio':>8}")
     for scenario in (burst, lockstep, echo):
         rates: dict[str, list[float]] = {name: [] for name in BENCHED}
@@ -8169,6 +8429,12 @@ def bench(rounds: int = 5) -> None:
         ours, plain = (statistics.median(rates[name]) for name in BENCHED)
         row = f"{scenario.__name__:10}{ours:12,.0f}{plain:12,.0f}{ours / plain:8.2f}"
         print(row, flush=True)
+    if not sys.platform.startswith("linux"):
+        return
+    print(f"\n{'wire':30}server us/message")
+    for wire in WIRES:
+        found = [asyncio.run(cost(wire)) for _ in range(rounds)]
+        print(f"{' '.join(wire):30}{statistics.median(found):17.2f}", flush=True)
 
 
 async def test_the_bench_measures_both_servers() -> None:
