@@ -3328,6 +3328,7 @@ class Session:
         "calls",
         "connection",
         "context",
+        "due",
         "ended",
         "hub",
         "options",
@@ -3361,6 +3362,8 @@ class Session:
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
         self._next_ping = now + _or_forever(self.options.keep_alive_interval)
+        #: When `look_after` has something to do next.
+        self.due = now
 
     # From the client
 
@@ -3709,9 +3712,9 @@ class Session:
 
     # Timers
 
-    def tick(self, now: float) -> None:
-        """Look after pings, acknowledgements and silence; called every second."""
-        connection = self.connection
+    def look_after(self, now: float) -> None:
+        """See to silence, stalled writes, pings and acknowledgements when due."""
+        connection, replay = self.connection, self.connection.replay
         if self.ended.done():
             return
         if self._heard or self._must_wait():  # it may have said more than we read
@@ -3732,10 +3735,12 @@ class Session:
         if now >= self._next_ping and connection.transport != LONG_POLLING:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
             self._say(PING)
-        replay = connection.replay
         if replay is not None and replay.latest > replay.acked:
             replay.acked = replay.latest
             self._say(Ack(replay.latest))
+        # Acknowledgements are due each time, the rest seldom.
+        patience = 0.0 if replay is not None else self._dispatcher.patience
+        self.due = min(now + patience, self._next_ping)
 
     def _say(self, message: Message) -> None:
         """Send what only matters now; a peer that takes nothing gets none of it."""
@@ -3757,6 +3762,11 @@ class Dispatcher:
         self.methods = _collect_methods(hub_class)
         #: Whether the hub wants to see every call.
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
+        #: Seconds from one look at an idle connection to the next.
+        self.patience = 0.25 * min(
+            _or_forever(options.client_timeout_interval),
+            _or_forever(options.transport_send_timeout),
+        )
         self.contexts: dict[str, HubCallerContext] = {}
         self.sessions: dict[str, Session] = {}
         self.protocols = protocols
@@ -3930,7 +3940,8 @@ class Dispatcher:
 
     def tick(self, now: float) -> None:
         for session in list(self.sessions.values()):
-            session.tick(now)
+            if now >= session.due:
+                session.look_after(now)
 
 
 def _hook(session: Session, name: str) -> str:
@@ -4254,7 +4265,7 @@ class Endpoint:
             self.options.disconnect_timeout,
             self.options.transport_send_timeout,
         )
-        interval = min(1.0, *(_or_forever(value) / 2 for value in seconds))
+        interval = min(1.0, *(_or_forever(value) / 4 for value in seconds))
         while True:
             await asyncio.sleep(interval)
             try:
@@ -4266,7 +4277,8 @@ class Endpoint:
         timeout = _or_forever(self.options.disconnect_timeout)
         for connection in list(self._connections.values()):
             if connection.link is not None:
-                connection.link.alive()
+                if connection.transport != WEBSOCKETS:  # those tell by themselves
+                    connection.link.alive()
             elif now - connection.last_seen > timeout:
                 log.debug("connection %s did not come back", connection.connection_id)
                 connection.lost(None)
