@@ -6068,16 +6068,15 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
-def _loop_factory(uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory(wants_uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Choose the event loop. Raises ValueError if uvloop is asked for and missing."""
-    if not uvloop:
+    if not wants_uvloop:
         return None
     try:
-        from uvloop import (  # type: ignore[import-not-found,unused-ignore]
-            new_event_loop,
-        )
+        import uvloop  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise ValueError("--uvloop needs a package: pip install uvloop") from None
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return new_event_loop
 
 
