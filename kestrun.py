@@ -2729,10 +2729,10 @@ class HubMethod:
         self.streaming = inspect.isasyncgenfunction(
             inspect.unwrap(function)
         ) or _is_stream(result)
+        #: Neither sends a stream nor takes one: its calls take turns.
+        self.takes_turns = not (self.streaming or self.uploads)
         #: Runs to its end when called, so that no task is needed for it.
-        self.direct = not (
-            self.streaming or self.uploads or inspect.iscoroutinefunction(function)
-        )
+        self.direct = self.takes_turns and not inspect.iscoroutinefunction(function)
 
     def _add(self, parameter: inspect.Parameter, annotation: Any) -> None:
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -3066,7 +3066,7 @@ _WAITING_CALLS = 32
 #: calls that are cancelled before they do.
 _PORTION = 500
 
-#: Calls and streams of one client that may be under way.
+#: Calls and streams of one client that may be under way, if no option says so.
 _RUNNING_CALLS = 1000
 
 #: Seconds that a hub method may hold the event loop before it is named.
@@ -3139,22 +3139,27 @@ class UploadStream:
 
 
 @types.coroutine
-def _watched(work: Coroutine[Any, Any, Any], name: str) -> Generator[Any, Any, Any]:
-    """Await `work`, naming in the log what holds the event loop for too long.
+def _watched(
+    work: Coroutine[Any, Any, None], name: str, context: contextvars.Context
+) -> Generator[Any, Any, bool]:
+    """Await `work` in a context of its own; tell whether it ever had to wait.
 
-    It stands between a task and the coroutine, and times each step of it.
+    It stands between a task and the coroutine, and times each step of it: what
+    holds the event loop for too long is named in the log.
     """
     step: Callable[[Any], Any] = work.send
     value: Any = None
+    waited = False
     while True:
         started = time.perf_counter()
         try:
-            awaited = step(value)
-        except StopIteration as stop:
-            return stop.value
+            awaited = context.run(step, value)
+        except StopIteration:
+            return waited
         finally:
             if time.perf_counter() - started > _BLOCKING:
                 _warn_blocking(name, started)
+        waited = True
         try:
             step, value = work.send, (yield awaited)
         except BaseException as error:  # noqa: BLE001 (handed on, as await does)
@@ -3196,7 +3201,7 @@ class Call:
         self.method = method
         self.arguments = arguments
         #: Streams and uploads run beside the calls that take turns.
-        self.holds_slot = not (method.streaming or method.uploads)
+        self.holds_slot = method.takes_turns
         self.begun = self.canceled = False
         self.task: asyncio.Task[None] | None = None
 
@@ -3205,14 +3210,14 @@ class Call:
 
         begun: what the method returned, if it has been called already.
         """
-        loop, work = asyncio.get_running_loop(), self._perform(begun)
+        work, name = self._work(begun), self.method.name
+        loop = asyncio.get_running_loop()
         if sys.version_info >= (3, 12):
-            self.task = asyncio.Task(work, loop=loop, eager_start=True)
+            self.task = asyncio.Task(work, loop=loop, name=name, eager_start=True)
         else:
-            self.task = loop.create_task(work)
+            self.task = asyncio.Task(work, loop=loop, name=name)
         if not self.task.done():
             self.session.tasks.add(self.task)
-            self.task.add_done_callback(self.session.tasks.discard)
 
     def cancel(self) -> None:
         """Stop it on the client's behalf; a completion is sent all the same."""
@@ -3227,15 +3232,36 @@ class Call:
         if self.task not in (None, asyncio.current_task()):
             return  # a task that the method started: the method itself goes on
         if self.holds_slot:
-            self.holds_slot = False
-            self.session.free_slot()
+            self.session.free_slot(self)
+            self.session.go_on()
 
-    async def _perform(self, begun: Awaitable[Any] | None) -> None:
-        _current_call.set(self)
-        self.begun = True
+    async def _work(self, begun: Awaitable[Any] | None) -> None:
+        """Perform this call and then, in the same task, those that wait for it.
+
+        A task costs more than most methods do. One in which a call had to wait
+        ends with it, so that nobody's cancel can hit the wrong call.
+        """
+        session, call = self.session, self
+        task = self.task = self.task or asyncio.current_task()
+        assert task is not None
         try:
-            work = self._stream() if self.method.streaming else self._answer(begun)
-            await _watched(work, self.method.name)
+            while not (await call._perform(begun) or task.cancelling()):
+                if (following := session.next_call()) is None:
+                    break
+                call, begun = following, None
+                call.task = task
+        finally:
+            session.tasks.discard(task)
+            session.go_on()
+
+    async def _perform(self, begun: Awaitable[Any] | None) -> bool:
+        """Run the method to its end; tell whether it had to wait."""
+        context = contextvars.copy_context()  # calls share a task, not variables
+        context.run(_current_call.set, self)
+        self.begun = True
+        work = self._stream() if self.method.streaming else self._answer(begun)
+        try:
+            return await _watched(work, self.method.name, context)
         except asyncio.CancelledError:
             self.session.answer_canceled(self)
             raise
@@ -3323,6 +3349,7 @@ class Session:
         "_pinged",
         "_pumping",
         "_running",
+        "_slots",
         "_stalled",
         "_waiting",
         "calls",
@@ -3356,6 +3383,8 @@ class Session:
         self.tasks: set[asyncio.Task[None]] = set()
         self._waiting: list[Call] = []
         self._running = 0
+        limit = self.options.maximum_parallel_invocations_per_client
+        self._slots = _RUNNING_CALLS if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
         self._stalled: StreamItem | None = None
         self._pumping = False
@@ -3467,16 +3496,19 @@ class Session:
             text = f"Failed to invoke '{message.target}' due to an error on the server."
             self._refuse(message, _detail(text, error, self.options))
             return
-        plain = method.direct and type(message) is Invocation
-        simple = plain and not message.stream_ids
-        if not simple and (refusal := self._mismatch(message, method)) is not None:
+        fits = (
+            method.takes_turns
+            and type(message) is Invocation
+            and not message.stream_ids
+        )  # as nearly all do
+        if not fits and (refusal := self._misfit(message, method)) is not None:
             self._refuse(message, refusal)
-        elif plain and not self._dispatcher.intercepts and self._has_slot():
+        elif method.direct and not self._dispatcher.intercepts and self._has_slot():
             self._call_directly(message, method, arguments)
         else:
             self._schedule(Call(self, message, method, arguments))
 
-    def _mismatch(
+    def _misfit(
         self, message: Invocation | StreamInvocation, method: HubMethod
     ) -> str | None:
         """Tell why a method cannot be called in this way, if it cannot."""
@@ -3506,8 +3538,7 @@ class Session:
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
     def _has_slot(self) -> bool:
-        limit = self.options.maximum_parallel_invocations_per_client
-        return not self._waiting and (limit is None or self._running < limit)
+        return not self._waiting and self._running < self._slots
 
     def _call_directly(
         self,
@@ -3532,7 +3563,8 @@ class Session:
     def _schedule(self, call: Call, begun: Awaitable[Any] | None = None) -> None:
         if call.message.invocation_id is not None:
             self.calls[call.message.invocation_id] = call
-        self._open_uploads(call)
+        if call.method.uploads:
+            self._open_uploads(call)
         if not call.holds_slot:
             call.start()
         elif self._has_slot():
@@ -3543,8 +3575,7 @@ class Session:
 
     def _open_uploads(self, call: Call) -> None:
         """Put the client's streams among the arguments, in the method's order."""
-        if call.method.uploads:
-            call.arguments = list(call.arguments)
+        call.arguments = list(call.arguments)
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
         for stream_id, (position, convert) in places:
             stream = UploadStream(convert, self.options, self._pump_if_stalled)
@@ -3586,19 +3617,25 @@ class Session:
             if stream is not None:
                 stream.end()
         if call.holds_slot:
-            call.holds_slot = False
-            self.free_slot()
-        elif call.message.stream_ids:
-            self.pump()  # it may have waited for room in a stream nobody reads now
+            self.free_slot(call)
 
-    def free_slot(self) -> None:
-        """Start the next call that waits, and read on if that had to stop."""
+    def free_slot(self, call: Call) -> None:
+        call.holds_slot = False
         self._running -= 1
-        limit = _or_forever(self.options.maximum_parallel_invocations_per_client)
-        while self._waiting and self._running < limit and not self.ended.done():
+
+    def next_call(self) -> Call | None:
+        """Give a slot to the call that has waited longest, if there is one."""
+        if self._waiting and self._running < self._slots and not self.ended.done():
             self._running += 1
-            self._waiting.pop(0).start()
-        self.pump()
+            return self._waiting.pop(0)
+        return None
+
+    def go_on(self) -> None:
+        """Start the calls that may, and read on where that had to stop."""
+        while self._waiting and (call := self.next_call()) is not None:
+            call.start()
+        if self.connection.busy:
+            self.pump()
 
     # To the client
 
@@ -3925,7 +3962,8 @@ class Dispatcher:
             if hasattr(result, "__await__"):
                 await result
 
-        await _watched(run(), _hook(session, hook.__name__))
+        context = contextvars.copy_context()
+        await _watched(run(), _hook(session, hook.__name__), context)
 
     @staticmethod
     def _log_hook(session: Session, name: str, error: Exception) -> None:

@@ -27,6 +27,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import enum
@@ -2545,6 +2546,70 @@ async def test_a_running_call_is_cancelled_when_its_client_leaves(serve) -> None
     assert await soon(caught.get()) == "waiting"
     await client.leave()
     assert await soon(caught.get()) is asyncio.CancelledError
+
+
+class Queueing(Gate):
+    """Calls that came together, and so may follow each other without a pause."""
+
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+
+    async def remember(self, value: str) -> str:
+        before = self.variable.get("nothing")
+        self.variable.set(value)
+        return before
+
+    async def cancel_itself(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    async def pause(self) -> str:
+        await asyncio.sleep(0)
+        return "rested"
+
+
+async def together(client: Client, *calls: tuple) -> list[Any]:
+    """Make calls that arrive in one piece; return their results in order."""
+    ids = [str(number) for number in range(1000, 1000 + len(calls))]
+    messages = [
+        call(*target, invocationId=id) for id, target in zip(ids, calls, strict=True)
+    ]
+    await client.write(b"".join(encode(client.protocol, m) for m in messages))
+    return [await client.finish(id) for id in ids]
+
+
+@everywhere
+async def test_calls_that_follow_each_other_share_no_variables(serve, wire) -> None:
+    client = await (await serve(Queueing)).connect(wire)
+    calls = [("Remember", str(number)) for number in range(5)]
+    assert await together(client, *calls) == ["nothing"] * 5
+
+
+async def test_a_call_that_cancels_its_own_task_hits_no_other(serve) -> None:
+    client = await (await serve(Queueing)).connect()
+    calls = [("CancelItself",), ("Pause",), ("Pause",)]
+    assert await together(client, *calls) == [None, "rested", "rested"]
+
+
+async def test_many_calls_that_arrive_together_are_all_answered(serve) -> None:
+    client = await (await serve(Queueing)).connect()
+    calls = [("Remember", "x"), ("Add", 1, 2), ("Pause",)] * 100
+    assert await together(client, *calls) == ["nothing", 3, "rested"] * 100
+
+
+async def test_a_call_that_followed_another_can_be_cancelled(serve) -> None:
+    hub = Gate.fresh()
+    client = await (await serve(type("Both", (hub, Queueing), {}))).connect()
+    ids = [str(number) for number in range(2000, 2002)]
+    messages = [call("Remember", "x", invocationId=ids[0])]
+    messages += [call("Wait", 0, invocationId=ids[1])]
+    await client.write(b"".join(encode("json", m) for m in messages))
+    assert await client.finish(ids[0]) == "nothing"
+    await until(lambda: hub.log)
+    await client.send({"type": 5, "invocationId": ids[1]})
+    assert "error" in await client.next(3, ids[1])
+    assert hub.log == [("start", 0), ("end", 0)]
+    assert await client.invoke("Add", 1, 2) == 3
 
 
 # ------------------------------------------------------------- server streams
