@@ -31,6 +31,7 @@ import contextvars
 import dataclasses
 import datetime
 import enum
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -8156,12 +8157,15 @@ async def test_a_cancelled_method_finishes_its_cleanup(serve, again) -> None:
 async def test_a_call_cancelled_before_its_first_step_is_completed(
     serve, protocol
 ) -> None:
+    Victim.notes.clear()
     client = await (await serve(Victim)).connect(("WebSockets", protocol))
     called = call("CleanUp", invocationId="1")
     await client.send(called, {"type": 5, "invocationId": "1"})
     assert "error" in await client.next(3, "1")
     assert await client.invoke("Echo", 1) == 1
-    assert Victim.notes == []
+    # From Python 3.12 on the first step is taken as soon as the call arrives.
+    begun = ["begun", "cleaned up"] if sys.version_info >= (3, 12) else []
+    assert Victim.notes == begun
 
 
 @both_protocols
@@ -8298,17 +8302,45 @@ PAYLOAD = "x" * 100
 
 
 class BenchHub(kestrun.Hub):
+    """What a load generator asks for; the bench itself needs only half of it."""
+
     async def broadcast(self, count: int, payload: str) -> None:
         for number in range(count):
             await self.clients.all.send("ReceiveMessage", payload, number)
 
+    async def broadcast_once(self, payload: str) -> None:
+        await self.broadcast(1, payload)
+
     def echo(self, text: str) -> str:
         return text
 
+    async def counter(self, count: int) -> AsyncIterator[int]:
+        for number in range(count):
+            yield number
 
-def kestrun_app() -> web.Application:
+    async def join_group(self, name: str) -> None:
+        await self.groups.add(self.context.connection_id, name)
+
+    async def broadcast_group(self, name: str, count: int, payload: str) -> None:
+        for number in range(count):
+            await self.clients.group(name).send("ReceiveMessage", payload, number)
+
+
+async def freeze(app: web.Application) -> None:
+    """Keep the garbage collector from looking at what will not go away."""
+    gc.collect()
+    gc.freeze()
+
+
+class AsyncBenchHub(BenchHub):
+    async def echo(self, text: str) -> str:
+        return text
+
+
+def kestrun_app(hub: type[BenchHub] = BenchHub) -> web.Application:
     app = web.Application()
-    kestrun.map_hub(app, "/hub", BenchHub)
+    kestrun.map_hub(app, "/hubs/bench", hub)
+    app.on_startup.append(freeze)
     return app
 
 
@@ -8342,11 +8374,16 @@ def plain_app() -> web.Application:
         await socket.send_str(json.dumps(done) + "\x1e")
 
     app = web.Application()
-    app.router.add_get("/hub", serve)
+    app.router.add_get("/hubs/bench", serve)
+    app.on_startup.append(freeze)
     return app
 
 
-BENCHED = {"kestrun": kestrun_app, "plain": plain_app}
+BENCHED = {
+    "kestrun": kestrun_app,
+    "kestrun-async": lambda: kestrun_app(AsyncBenchHub),
+    "plain": plain_app,
+}
 
 
 class Load(asyncio.Protocol):
@@ -8391,7 +8428,7 @@ async def loads(port: int, count: int) -> list[Load]:
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(Load, "127.0.0.1", port)
         client.transport.write(
-            b"GET /hub HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+            b"GET /hubs/bench HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
             b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
@@ -8468,7 +8505,7 @@ async def cost(wire: tuple[str, str]) -> float:
         server = Server(web.Application(), None)
         server.http = aiohttp.ClientSession(f"http://127.0.0.1:{port}")
         async with server.http:
-            clients = [server.client(wire) for _ in range(50)]
+            clients = [server.client(wire, "/hubs/bench") for _ in range(50)]
             for client in clients:
                 await client.start()
             before = cpu_seconds(pid)
@@ -8485,14 +8522,19 @@ async def cost(wire: tuple[str, str]) -> float:
 
 def bench(rounds: int = 5) -> None:
     """Print ratios for each scenario, then what each wire costs the server."""
-    print(f"{'scenario':10}{'kestrun/s':>12}{'plain/s':>12}{'ratio':>8}")
-    for scenario in (burst, lockstep, echo):
-        rates: dict[str, list[float]] = {name: [] for name in BENCHED}
+    print(f"{'scenario':22}{'kestrun/s':>12}{'plain/s':>12}{'ratio':>8}")
+    for title, scenario, name in (
+        ("burst", burst, "kestrun"),
+        ("lockstep", lockstep, "kestrun"),
+        ("echo", echo, "kestrun"),
+        ("echo, async method", echo, "kestrun-async"),
+    ):
+        rates: dict[str, list[float]] = {name: [], "plain": []}
         for _ in range(rounds):
-            for name, found in rates.items():
-                found.append(asyncio.run(measured(scenario, name)))
-        ours, plain = (statistics.median(rates[name]) for name in BENCHED)
-        row = f"{scenario.__name__:10}{ours:12,.0f}{plain:12,.0f}{ours / plain:8.2f}"
+            for server, found in rates.items():
+                found.append(asyncio.run(measured(scenario, server)))
+        ours, plain = map(statistics.median, rates.values())
+        row = f"{title:22}{ours:12,.0f}{plain:12,.0f}{ours / plain:8.2f}"
         print(row, flush=True)
     if not sys.platform.startswith("linux"):
         return
@@ -8526,6 +8568,7 @@ if __name__ == "__main__":
         case ["--bench"]:
             bench()
         case ["--bench-server", name, port]:
-            web.run_app(BENCHED[name](), host="127.0.0.1", port=int(port), print=None)
+            app, address = BENCHED[name](), {"host": "127.0.0.1", "port": int(port)}
+            web.run_app(app, **address, print=None, access_log=None, backlog=1024)
         case arguments:
             sys.exit(main(arguments))
