@@ -75,6 +75,7 @@ import inspect
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import random
@@ -550,32 +551,17 @@ class JsonProtocol:
 
     def _read(self, record: bytearray) -> Message | None:
         """Read one record; None for a type that a later version may define."""
-        try:
-            text = record.decode()
-            if not text.startswith("{"):
-                text = text.lstrip(_JSON_SPACE)
-            fields, end = _scan_json(text, 0)
-            if end != len(text) and text[end:].strip(_JSON_SPACE):
-                raise ValueError("text behind the value")
-            if len(text) > 2 * _JSON_DEPTH:
-                _check_depth(text)
-        except (StopIteration, ValueError, RecursionError):
-            raise ProtocolError("Error reading JSON.") from None
-        if type(fields) is not dict:
-            raise ProtocolError(
-                f"Unexpected JSON Token Type '{_json_kind(fields)}'. "
-                "Expected a JSON Object."
-            )
+        fields = self._parse(record)
         kind = fields.get("type", VOID)
         if type(kind) is not int:
             if kind is VOID:
                 raise ProtocolError("Missing required property 'type'.")
             raise ProtocolError("Expected 'type' to be of type Number.")
-        if 1 <= kind <= 5 and fields.get("headers") is not None:
+        if "headers" in fields and 1 <= kind <= 5:
             _check_headers(fields["headers"])
+        if kind == 1 or kind == 4:
+            return self._read_invocation(kind, fields)
         match kind:
-            case 1 | 4:
-                return self._read_invocation(kind, fields)
             case 2:
                 invocation_id = self._id(fields)
                 if "item" not in fields:
@@ -594,6 +580,27 @@ class JsonProtocol:
             case 9:
                 return Sequence(self._sequence_id(fields))
         return None
+
+    @staticmethod
+    def _parse(record: bytearray) -> dict[str, Any]:
+        """Read a record as what it must be, one JSON object."""
+        try:
+            text = record.decode()
+            if text[:1] != "{":
+                text = text.lstrip(_JSON_SPACE)
+            value, end = _scan_json(text, 0)
+            if end != len(text) and text[end:].strip(_JSON_SPACE):
+                raise ValueError("text behind the value")
+            if len(text) > 2 * _JSON_DEPTH:
+                _check_depth(text)
+        except (StopIteration, ValueError, RecursionError):
+            raise ProtocolError("Error reading JSON.") from None
+        if type(value) is not dict:
+            raise ProtocolError(
+                f"Unexpected JSON Token Type '{_json_kind(value)}'. "
+                "Expected a JSON Object."
+            )
+        return value
 
     def _read_invocation(self, kind: int, fields: dict[str, Any]) -> Message:
         target, arguments = fields.get("target"), fields.get("arguments")
@@ -669,6 +676,8 @@ class JsonProtocol:
 
 def _check_headers(headers: Any) -> None:
     """Look at headers, which nothing here uses, as strictly as .NET does."""
+    if headers is None:
+        return
     if type(headers) is not dict:
         raise ProtocolError("Expected 'headers' to be of type StartObject.")
     for key, value in headers.items():
@@ -796,7 +805,7 @@ class MessagePackProtocol:
         kind = fields[0]
         if type(kind) is not int:
             raise ProtocolError("Reading 'messageType' as Int32 failed.")
-        if 1 <= kind <= 5 and len(fields) > 1 and fields[1] is not None:
+        if 1 <= kind <= 5 and len(fields) > 1:
             _check_headers(fields[1])
         try:
             return self._build(kind, fields)
@@ -1511,9 +1520,16 @@ TEXT, BINARY, CLOSE, PING_FRAME, PONG = 1, 2, 8, 9, 10
 
 _WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
+#: How a client's frame may begin: between messages, and within a fragmented one.
+_BETWEEN, _WITHIN = (
+    frozenset(b"\x01\x02\x81\x82\x88\x89\x8a"),
+    frozenset(b"\x00\x80\x88\x89\x8a"),
+)
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
 #: Frames without payload in one fragmented message, after which it is a flood.
 _EMPTY_FRAGMENTS = 100
-
 
 #: The heads of short text and binary frames, by the length of their payload.
 _HEADS = [[bytes((0x80 | opcode, n)) for n in range(126)] for opcode in (TEXT, BINARY)]
@@ -1544,10 +1560,7 @@ def _unmask(payload: bytes, mask: bytes) -> bytes:
     )
 
 
-_utf8_decoder = codecs.getincrementaldecoder("utf-8")
-
-
-class _FrameError(Exception):
+class FrameError(Exception):
     """The peer broke RFC 6455: the close code says how."""
 
     def __init__(self, code: int, reason: str) -> None:
@@ -1555,25 +1568,138 @@ class _FrameError(Exception):
         self.code = code
 
 
-class WebSocket(asyncio.Protocol):
-    """The server's side of one WebSocket, and the `Link` of its connection.
+class FrameReader:
+    """Reads a client's frames: bytes in, payload out. (RFC 6455, section 5)
 
-    It takes over the transport of an aiohttp request (see `serve_websocket`).
+    Data frames are one stream of bytes; where messages begin and end, the hub
+    protocol knows. A long frame is passed on as it comes, never collected.
     """
 
     __slots__ = (
-        "_buffer",
-        "_connection",
-        "_deaf",
         "_decoder",
         "_empty",
         "_final",
         "_in_message",
         "_left",
         "_mask",
-        "_pong",
+        "_rest",
+        "error",
+        "goodbye",
+        "ping",
+    )
+
+    def __init__(self) -> None:
+        self._rest = b""  # the head of a frame that is not complete yet
+        self._left, self._mask = 0, b""  # of a frame in pieces: what is to come
+        self._final = True  # it ends its message
+        self._in_message = False  # a fragmented message is under way
+        self._empty = 0  # its fragments without payload
+        self._decoder: codecs.IncrementalDecoder | None = None  # if it is text
+        #: The last ping, which answers for all (section 5.5.3).
+        self.ping: bytes | None = None
+        #: The peer's close frame, and what the peer did wrong: the end of reading.
+        self.goodbye: bytes | None = None
+        self.error: FrameError | None = None
+
+    def read(self, data: bytes) -> bytes:
+        """Return the payload of data frames; note a ping, a goodbye, an error."""
+        payloads: list[bytes] = []
+        try:
+            self._rest = self._read(self._rest + data if self._rest else data, payloads)
+        except FrameError as error:
+            self.error = error
+        except UnicodeDecodeError:
+            self.error = FrameError(1007, "text that is not UTF-8")
+        return payloads[0] if len(payloads) == 1 else b"".join(payloads)
+
+    def _read(self, data: bytes, payloads: list[bytes]) -> bytes:
+        """Collect payloads; return the head of a frame that is not complete."""
+        position, size = 0, len(data)
+        while self.goodbye is None:
+            if self._left:
+                if position == size:
+                    break
+                piece = self._take(data[position : position + self._left])
+                position += len(piece)
+                payloads.append(piece)
+                continue
+            if size - position < 2:
+                break
+            head, second = data[position], data[position + 1]
+            length, start = second & 0x7F, position + 6
+            if (
+                head not in (_WITHIN if self._in_message else _BETWEEN)
+                or second < 0x80  # not masked
+                or (head >= 0x88 and length > 125)
+            ):
+                raise FrameError(1002, f"a frame that begins {head:02x} {second:02x}")
+            if length > 125:
+                start += 2 if length == 126 else 8
+                length = int.from_bytes(data[position + 2 : start - 4], "big")
+            if start > size:
+                break
+            mask, end = data[start - 4 : start], start + length
+            if head > 0x80 and end <= size:  # whole: the usual case
+                payload, position = _unmask(data[start:end], mask), end
+                if head >= 0x88:
+                    self._note(head & 0x0F, payload)
+                    continue
+                if head == 0x81 and not payload.isascii():
+                    payload.decode()
+                payloads.append(payload)
+            elif head >= 0x88:
+                break  # a control frame counts when it is whole
+            else:
+                self._begin(head, length, mask)
+                position = start
+        return data[position:]
+
+    def _begin(self, head: int, length: int, mask: bytes) -> None:
+        """Enter a frame that comes in pieces, or is itself a piece of a message."""
+        if length >= 1 << 63:
+            raise FrameError(1002, "a length with the highest bit set")
+        if opcode := head & 0x0F:
+            self._empty = 0
+            self._decoder = _utf8_decoder() if opcode == TEXT else None
+        self._final = head >= 0x80
+        self._in_message = not self._final
+        self._left, self._mask = length, mask
+        if not length:
+            self._take(b"")
+            self._empty += 1
+            if self._empty > _EMPTY_FRAGMENTS:
+                raise FrameError(1008, "a flood of empty fragments")
+
+    def _take(self, piece: bytes) -> bytes:
+        """Unmask the next piece of a frame; text must be text."""
+        payload, turn = _unmask(piece, self._mask), len(piece) % 4
+        self._left -= len(piece)
+        self._mask = self._mask[turn:] + self._mask[:turn]
+        if self._decoder is not None:
+            self._decoder.decode(payload, self._final and not self._left)
+        return payload
+
+    def _note(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING_FRAME:
+            self.ping = payload
+        elif opcode == CLOSE:
+            code = int.from_bytes(payload[:2], "big") if payload else 1000
+            known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
+            if len(payload) == 1 or not (known or 3000 <= code <= 4999):
+                raise FrameError(1002, f"close code {code}")
+            payload[2:].decode()
+            self.goodbye = payload
+
+
+class WebSocket(FrameReader, asyncio.Protocol):
+    """The server's side of one WebSocket, and the `Link` of its connection.
+
+    It takes over the transport of an aiohttp request (see `serve_websocket`).
+    """
+
+    __slots__ = (
+        "_connection",
         "_sent_close",
-        "_text",
         "_timer",
         "_transport",
         "direct",
@@ -1581,47 +1707,32 @@ class WebSocket(asyncio.Protocol):
     )
 
     def __init__(self, connection: Connection, transport: asyncio.Transport) -> None:
+        super().__init__()
         self._connection = connection
         self._transport = transport
         self.writable = True
         self.direct: Callable[[bytes], None] | None = transport.write
-        self._buffer = b""  # the head of a frame that is not complete yet
-        self._left = 0  # payload bytes of the current frame still to come
-        self._mask = b""  # its mask, turned to the next byte
-        self._final = True  # it ends its message
-        self._in_message = False  # a fragmented message is under way
-        self._empty = 0  # empty fragments of that message
-        self._text = False  # the message is text, so it must be UTF-8
-        self._decoder: codecs.IncrementalDecoder | None = None  # if it is in pieces
-        self._pong: bytes | None = None
         self._sent_close = False
-        self._deaf = False  # the peer has said goodbye
         self._timer: asyncio.TimerHandle | None = None
 
     # From the peer (asyncio calls these)
 
     def data_received(self, data: bytes) -> None:
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        payloads: list[bytes] = []
-        failure, leaving = None, self._sent_close
-        try:
-            position = self._read_frames(data, payloads)
-        except _FrameError as error:
-            failure, position = error, len(data)
-        if position < len(data):
-            self._buffer = data[position:]
-        if payloads and not leaving:  # what stood before a close frame counts
-            self._connection.feed(
-                payloads[0] if len(payloads) == 1 else b"".join(payloads)
-            )
-        if self._pong is not None:
+        if self.goodbye is not None or self.error is not None:
+            return
+        payload = self.read(data)
+        if payload and not self._sent_close:
+            self._connection.feed(payload)
+        if self.ping is not None:
             # A peer that takes no data needs no pongs to pile up behind it.
             if self.writable:
-                self._transport.write(_frame_of(PONG, self._pong))
-            self._pong = None
-        if failure is not None:
-            self._fail(failure)
+                self._transport.write(_frame_of(PONG, self.ping))
+            self.ping = None
+        if self.error is not None:
+            self._fail(self.error)
+        elif self.goodbye is not None:
+            self._send_close(self.goodbye[:2])
+            self._transport.close()  # once everything is sent, or the timer runs out
 
     def eof_received(self) -> None:
         """Let the transport close; `connection_lost` follows."""
@@ -1656,7 +1767,7 @@ class WebSocket(asyncio.Protocol):
     def finish(self, failed: bool) -> None:
         if self._connection.outbox and not self._sent_close:
             self._transport.write(self._connection.take())
-        self._send_close(1011 if failed else 1000)
+        self._send_close((1011 if failed else 1000).to_bytes(2, "big"))
 
     def abort(self) -> None:
         self._transport.abort()
@@ -1673,136 +1784,13 @@ class WebSocket(asyncio.Protocol):
     def resume_reading(self) -> None:
         self._transport.resume_reading()
 
-    # RFC 6455
+    # The end
 
-    def _read_frames(self, data: bytes, payloads: list[bytes]) -> int:
-        """Collect the payload of data frames; return how far `data` was used."""
-        position, size = 0, len(data)
-        while not self._deaf:
-            if self._left:
-                chunk = data[position : position + self._left]
-                if not chunk:
-                    return position
-                position += len(chunk)
-                self._left -= len(chunk)
-                payloads.append(self._take_payload(chunk))
-                continue
-            if size - position < 2:
-                return position
-            head, second = data[position], data[position + 1]
-            length, start = second & 0x7F, position + 6
-            if (
-                (head == 0x81 or head == 0x82)
-                and second >= 0x80
-                and length < 126
-                and start + length <= size
-                and not self._in_message
-            ):  # a whole short message: the usual case, by the shortest way
-                mask, position = data[position + 2 : start], start + length
-                payload = _unmask(data[start:position], mask)
-                if head == 0x81 and not payload.isascii():
-                    self._decoder = None
-                    self._check_text(payload, True)
-                payloads.append(payload)
-                continue
-            self._check_head(head, second)
-            start = position + 2
-            if length >= 126:
-                width = 2 if length == 126 else 8
-                if size - start < width:
-                    return position
-                length = int.from_bytes(data[start : start + width], "big")
-                start += width
-                if length >= 1 << 63:
-                    raise _FrameError(1002, "a length with the highest bit set")
-            if size - start < 4:
-                return position
-            mask = data[start : start + 4]
-            start += 4
-            if head & 0x08:
-                if size - start < length:
-                    return position
-                position = start + length
-                self._control(head & 0x0F, _unmask(data[start:position], mask))
-                continue
-            position = start
-            self._begin_frame(head, length, mask)
-        return size
-
-    def _check_head(self, head: int, second: int) -> None:
-        opcode = head & 0x0F
-        if head & 0x70:
-            raise _FrameError(1002, "reserved bits without an extension")
-        if not second & 0x80:
-            raise _FrameError(1002, "a client's frame must be masked")
-        if opcode >= 8:
-            if opcode > PONG:
-                raise _FrameError(1002, f"unknown opcode {opcode}")
-            if not head & 0x80 or second & 0x7F > 125:
-                raise _FrameError(1002, "a control frame fragmented or too long")
-        elif opcode > BINARY:
-            raise _FrameError(1002, f"unknown opcode {opcode}")
-        elif (opcode == 0) != self._in_message:
-            raise _FrameError(1002, "a fragment out of place")
-
-    def _begin_frame(self, head: int, length: int, mask: bytes) -> None:
-        opcode, self._final = head & 0x0F, head & 0x80 == 0x80
-        if opcode:
-            self._empty, self._text, self._decoder = 0, opcode == TEXT, None
-        self._in_message = not self._final
-        self._left, self._mask = length, mask
-        if not length:
-            self._take_payload(b"")
-            self._empty += 1
-            if self._empty > _EMPTY_FRAGMENTS:
-                raise _FrameError(1008, "a flood of empty fragments")
-
-    def _take_payload(self, chunk: bytes) -> bytes:
-        """Unmask a piece of a data frame, checking that text is text."""
-        payload = _unmask(chunk, self._mask)
-        if self._left and len(chunk) % 4:
-            turn = len(chunk) % 4
-            self._mask = self._mask[turn:] + self._mask[:turn]
-        if self._text:
-            self._check_text(payload, self._final and not self._left)
-        return payload
-
-    def _check_text(self, payload: bytes, last: bool) -> None:
-        try:
-            if self._decoder is None and last:
-                payload.decode()
-            else:
-                self._decoder = self._decoder or _utf8_decoder()
-                self._decoder.decode(payload, last)
-        except UnicodeDecodeError:
-            raise _FrameError(1007, "text that is not UTF-8") from None
-
-    def _control(self, opcode: int, payload: bytes) -> None:
-        if opcode == PING_FRAME:
-            self._pong = payload  # the last one answers for all (RFC 6455, 5.5.3)
-        elif opcode == CLOSE:
-            self._receive_close(payload)
-
-    def _receive_close(self, payload: bytes) -> None:
-        code = int.from_bytes(payload[:2], "big") if payload else 1000
-        known = 1000 <= code <= 1014 and code not in (1004, 1005, 1006)
-        if len(payload) == 1 or not (known or 3000 <= code <= 4999):
-            raise _FrameError(1002, f"close code {code}")
-        try:
-            payload[2:].decode()
-        except UnicodeDecodeError:
-            raise _FrameError(1007, "a close reason that is not UTF-8") from None
-        self._send_close(code if payload else None)
-        self._deaf = True
-        self._transport.close()  # once everything is sent, or the timer runs out
-
-    def _fail(self, error: _FrameError) -> None:
+    def _fail(self, error: FrameError) -> None:
         """Answer a broken frame with its close code, then hang up."""
-        log.warning(
-            "connection %s broke RFC 6455: %s", self._connection.connection_id, error
-        )
-        self._send_close(error.code)
         connection = self._connection
+        log.warning("connection %s broke RFC 6455: %s", connection.connection_id, error)
+        self._send_close(error.code.to_bytes(2, "big"))
         connection.detach()
         connection.lost(ProtocolError(str(error)))
         if self._transport.can_write_eof() and not self._transport.is_closing():
@@ -1813,14 +1801,13 @@ class WebSocket(asyncio.Protocol):
         if self._connection.link is self:
             self._connection.look_for_shortcut()
 
-    def _send_close(self, code: int | None) -> None:
+    def _send_close(self, code: bytes) -> None:
         """Send a close frame and give the peer `close_timeout` for its part."""
         if self._sent_close or self._transport.is_closing():
             return
         self._sent_close = True
         self._set_writable(False)
-        payload = b"" if code is None else code.to_bytes(2, "big")
-        self._transport.write(_frame_of(CLOSE, payload))
+        self._transport.write(_frame_of(CLOSE, code))
         timeout = self._connection.options.close_timeout
         if timeout is not None:
             loop = asyncio.get_running_loop()
@@ -2099,6 +2086,7 @@ class Registry:
         self._groups_of: dict[str, set[str]] = {}
         self._users: dict[str, dict[str, Connection]] = {}
         self._results: dict[str, tuple[Connection, asyncio.Future[Any]]] = {}
+        self._owed: dict[Connection, dict[str, asyncio.Future[Any]]] = {}
         self._last_result = 0
 
     # Presence
@@ -2214,10 +2202,15 @@ class Registry:
         invocation_id = f"s{self._last_result}"  # clients count without a letter
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._results[invocation_id] = connection, future
+        self._owed.setdefault(connection, {})[invocation_id] = future
         return invocation_id, future
 
     def forget(self, invocation_id: str) -> None:
-        self._results.pop(invocation_id, None)
+        connection, _ = self._results.pop(invocation_id)
+        owed = self._owed[connection]
+        del owed[invocation_id]
+        if not owed:
+            del self._owed[connection]
 
     def settle(self, connection: Connection, completion: Completion) -> None:
         """Hand a client's result to whoever waits for it; others are ignored.
@@ -2242,10 +2235,8 @@ class Registry:
 
     def disown(self, connection: Connection) -> None:
         """Fail the results that a connection still owes."""
-        if not self._results:
-            return
-        for owner, future in self._results.values():
-            if owner is connection and not future.done():
+        for future in self._owed.get(connection, {}).values():
+            if not future.done():
                 future.set_exception(
                     ConnectionError(
                         f"Connection '{connection.connection_id}' disconnected."
@@ -2770,10 +2761,7 @@ class HubMethod:
         if count > most and self._rest is not None:
             converters = converters + [self._rest] * (count - most)
         try:
-            bound = [
-                convert(value)
-                for convert, value in zip(converters, values, strict=False)
-            ]
+            bound = list(map(operator.call, converters, values))
         except Exception as error:
             self._log_misfit(converters, values)
             raise BindingError(
@@ -3419,7 +3407,10 @@ class Session:
                 if busy or (message := next(self._messages)) is None:
                     break
                 traffic.messages_in += 1
-                self._dispatch(message)
+                if type(message) is Invocation and connection.replay is None:
+                    self._invoke(message)  # the usual one, without detours
+                else:
+                    self._dispatch(message)
             else:
                 busy = True  # others first
                 asyncio.get_running_loop().call_soon(self.pump)
@@ -3445,9 +3436,6 @@ class Session:
 
     def _dispatch(self, message: Message) -> None:
         replay = self.connection.replay
-        if replay is None and type(message) is Invocation:
-            self._invoke(message)  # the usual message, without the detours
-            return
         if replay is not None and isinstance(message, COUNTED) and not replay.accept():
             return
         match message:
