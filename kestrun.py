@@ -1021,19 +1021,21 @@ class Turn:
         self._waiting.append(connection)
         self._schedule()
 
-    def batch_for(
-        self, receivers: dict[str, Connection], wires: Collection[Wire]
+    def begin_batch(
+        self,
+        address: object,
+        receivers: dict[str, Connection],
+        wires: Collection[Wire],
     ) -> Batch:
-        """Give the batch of these receivers, where order allows that there is one.
+        """Let messages to one address wait together from here on.
 
+        address: where the messages go; one to another address ends the batch.
         wires: those of all connections, of which the receivers use some or all.
         """
-        batch = self.batch
-        if batch is None or batch.receivers is not receivers:
-            self.settle()
-            batch = self.batch = Batch(receivers, wires, self._traffic)
-            self._schedule()
-        return batch
+        self.settle()
+        self.batch = Batch(address, receivers, wires, self._traffic)
+        self._schedule()
+        return self.batch
 
     def settle(self) -> None:
         """Put the batch into its receivers' outboxes, before anything changes."""
@@ -1063,16 +1065,18 @@ class Turn:
 class Batch:
     """Messages that wait for the same receivers, kept once for all of them."""
 
-    __slots__ = ("_apart", "_count", "_frames", "_traffic", "receivers")
+    __slots__ = ("_apart", "_count", "_frames", "_receivers", "_traffic", "address")
 
     def __init__(
         self,
+        address: object,
         receivers: dict[str, Connection],
         wires: Collection[Wire],
         traffic: Traffic,
     ) -> None:
-        #: By connection id. The batch is settled before this ever changes.
-        self.receivers = receivers
+        self.address = address
+        # By connection id. The batch is settled before these ever change.
+        self._receivers = receivers
         if len(wires) > 1:
             wires = {c.wire for c in receivers.values() if c.wire is not None}
         self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
@@ -1096,13 +1100,13 @@ class Batch:
     def part(self, connection: Connection) -> None:
         """Move one receiver's share to its outbox, from where it goes on alone."""
         name = connection.connection_id
-        if name in self.receivers and name not in self._apart:
+        if name in self._receivers and name not in self._apart:
             self._apart[name] = connection
             self._queue(connection)
 
     def spill(self) -> None:
         """Move everyone's share to their outboxes."""
-        for name, connection in self.receivers.items():
+        for name, connection in self._receivers.items():
             if name not in self._apart:
                 self._queue(connection)
 
@@ -1116,8 +1120,8 @@ class Batch:
         for connection in apart:
             connection.shortcut = None  # it has its share already
         writes = {wire: self._writes(wire) for wire in self._frames}
-        if sum(map(len, writes.values())) + len(apart) < len(self.receivers):
-            for name, connection in self.receivers.items():
+        if sum(map(len, writes.values())) + len(apart) < len(self._receivers):
+            for name, connection in self._receivers.items():
                 if connection.shortcut is None and name not in self._apart:
                     self._queue(connection)
         for wire, frames in self._frames.items():
@@ -1129,7 +1133,7 @@ class Batch:
         """List the shortcuts of one wire: a loop over nothing else is a tenth faster."""
         return [
             write
-            for connection in self.receivers.values()
+            for connection in self._receivers.values()
             if (write := connection.shortcut) is not None and connection.wire is wire
         ]
 
@@ -1143,7 +1147,7 @@ class Batch:
         self._traffic.bytes_out += len(data) * len(writes)
 
     def _give_up(self, write: Callable[[bytes], None], error: Exception) -> None:
-        for connection in self.receivers.values():
+        for connection in self._receivers.values():
             if connection.shortcut is write:
                 log.error("connection %s", connection.connection_id, exc_info=error)
                 connection.cut("transport error")
@@ -2178,26 +2182,26 @@ class Registry:
         Raises TypeError or ValueError, before anyone got it, when the message
         cannot be written.
         """
-        receivers = self._receivers(address)
-        if not receivers:
-            return
-        # No await from here on, so nobody joins or leaves meanwhile.
-        frames: dict[Wire | None, bytes]
-        if len(receivers) == 1:
-            (receiver,) = receivers.values()
-            frames = self._encode(message, (receiver.wire,))
-            receiver.send(frames[receiver.wire])
-        else:
-            batch = self.turn.batch_for(receivers, self._wires)
-            frames = self._encode(message, batch.wires)
-            batch.add(frames)
+        batch = self.turn.batch
+        if batch is None or batch.address != address:
+            receivers = self._receivers(address)
+            if len(receivers) < 2:
+                for connection in receivers.values():
+                    self._send(connection, message)
+                return
+            batch = self.turn.begin_batch(address, receivers, self._wires)
+        # No await in here, so nobody joins or leaves meanwhile.
+        frames: dict[Wire | None, bytes] = {
+            wire: wire.encode(message) for wire in batch.wires if wire is not None
+        }
+        batch.add(frames)
         self.turn.published += max(map(len, frames.values()))
 
-    @staticmethod
-    def _encode(
-        message: Message, wires: Collection[Wire | None]
-    ) -> dict[Wire | None, bytes]:
-        return {wire: wire.encode(message) for wire in wires if wire is not None}
+    def _send(self, connection: Connection, message: Invocation) -> None:
+        assert connection.wire is not None
+        frame = connection.wire.encode(message)
+        connection.send(frame)
+        self.turn.published += len(frame)
 
     def _receivers(self, address: Address) -> dict[str, Connection]:
         """Find the connections at an address; the usual ones without copying."""

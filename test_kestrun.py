@@ -8019,6 +8019,10 @@ class Mixer(kestrun.Hub):
     async def enter(self) -> None:
         await self.groups.add(self.context.connection_id, "some")
 
+    async def note_others(self, count: int) -> None:
+        for number in range(count):
+            await self.clients.others.send("Note", number)
+
     async def note_all(self, first: int, count: int) -> None:
         for number in range(first, first + count):
             await self.clients.all.send("Note", number)
@@ -8039,6 +8043,19 @@ async def test_messages_to_many_and_to_one_keep_their_order(serve, wire) -> None
     for client, numbers in wanted.items():
         found = [(await client.received("Note"))[0] for _ in numbers]
         assert found == numbers
+
+
+@everywhere
+async def test_a_burst_to_all_others_leaves_the_caller_out(serve, wire) -> None:
+    server = await serve(Mixer)
+    caller, other, another = [await server.connect(wire) for _ in range(3)]
+    ids = [await client.begin("NoteOthers", 5) for client in (caller, other)]
+    await caller.finish(ids[0])
+    await other.finish(ids[1])
+    await server.hub.clients.all.send("Note", "end")
+    for client, rounds in ((caller, 1), (other, 1), (another, 2)):
+        notes = [(await client.received("Note"))[0] for _ in range(5 * rounds + 1)]
+        assert notes == [*range(5), *range(5), "end"][-len(notes) :]
 
 
 async def test_a_broadcast_reaches_every_wire_at_once_in_order(serve) -> None:
