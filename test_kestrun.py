@@ -57,9 +57,10 @@ import tomllib
 import types
 import urllib.parse
 import uuid
+import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 from enum import Enum
@@ -5369,25 +5370,42 @@ def node_modules() -> Path:
     sentence = "install Node.js 18 or newer with npm: apt-get install nodejs npm"
     if not shutil.which("node") or not shutil.which("npm"):
         needed(sentence)
-    folder = cache() / "node_modules"
-    if not all((folder / name / "package.json").exists() for name in NPM):
-        command = ["npm", "install", "--no-audit", "--no-fund", *NPM.values()]
-        (cache() / "package.json").write_text("{}")
-        run, how = subprocess.run, {"capture_output": True, "text": True}
-        done = run(command, cwd=cache(), check=False, **how)
-        if done.returncode:
-            needed(f"{sentence}; npm said: {done.stderr.strip()[-300:]}")
-    return folder
+    command = ["npm", "install", "--no-audit", "--no-fund", *NPM.values()]
+    kept = cache() / f"clients-{zlib.crc32(' '.join(command).encode()):08x}"
+    if not kept.exists():
+        # Several processes may come here at once. Each installs apart from the
+        # others, and the folder that is ready first stays.
+        folder = tempfile.TemporaryDirectory
+        with folder(dir=cache(), ignore_cleanup_errors=True) as mine:
+            Path(mine, "package.json").write_text("{}")
+            run, how = subprocess.run, {"capture_output": True, "text": True}
+            done = run(command, cwd=mine, check=False, **how)
+            if done.returncode:
+                needed(f"{sentence}; npm said: {done.stderr.strip()[-300:]}")
+            with suppress(OSError):
+                os.rename(mine, kept)
+    return kept / "node_modules"
+
+
+@contextmanager
+def script(node_modules: Path, name: str, text: str) -> Iterator[Path]:
+    """Put a script where it finds the official clients, for as long as it runs."""
+    path = node_modules.parent / f"{os.getpid()}-{name}"
+    path.write_text(text)
+    try:
+        yield path
+    finally:
+        path.unlink()
 
 
 @pytest.fixture(scope="session")
 def driver(node_modules: Path) -> Iterator[int]:
     """The port of one Node process that runs the official client for the tests."""
-    script = node_modules.parent / "driver.cjs"
-    script.write_text(DRIVER)
-    command = ["node", str(script)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as node:
+    with (
+        script(node_modules, "driver.cjs", DRIVER) as path,
+        subprocess.Popen(["node", path], stdin=pipe, stdout=pipe, text=True) as node,
+    ):
         yield int(node.stdout.readline())
         node.stdin.close()
 
@@ -7806,12 +7824,12 @@ async def test_the_readmes_javascript_talks_to_the_readmes_hub(
     node_modules: Path,
 ) -> None:
     (text,) = snippets("js")
-    script = node_modules.parent / "readme.mjs"
     async with asyncio.timeout(LIMIT), serving(load("chat.py").app) as base:
         stop = "connection.on('ReceiveMessage', () => connection.stop());"
         text = text.replace("await connection.start", stop + "await connection.start")
-        script.write_text(text.replace("http://127.0.0.1:5000", base))
-        assert "Ada: Hello" in (await output_of("node", script)).splitlines()
+        text = text.replace("http://127.0.0.1:5000", base)
+        with script(node_modules, "readme.mjs", text) as path:
+            assert "Ada: Hello" in (await output_of("node", path)).splitlines()
 
 
 async def test_the_readmes_python_client_talks_to_the_readmes_hub() -> None:
