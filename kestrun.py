@@ -431,6 +431,12 @@ class HubProtocol(Protocol):
         Raises TypeError or ValueError for values that cannot be written.
         """
 
+    def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
+        """Make what writes the items of one stream: they share all but the value.
+
+        It raises as `encode` does.
+        """
+
     def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
         """Cut messages off the front of `inbox`, for as long as it lives.
 
@@ -485,8 +491,14 @@ _write_json = _build_json_encoder()
 
 
 def _write_value(value: Any) -> str:
-    """Write any value as JSON; text, the usual case, by the shortest way."""
-    return _quote(value) if type(value) is str else _write_json(value)
+    """Write any value as JSON; text and whole numbers by the shortest way."""
+    kind = type(value)
+    if kind is str:
+        return _quote(value)
+    return repr(value) if kind is int else _write_json(value)
+
+
+_TOO_DEEP = "nested too deeply, or containing itself"
 
 
 class JsonProtocol:
@@ -499,7 +511,18 @@ class JsonProtocol:
         try:
             return (self._text(message) + "\x1e").encode()
         except RecursionError:
-            raise ValueError("nested too deeply, or containing itself") from None
+            raise ValueError(_TOO_DEEP) from None
+
+    def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
+        head = f'{{"type":2,"invocationId":{_quote(invocation_id)},"item":'
+
+        def encode(item: Any) -> bytes:
+            try:
+                return f"{head}{_write_value(item)}}}\x1e".encode()
+            except RecursionError:
+                raise ValueError(_TOO_DEEP) from None
+
+        return encode
 
     def _text(self, message: Message) -> str:
         # Written as text, since building dictionaries first costs twice as much;
@@ -518,9 +541,6 @@ class JsonProtocol:
                 f'{{"type":1,{number}"target":{_quote(message.target)}'
                 f',"arguments":{_write_json(message.arguments)}}}'
             )
-        if isinstance(message, StreamItem):
-            head = f'{{"type":2,"invocationId":{_quote(message.invocation_id)}'
-            return f'{head},"item":{_write_value(message.item)}}}'
         match message:
             case Ping():
                 return '{"type":6}'
@@ -732,10 +752,23 @@ class MessagePackProtocol:
         return _to_plain(value)
 
     def encode(self, message: Message) -> bytes:
+        return self._measured(self._packed(self._fields(message)))
+
+    def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
+        # An array is its elements one after the other, behind their number (4).
+        head = b"\x94" + b"".join(map(self._packed, (2, {}, invocation_id)))
+        return lambda item: self._measured(head + self._packed(item))
+
+    def _packed(self, value: Any) -> bytes:
         try:
-            body: bytes = self._pack(self._fields(message))
+            packed: bytes = self._pack(value)
         except OverflowError as error:
             raise ValueError(f"an integer beyond 64 bits: {error}") from None
+        return packed
+
+    @staticmethod
+    def _measured(body: bytes) -> bytes:
+        """Lead a body by its length."""
         length, prefix = len(body), bytearray()
         while length > 0x7F:
             prefix.append(length & 0x7F | 0x80)
@@ -751,8 +784,6 @@ class MessagePackProtocol:
                 return [3, {}, invocation_id, 3, result]
             case Completion(invocation_id, _, error):
                 return [3, {}, invocation_id, 1, error]
-            case StreamItem(invocation_id, item):
-                return [2, {}, invocation_id, item]
             case Invocation(target, arguments, invocation_id):
                 return [1, {}, invocation_id, target, arguments, []]
             case Ping():
@@ -1065,7 +1096,15 @@ class Turn:
 class Batch:
     """Messages that wait for the same receivers, kept once for all of them."""
 
-    __slots__ = ("_apart", "_count", "_frames", "_receivers", "_traffic", "address")
+    __slots__ = (
+        "_apart",
+        "_count",
+        "_frames",
+        "_receivers",
+        "_shares",
+        "_traffic",
+        "address",
+    )
 
     def __init__(
         self,
@@ -1080,6 +1119,7 @@ class Batch:
         if len(wires) > 1:
             wires = {c.wire for c in receivers.values() if c.wire is not None}
         self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
+        self._shares: dict[Wire | None, bytes] = {}
         self._count = 0
         self._traffic = traffic
         self._apart: dict[str, Connection] = {}
@@ -1094,6 +1134,7 @@ class Batch:
         for wire, frame in frames.items():
             self._frames[wire].append(frame)
         self._count += 1
+        self._shares.clear()
         for connection in self._apart.values():
             connection.send(frames[connection.wire])
 
@@ -1111,8 +1152,18 @@ class Batch:
                 self._queue(connection)
 
     def _queue(self, connection: Connection) -> None:
-        for frame in self._frames[connection.wire]:
+        if connection.replay is None:
+            connection.send(self._share(connection.wire), messages=self._count)
+            return
+        for frame in self._frames[connection.wire]:  # each has a number of its own
             connection.send(frame)
+
+    def _share(self, wire: Wire | None) -> bytes:
+        """Join the messages for one wire: the same bytes for all who get them."""
+        share = self._shares.get(wire)
+        if share is None:
+            share = self._shares[wire] = b"".join(self._frames[wire])
+        return share
 
     def deliver(self) -> None:
         """Write everyone's share at once; who cannot take it gets it queued."""
@@ -1124,8 +1175,8 @@ class Batch:
             for name, connection in self._receivers.items():
                 if connection.shortcut is None and name not in self._apart:
                     self._queue(connection)
-        for wire, frames in self._frames.items():
-            self._write_all(b"".join(frames), writes[wire])
+        for wire in self._frames:
+            self._write_all(self._share(wire), writes[wire])
         for connection in apart:
             connection.look_for_shortcut()
 
@@ -1160,16 +1211,24 @@ class Wire:
     clients is encoded once for each wire in use, not once for each client.
     """
 
-    __slots__ = ("encode", "protocol")
+    __slots__ = ("_frame", "encode", "protocol")
 
     def __init__(
         self, protocol: HubProtocol, frame: Callable[[bytes, bool], bytes] | None
     ) -> None:
         self.protocol = protocol
-        encode, binary = protocol.encode, protocol.binary
-        self.encode: Callable[[Message], bytes] = encode
-        if frame is not None:
-            self.encode = lambda message: frame(encode(message), binary)
+        self._frame = frame
+        self.encode: Callable[[Message], bytes] = self._framed(protocol.encode)
+
+    def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
+        """Make what writes the items of one stream (see `HubProtocol`)."""
+        return self._framed(self.protocol.item_encoder(invocation_id))
+
+    def _framed(self, encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+        frame, binary = self._frame, self.protocol.binary
+        if frame is None:
+            return encode
+        return lambda value: frame(encode(value), binary)
 
 
 class Replay:
@@ -1312,14 +1371,17 @@ class Connection:
 
     # The hub's end
 
-    def send(self, frame: bytes, counted: bool = True) -> None:
+    def send(self, frame: bytes, counted: bool = True, messages: int = 1) -> None:
         """Queue an encoded message for the client. Never waits.
 
+        frame: whole messages, `messages` of them; one only if they are counted
+            for a replay.
         Beyond `outbox_limit` bytes the client is cut: one stopped reader must
         not hold everybody's memory. After the end this does nothing.
         """
         if self.closing:
             return
+        self.traffic.messages_out += messages
         if self._turn.batch is not None:
             self._turn.batch.part(self)
         if self.replay is not None:
@@ -1470,7 +1532,6 @@ class Connection:
         """Take all that waits, whole messages, in order."""
         outbox = self.outbox
         data = outbox[0] if len(outbox) == 1 else b"".join(outbox)
-        self.traffic.messages_out += len(outbox)
         self.traffic.bytes_out += len(data)
         self.taken += len(data)
         outbox.clear()
@@ -3317,11 +3378,11 @@ class Call:
 
     async def _send_items(self, items: AsyncIterable[Any]) -> None:
         """Send items as fast as the client takes them: it is the only receiver."""
-        connection, encode = self.session.connection, self.session.wire.encode
-        invocation_id, in_a_row = self.session.id_of(self.message), 0
+        connection, in_a_row = self.session.connection, 0
+        encode = self.session.wire.item_encoder(self.session.id_of(self.message))
         try:
             async for item in items:
-                frame = encode(StreamItem(invocation_id, item))
+                frame = encode(item)
                 connection.send(frame)
                 in_a_row += len(frame)
                 if in_a_row > _HIGH_WATER or not connection.has_room():

@@ -3925,6 +3925,25 @@ async def test_the_statistics_change_with_the_traffic(serve) -> None:
     assert repr(server.hub.stats()) != before
 
 
+@everywhere
+async def test_the_statistics_count_each_message_of_a_joined_burst(serve, wire) -> None:
+    server = await serve(Plain)
+    people = [await server.connect(wire) for _ in range(4)]
+    for person, name in zip(people, "aabb", strict=True):
+        await server.hub.groups.add(person.id, name)
+    before = server.hub.stats()["messages_out"]
+    await asyncio.gather(
+        *(server.hub.clients.group(n).send("Note", i) for i in range(5) for n in "ab")
+    )
+    await server.hub.clients.client(people[0].id).send("Last")
+    for person in people:
+        assert [await person.received("Note") for _ in range(5)] == [
+            [i] for i in range(5)
+        ]
+    await people[0].received("Last")
+    assert server.hub.stats()["messages_out"] - before == 4 * 5 + 1
+
+
 # ----------------------------------------------- authentication, origins, CORS
 
 
