@@ -105,7 +105,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 _NEEDS_AIOHTTP = "kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp"
 try:
@@ -2249,6 +2249,8 @@ class Registry:
             if len(receivers) < 2:
                 for connection in receivers.values():
                     self._send(connection, message)
+                if not receivers:  # a mistake shows, whoever happens to be there
+                    _write_json(message.arguments)
                 return
             batch = self.turn.begin_batch(address, receivers, self._wires)
         # No await in here, so nobody joins or leaves meanwhile.
@@ -2798,8 +2800,8 @@ class HubMethod:
             parameters = parameters[1:]
         self._names: list[str] = []
         self._converters: list[Converter] = []
-        #: Position of each upload stream, and what converts its items.
-        self.uploads: list[tuple[int, Converter | None]] = []
+        #: Each upload stream: its position, its name, what converts its items.
+        self.uploads: list[tuple[int, str, Converter | None]] = []
         self.required = 0
         self._defaults: list[Any] = []
         self._rest: Converter | None = None
@@ -2831,7 +2833,7 @@ class HubMethod:
         elif _is_stream(annotation):
             (item,) = typing.get_args(annotation)[:1] or (Any,)
             position = len(self._converters) + len(self.uploads)
-            self.uploads.append((position, _converter(item)))
+            self.uploads.append((position, parameter.name, _converter(item)))
         else:
             self._names.append(parameter.name)
             self._converters.append(convert)
@@ -2843,6 +2845,12 @@ class HubMethod:
         """Check and convert the arguments of one call. Raises BindingError."""
         count, most = len(values), len(self._converters)
         if count < self.required or count > most and self._rest is None:
+            log.warning(
+                "%s: %d argument(s) do not fit (%s)",
+                self.name,
+                count,
+                ", ".join(self._names),
+            )
             raise BindingError(
                 f"Invocation provides {count} argument(s) but target expects {most}."
             )
@@ -3161,10 +3169,12 @@ class UploadStream:
 
     def __init__(
         self,
+        name: str,
         convert: Converter | None,
         options: HubOptions,
         on_room: Callable[[], None],
     ) -> None:
+        self._name = name
         self._convert = convert
         self._options = options
         self._on_room = on_room
@@ -3183,7 +3193,7 @@ class UploadStream:
         try:
             self._items.append(self._convert(item) if self._convert else item)
         except Exception as error:  # noqa: BLE001 (as in HubMethod.bind)
-            log.warning("an item of an upload stream does not fit: %s", error)
+            log.warning("%s does not fit: %s", self._name, error)
             message = "Failed to bind Stream message."
             self.end(HubException(_detail(message, error, self._options)))
         self._wake()
@@ -3654,8 +3664,9 @@ class Session:
         """Put the client's streams among the arguments, in the method's order."""
         call.arguments = list(call.arguments)
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
-        for stream_id, (position, convert) in places:
-            stream = UploadStream(convert, self.options, self._pump_if_stalled)
+        for stream_id, (position, name, convert) in places:
+            name = f"{call.method.name}: an item of {name!r}"
+            stream = UploadStream(name, convert, self.options, self._pump_if_stalled)
             self.uploads[stream_id] = stream
             call.arguments.insert(position, stream)
 
@@ -4117,7 +4128,10 @@ def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
             request.rel_url.raw_path,
             origin,
         )
-        raise web.HTTPForbidden(text="This origin is not allowed.")
+        raise web.HTTPForbidden(
+            text="Pages of this origin may not connect: the server does not list it "
+            "(allowed_origins, --allow-origin)."
+        )
 
 
 def _is_preflight(request: web.Request) -> bool:
@@ -4383,6 +4397,9 @@ class Endpoint:
         interval = min(1.0, *(_or_forever(value) / 4 for value in seconds))
         while True:
             await asyncio.sleep(interval)
+            # If the whole process stood still, what came meanwhile is read first.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             try:
                 self._look_after(time.monotonic())
             except Exception:
@@ -4453,6 +4470,14 @@ def _json_answer(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, text=text, content_type="application/json")
 
 
+#: What errors say that were raised without a text.
+_WHAT_TO_DO = {
+    401: "Say who you are: send a valid token.",
+    403: "You may not do this: ask with another token.",
+    500: "The server failed at this; its log says why. Try again later.",
+}
+
+
 def _error_answer(
     error: web.HTTPException, message: str | None = None, **extra: Any
 ) -> web.Response:
@@ -4461,6 +4486,8 @@ def _error_answer(
     for name in ("Content-Type", "Content-Length"):
         headers.pop(name, None)
     message = message or error.text or error.reason
+    if message == f"{error.status}: {error.reason}":  # aiohttp's, if nobody said more
+        message = _WHAT_TO_DO.get(error.status, f"{error.reason}.")
     answer = {"Success": False, "Message": message, **extra}
     return web.json_response(answer, status=error.status, headers=headers)
 
@@ -4480,15 +4507,20 @@ def map_hub(
     options, overrides: a HubOptions, and fields of it to set or change.
     Returns the hub's context, for everything outside of hub methods. Raises
     TypeError or ValueError for an unknown option, for a class that is no hub,
-    and for two methods that clients could not tell apart.
+    for a path that is taken, and for two methods that clients could not tell
+    apart.
     """
     if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
         raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
     if not isinstance(path, str) or not path.startswith("/"):
         raise ValueError(f"path: begins with '/', unlike {path!r}")
+    if "{" in path or "}" in path:
+        raise ValueError(f"path: a hub has one path, not a pattern such as {path!r}")
     options = dataclasses.replace(options or HubOptions(), **overrides)
     endpoint = Endpoint(hub_class, options)
     path = path.rstrip("/")
+    if any(r.canonical == (path or "/") for r in app.router.resources()):
+        raise ValueError(f"path: {path or '/'!r} is taken by another route")
     for slash in ("", "/") if path else ("/",):  # ASP.NET takes both
         app.router.add_route("*", f"{path}{slash}", endpoint.handle)
     for slash in ("", "/"):
@@ -4545,10 +4577,13 @@ class Operation:
     @property
     def final(self) -> bool:
         """Whether the state will not change any more."""
-        return self._ended.is_set()
+        return self.state in (COMPLETED, FAULTED, CANCELED)
 
     async def wait(self) -> Operation:
-        """Wait for the final state; cancelling this does not cancel the work."""
+        """Wait for the final state and its announcement by `on_change`.
+
+        Returns the operation. Cancelling this does not cancel the work.
+        """
         await self._ended.wait()
         return self
 
@@ -4660,7 +4695,7 @@ class Operations:
     async def close(self) -> None:
         """Cancel what runs and wait until it has ended; start nothing more."""
         self._closed = True
-        running = [o for o in self._operations.values() if not o.final]
+        running = [o for o in self._operations.values() if not o._ended.is_set()]
         for operation in running:
             self.cancel(operation.id)
         for operation in running:
@@ -4701,7 +4736,6 @@ class Operations:
         if state == COMPLETED:
             operation.progress = 100
         operation._expires = time.monotonic() + self._retention
-        operation._canceled = True  # too late: the announcement goes through
         try:
             await self._changed(operation)
         finally:
@@ -4781,6 +4815,8 @@ class _Cron:
     )
 
     def __init__(self, expression: str) -> None:
+        if not isinstance(expression, str):
+            raise TypeError(f"cron: a string of six fields, not {expression!r}")
         parts = expression.split()
         if len(parts) != len(self._FIELDS):
             raise ValueError(
@@ -4801,6 +4837,7 @@ class _Cron:
         self._weekdays = {day % 7 for day in weekdays}
         # Cron's oldest rule: with both days restricted, either may match.
         self._either = parts[3][0] not in "*?" and parts[5][0] not in "*?"
+        self._any_hour = len(self._hours) == 24
         if not any(self._days_from(datetime(2024, 1, 1), 366 * 8)):
             raise ValueError(f"cron {expression!r}: day of month: there is no such day")
 
@@ -4812,7 +4849,8 @@ class _Cron:
         """Read one field: *, ?, lists, ranges, steps, names."""
 
         def number(text: str) -> int:
-            value = names.get(text.lower(), int(text) if text.isdecimal() else -1)
+            digits = text.isascii() and text.isdecimal()
+            value = names.get(text.lower(), int(text) if digits else -1)
             if not low <= value <= high:
                 raise ValueError(f"{text!r} is not between {low} and {high}")
             return value
@@ -4820,7 +4858,7 @@ class _Cron:
         found: set[int] = set()
         for item in part.split(","):
             span, slash, step = item.partition("/")
-            if slash and not (step.isdecimal() and int(step) > 0):
+            if slash and not (step.isascii() and step.isdecimal() and int(step)):
                 raise ValueError(f"the step {step!r} is not a number above 0")
             first, dash, last = span.partition("-")
             if span in ("*", "?"):
@@ -4830,6 +4868,8 @@ class _Cron:
             else:
                 start = number(first)
                 end = high if slash else start
+            if start > end and names and high == 7:
+                end += 7  # fri-mon: the week is a circle, which `% 7` closes
             if start > end:
                 raise ValueError(f"{span!r} runs backwards")
             found.update(range(start, end + 1, int(step) if slash else 1))
@@ -4849,6 +4889,8 @@ class _Cron:
 
     def after(self, moment: float) -> float:
         """Find the first matching second after a moment (seconds since 1970)."""
+        if self._any_hour and (soon := self._within_two_hours(moment)) is not None:
+            return soon
         local = datetime.fromtimestamp(math.floor(moment) + 1).replace(fold=0)
         today = local.replace(hour=0, minute=0, second=0)
         for day in self._days_from(today, 366 * 8 + 1):
@@ -4859,6 +4901,20 @@ class _Cron:
                 if stamp > moment and datetime.fromtimestamp(stamp) == found:
                     return stamp
         return math.inf
+
+    def _within_two_hours(self, moment: float) -> float | None:
+        """Look at the next minutes one by one, as the clock will show them.
+
+        Where any hour will do, an hour that is shown twice is two hours.
+        """
+        first = math.floor(moment / 60) * 60
+        for minute in range(first, first + 7260, 60):
+            shown = datetime.fromtimestamp(minute)
+            if shown.minute in self._minutes and self._matches(shown):
+                for second in self._seconds:
+                    if minute + second > moment:
+                        return float(minute + second)
+        return None
 
     def _times(self, day: datetime, earliest: datetime) -> Iterator[datetime]:
         """Go through a day's matching times that are not too early."""
@@ -5689,13 +5745,21 @@ def _stamp(moment: datetime) -> str:
     return text.replace("+00:00", "Z")
 
 
+def _level_name(text: str) -> str:
+    """Spell the name of a level, given in any case. Raises ValueError."""
+    for level in LEVELS:
+        if level.lower() == text.lower():
+            return level
+    raise ValueError(f"The level must be one of {', '.join(LEVELS)}.")
+
+
 async def broadcast_log(hub: HubContext, level: str, message: str) -> None:
     """Send `ReceiveLog` to everyone: {level, message, timestamp}.
 
-    level: one of the eight names in LEVELS. Raises ValueError for another.
+    level: one of the eight names in LEVELS, in any case. Raises ValueError for
+        another.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level: one of {', '.join(LEVELS)}, not {level!r}")
+    level = _level_name(level)
     entry = {"level": level, "message": message, "timestamp": _stamp(_now())}
     await hub.clients.all.send("ReceiveLog", entry)
 
@@ -5812,14 +5876,14 @@ class Demo:
         api = self._api
         route.add_get("/api/ps/log/{level}", api(self._log), allow_head=False)
         route.add_get("/api/ps/event", api(self._event), allow_head=False)
-        route.add_post("/api/group/join/{name}", api(self._ask_to_join))
-        route.add_post("/api/group/leave/{name}", api(self._ask_to_leave))
-        route.add_post("/api/group/broadcast/{name}", api(self._broadcast))
+        route.add_post("/api/group/join/{groupName}", api(self._ask_to_join))
+        route.add_post("/api/group/leave/{groupName}", api(self._ask_to_leave))
+        route.add_post("/api/group/broadcast/{groupName}", api(self._broadcast))
         route.add_post("/api/operation/start", api(self._start_operation))
-        route.add_get("/api/operation/status/{id}", api(self._operation_status))
+        route.add_get("/api/operation/status/{taskId}", api(self._operation_status))
         route.add_get("/api/operation/list", api(self._list_operations))
-        route.add_post("/api/operation/cancel/{id}", api(self._cancel_operation))
-        route.add_delete("/api/operation/{id}", api(self._remove_operation))
+        route.add_post("/api/operation/cancel/{taskId}", api(self._cancel_operation))
+        route.add_delete("/api/operation/{taskId}", api(self._remove_operation))
 
     # Who may come in
 
@@ -5843,11 +5907,15 @@ class Demo:
 
         async def guarded(request: web.Request) -> web.StreamResponse:
             await self._authenticate(request)
-            for name, value in request.match_info.items():
-                try:
+            try:
+                unquote_to_bytes(request.rel_url.raw_path).decode()
+                for name, value in request.match_info.items():
                     _check_name(value, name)
-                except ValueError as error:
-                    raise web.HTTPBadRequest(text=str(error)) from None
+            except UnicodeDecodeError:
+                text = "The path must be UTF-8, percent-encoded."
+                raise web.HTTPBadRequest(text=text) from None
+            except ValueError as error:
+                raise web.HTTPBadRequest(text=str(error)) from None
             return await handler(request)
 
         return guarded
@@ -5875,10 +5943,10 @@ class Demo:
     # Logs and events
 
     async def _log(self, request: web.Request) -> web.Response:
-        levels = {level.lower(): level for level in LEVELS}
-        level = levels.get(request.match_info["level"].lower())
-        if level is None:
-            raise web.HTTPBadRequest(text=f"The level must be one of {list(LEVELS)}.")
+        try:
+            level = _level_name(request.match_info["level"])
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
         now = datetime.now().strftime("%H:%M:%S")
         message = request.query.get("message")
         if not message:
@@ -5905,14 +5973,14 @@ class Demo:
         return await self._ask(request, "GroupLeaveRequest", "leave")
 
     async def _ask(self, request: web.Request, event: str, verb: str) -> web.Response:
-        name = request.match_info["name"]
+        name = request.match_info["groupName"]
         message = f"Please {verb} the group {name}"
         data = {"GroupName": name, "Message": message, "Timestamp": _stamp(_now())}
         await broadcast_event(self.hub, event, data)
         return self._done(f"Everyone was asked to {verb} {name}", GroupName=name)
 
     async def _broadcast(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
+        name = request.match_info["groupName"]
         message = {
             "Message": f"Hello to the members of {name}",
             "Timestamp": _stamp(_now()),
@@ -5928,8 +5996,8 @@ class Demo:
     # Operations
 
     async def _start_operation(self, request: web.Request) -> web.Response:
-        text = request.query.get("seconds", "2")
-        if not re.fullmatch("[0-9]{1,4}", text) or not (
+        text = ",".join(request.query.getall("seconds", ["2"]))
+        if not re.fullmatch("0*[0-9]{1,4}", text) or not (
             1 <= int(text) <= _LONGEST_OPERATION
         ):
             raise web.HTTPBadRequest(
@@ -5943,11 +6011,16 @@ class Demo:
                 await progress(step * 100 / seconds, f"Step {step} of {seconds}")
             return seconds
 
-        operation = self.operations.start(
-            work,
-            name="LongOperation",
-            description=f"{seconds} steps of one second each",
-        )
+        try:
+            operation = self.operations.start(
+                work,
+                name="LongOperation",
+                description=f"{seconds} steps of one second each",
+            )
+        except RuntimeError:
+            raise web.HTTPServiceUnavailable(
+                text="The server is shutting down; start it again later."
+            ) from None
         log.info("operation %s of %d s started", operation.id, seconds)
         return self._done(f"Started an operation of {seconds} s", TaskId=operation.id)
 
@@ -5976,7 +6049,7 @@ class Demo:
         await broadcast_event(self.hub, event, data)
 
     def _find(self, request: web.Request) -> Operation:
-        operation = self.operations.get(request.match_info["id"])
+        operation = self.operations.get(request.match_info["taskId"])
         if operation is None:
             raise web.HTTPNotFound(
                 text="There is no such operation. It may have been removed."
@@ -5992,7 +6065,9 @@ class Demo:
     async def _cancel_operation(self, request: web.Request) -> web.Response:
         operation = self._find(request)
         if not self.operations.cancel(operation.id):
-            raise web.HTTPConflict(text=f"The operation is {operation.state} already.")
+            raise web.HTTPConflict(
+                text=f"The operation is {operation.state} already: nothing to cancel."
+            )
         await operation.wait()
         message = f"The operation is {operation.state}"
         return self._done(message, TaskId=operation.id)
@@ -6048,8 +6123,8 @@ def _guard(origins: Collection[str]) -> Any:
             return _error_answer(error, f"Use {methods} for this path.")
         except web.HTTPException as error:
             if request.match_info.http_exception is error:
-                return _error_answer(error, "There is nothing at this path.")
-            task_id = request.match_info.get("id")
+                return _error_answer(error, "There is nothing at this path: check it.")
+            task_id = request.match_info.get("taskId")
             extra = {} if task_id is None else {"TaskId": task_id}
             return _error_answer(error, **extra)
         except Exception:
@@ -6119,7 +6194,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--port",
         type=int,
-        default=os.environ.get("PORT", "5000"),
+        default=os.environ.get("PORT") or "5000",
         help="port, 0 for any free one (environment PORT, else 5000)",
     )
     add("--hub-path", default="/hubs/kestrun", help="path of the hub (%(default)s)")
@@ -6147,8 +6222,19 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _shorten_bad_request(record: logging.LogRecord) -> bool:
+    """Leave out of the log what a malformed request said: it may hold a token."""
+    error = record.exc_info and record.exc_info[1]
+    if isinstance(error, aiohttp.http_exceptions.HttpProcessingError):
+        record.msg, record.args = f"refused a malformed request: {error.code}", ()
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.exc_info = None
+    return True
+
+
 def _set_up_logging(level: str) -> None:
     logging.addLevelName(LEVELS["Trace"], "TRACE")
+    logging.getLogger("aiohttp.server").addFilter(_shorten_bad_request)
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=LEVELS[level], handlers=[handler])
@@ -6178,8 +6264,9 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         gc.collect()
         gc.freeze()  # what lives as long as the program need not be looked at again
         await stop.wait()
-    finally:
         log.info("shutting down")
+        await app.shutdown()  # while it still listens: a poll may come for its Close
+    finally:
         await runner.cleanup()
 
 

@@ -664,6 +664,15 @@ def test_overrides_replace_single_fields_of_the_options() -> None:
     assert options.close_timeout == 2
 
 
+@pytest.mark.parametrize("path", ["/taken", "/taken/", "/", "/{any}", "hub"])
+def test_a_path_that_is_no_place_for_a_hub_is_refused_at_once(path: str) -> None:
+    app = web.Application()
+    kestrun.map_hub(app, "/taken", Plain)
+    kestrun.map_hub(app, "/", Plain)
+    with pytest.raises(ValueError, match="path"):
+        kestrun.map_hub(app, path, Plain)
+
+
 def test_two_methods_with_one_wire_name_are_refused_at_once() -> None:
     class Twins(kestrun.Hub):
         def join_group(self) -> None: ...
@@ -2369,6 +2378,17 @@ async def test_trailing_arguments_with_defaults_may_be_left_out(serve) -> None:
     assert (await client.error("Greet", 1, 2, 3)).startswith(FAILED.format("Greet"))
 
 
+async def test_the_log_tells_why_arguments_do_not_fit(serve, caplog) -> None:
+    client = await (await serve(Plain)).connect()
+    for arguments in ([1], [1, 2, 3], [1, "two"]):
+        with pytest.raises(Failed, match="due to an error on the server.$"):
+            await client.invoke("Add", *arguments)
+    one, three, wrong = [r.getMessage() for r in caplog.records if r.levelno > 20]
+    assert "Plain.add: 1 argument(s) do not fit (a, b)" in one
+    assert "Plain.add: 3 argument(s) do not fit (a, b)" in three
+    assert "Plain.add: argument 'b' does not fit" in wrong
+
+
 async def test_an_exception_is_logged_with_its_traceback(serve, caplog) -> None:
     client = await (await serve(Calls)).connect()
     with caplog.at_level(logging.DEBUG, "kestrun"):
@@ -2836,13 +2856,16 @@ async def test_an_upload_ends_as_its_completion_says(
 
 
 @everywhere
-async def test_an_item_of_the_wrong_type_ends_that_upload_alone(serve, wire) -> None:
+async def test_an_item_of_the_wrong_type_ends_that_upload_alone(
+    serve, wire, caplog
+) -> None:
     client = await (await serve(Calls)).connect(wire)
     id = await client.begin("Read", streamIds=["u"])
     await client.send({"type": 2, "invocationId": "u", "item": "four"})
     assert "Failed to bind Stream message." in await client.finish(id)
     await upload(client, "u", 5)
     assert await client.invoke("Add", 1, 2) == 3
+    assert "Calls.read: an item of 'numbers' does not fit" in caplog.text
 
 
 @everywhere
@@ -3895,6 +3918,13 @@ async def test_what_cannot_be_written_is_the_senders_error(serve, argument) -> N
         await server.hub.clients.all.send("Note", argument)
     await server.hub.clients.all.send("Next")
     assert await client.received("Next") == []
+
+
+async def test_what_cannot_be_written_is_an_error_whoever_is_there(serve) -> None:
+    clients = (await serve(Plain)).hub.clients
+    for nobody in (clients.all, clients.client("gone"), clients.group("g")):
+        with pytest.raises(TypeError):
+            await nobody.send("Note", object())
 
 
 async def test_the_hub_context_knows_its_connections(serve) -> None:
@@ -4990,7 +5020,7 @@ async def test_a_group_message_reaches_the_group_alone(demo) -> None:
 
 
 @pytest.mark.parametrize("verb", ["join", "leave", "broadcast"])
-@pytest.mark.parametrize("group", ["a%0d%0ab", "%0a", "a%00", "a%7f"])
+@pytest.mark.parametrize("group", ["a%0d%0ab", "%0a", "a%00", "a%7f", "a%ff"])
 async def test_control_characters_in_a_group_name_are_refused(
     demo, verb: str, group: str
 ) -> None:
@@ -5050,7 +5080,8 @@ async def test_progress_is_rounded_to_whole_percents(demo) -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds", ["0", "-1", "3601", "x", "1.5", "%20", "1e2", "%C2%B2", "9" * 5000]
+    "seconds",
+    ["0", "-1", "3601", "x", "1.5", "%20", "1e2", "%C2%B2", "9" * 5000, "1&seconds=x"],
 )
 async def test_an_operation_needs_a_sensible_number_of_seconds(demo, seconds) -> None:
     server = await demo()
@@ -5317,6 +5348,16 @@ async def test_a_log_message_is_broadcast_from_code(serve) -> None:
     assert set(log) == {"level", "message", "timestamp"}
     assert (log["level"], log["message"]) == ("Information", "hello")
     assert STAMP.fullmatch(log["timestamp"])
+
+
+async def test_a_level_is_known_in_any_case_and_no_other(serve) -> None:
+    server = await serve(Plain)
+    client = await server.connect()
+    with pytest.raises(ValueError, match="one of Trace, Verbose"):
+        await kestrun.broadcast_log(server.hub, "Loud", "hello")
+    await kestrun.broadcast_log(server.hub, "fATAL", "hello")
+    (log,) = await client.received("ReceiveLog")
+    assert log["level"] == "Fatal"
 
 
 async def test_an_event_is_broadcast_from_code(serve) -> None:
@@ -7368,6 +7409,42 @@ async def test_the_program_logs_no_query_string(driver):
     assert "access_token" not in running.output()
 
 
+async def test_the_program_logs_a_malformed_request_in_one_line_without_its_words():
+    async with program("--token", "hidden-token") as running:
+        port = int(running.base.rpartition(":")[2])
+        for head in (
+            "/?access_token=hidden-token HTTP/9.9",
+            "/ HTTP/1.1\r\nA hidden: x",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {head}\r\n\r\n".encode())
+            assert b" 400 " in await reader.readline()
+            writer.close()
+        await running.printed("refused a malformed request: 400")
+        await running.end(signal.SIGTERM)
+    assert "hidden" not in running.output()
+    assert "Traceback" not in running.output()
+
+
+async def test_the_program_ends_a_long_poll_that_comes_while_it_shuts_down():
+    async with program() as running, aiohttp.ClientSession() as http:
+        hub = f"{running.base}/hubs/kestrun"
+        async with http.post(f"{hub}/negotiate?negotiateVersion=1") as answer:
+            url = f"{hub}?id={(await answer.json())['connectionToken']}"
+        polls = [b"", b"{}\x1e", b'{"type":7,"allowReconnect":true}\x1e']
+        for number, body in enumerate(polls):
+            if number == 1:
+                await http.post(url, data=b'{"protocol":"json","version":1}\x1e')
+            if number == 2:
+                running.process.send_signal(signal.SIGTERM)
+                await running.printed("shutting down")
+            async with http.get(url) as answer:
+                assert await answer.read() == body
+        async with http.get(url) as answer:
+            assert answer.status == 204
+        assert await running.process.wait() == 0
+
+
 async def test_the_program_asks_for_its_token():
     async with program(KESTRUN_TOKEN="sesame") as running:
         statuses = [
@@ -8300,6 +8377,9 @@ async def test_odd_headers_are_refused_and_not_an_error(serve, headers) -> None:
         ("0 0 * * * *", "2026-03-29T01:00+01:00", "2026-03-29T03:00+02:00"),
         ("59 59 23 31 12 *", "2026-12-31T23:59:58+01:00", "2026-12-31T23:59:59+01:00"),
         ("0 0 0 29 2 *", "2026-01-01T00:00+01:00", "2028-02-29T00:00+01:00"),
+        ("0 * * * * *", "2026-10-25T02:59+02:00", "2026-10-25T02:00+01:00"),
+        ("0 */30 * * * *", "2026-10-25T02:30+01:00", "2026-10-25T03:00+01:00"),
+        ("0 5 * * * fri-mon", "2026-11-23T23:30+01:00", "2026-11-27T00:05+01:00"),
     ],
 )
 def test_cron_copes_with_clocks_that_change(
@@ -8330,6 +8410,27 @@ async def test_an_operation_is_final_whatever_on_change_does() -> None:
     async with asyncio.timeout(PATIENCE):
         assert (await operation.wait()).state == "Completed"
         await operations.close()
+
+
+async def test_an_operation_is_final_while_its_end_is_announced() -> None:
+    announcing, go_on = asyncio.Event(), asyncio.Event()
+
+    async def on_change(operation: kestrun.Operation) -> None:
+        if operation.final:
+            announcing.set()
+            await go_on.wait()
+
+    operations = kestrun.Operations(on_change=on_change)
+    operation = operations.start(lambda progress: asyncio.sleep(0))
+    async with asyncio.timeout(PATIENCE):
+        await announcing.wait()
+        assert (operation.state, operations.cancel(operation.id)) == (
+            "Completed",
+            False,
+        )
+        go_on.set()
+        assert (await operation.wait()).state == "Completed"
+    assert operations.remove(operation.id)
 
 
 async def test_a_job_may_close_its_schedule() -> None:
@@ -8621,8 +8722,10 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--bench"]:
             bench()
-        case ["--bench-server", name, port]:
+        case ["--bench-server", name, port, *on]:
             app, address = BENCHED[name](), {"host": "127.0.0.1", "port": int(port)}
-            web.run_app(app, **address, print=None, access_log=None, backlog=1024)
+            new_loop = kestrun._loop_factory(on == ["uvloop"]) or asyncio.new_event_loop
+            options = {"print": None, "access_log": None, "backlog": 1024}
+            web.run_app(app, loop=new_loop(), **address, **options)
         case arguments:
             sys.exit(main(arguments))
