@@ -88,6 +88,7 @@ import types
 import typing
 import unicodedata
 import uuid
+from collections import deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -103,9 +104,9 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import Enum
+from enum import Enum, Flag
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 _NEEDS_AIOHTTP = "kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp"
 try:
@@ -159,6 +160,12 @@ WEBSOCKETS = "WebSockets"
 SERVER_SENT_EVENTS = "ServerSentEvents"
 LONG_POLLING = "LongPolling"
 TRANSPORTS = (WEBSOCKETS, SERVER_SENT_EVENTS, LONG_POLLING)
+
+_ORIGIN = re.compile(
+    r"(?!(?:http://.*:80|https://.*:443)$)"
+    r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?",
+    re.IGNORECASE,
+)
 
 Authenticate = Callable[[web.Request], Awaitable["str | None"]]
 
@@ -215,11 +222,11 @@ class HubOptions:
         if not self.transports:
             raise ValueError("transports: at least one is needed")
         for origin in self.allowed_origins:
-            parts = urlsplit(origin)
-            if origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc:
+            if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"allowed_origins: {origin!r} is not an origin such as "
-                    "'https://example.com' (no path, no final slash, no '*')"
+                    f"allowed_origins: {origin!r} is not an origin as browsers send it, "
+                    "such as 'https://example.com' (no path, no final slash, no '*', "
+                    "no port that is the scheme's own, ASCII)"
                 )
 
     @staticmethod
@@ -363,8 +370,17 @@ def _detail(message: str, error: BaseException, options: HubOptions) -> str:
     """Word an error for the client: its own text only where it may be told."""
     if isinstance(error, HubException) or options.enable_detailed_errors:
         name = getattr(error, "reported_as", type(error).__name__)
-        return f"{message} {name}: {error}"
+        with contextlib.suppress(Exception):  # its __str__ is user code
+            return f"{message} {name}: {error}"
     return message
+
+
+def _one_line(text: str, longest: int | None = None) -> str:
+    """Escape what would break or forge a line of a log."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in text[:longest]
+    )
 
 
 def _camel(name: str) -> str:
@@ -487,7 +503,30 @@ def _build_json_encoder() -> Callable[[Any], str]:
     return lambda value: "".join(pieces(value, 0))
 
 
-_write_json = _build_json_encoder()
+_encode_json = _build_json_encoder()
+
+
+def _write_json(value: Any) -> str:
+    try:
+        return _encode_json(value)
+    except TypeError:  # the encoder's own error for a key is of no use to anyone
+        return _encode_json(_with_plain_keys(value))
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """Write the keys of dicts, however deep, as `_to_plain` writes values."""
+    if isinstance(value, dict):
+        return {
+            key
+            if key is None or isinstance(key, (str, int, float))
+            else _to_plain(key): _with_plain_keys(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_with_plain_keys(item) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return _with_plain_keys(_to_plain(value))
 
 
 def _write_value(value: Any) -> str:
@@ -737,11 +776,15 @@ class MessagePackProtocol:
     def __init__(self) -> None:
         import msgpack  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
+        # Text that is none, half a surrogate for example, is replaced, as in .NET.
         self._unpack = functools.partial(
-            msgpack.unpackb, raw=False, strict_map_key=False, timestamp=3
+            msgpack.unpackb, strict_map_key=False, unicode_errors="replace"
         )
         self._pack = functools.partial(
-            msgpack.packb, datetime=True, default=self._to_plain
+            msgpack.packb,
+            datetime=True,
+            default=self._to_plain,
+            unicode_errors="replace",
         )
 
     @staticmethod
@@ -828,7 +871,10 @@ class MessagePackProtocol:
     def _read(self, body: bytes) -> Message | None:
         """Read one array; None for a type that a later version may define."""
         try:
-            fields = self._unpack(body)
+            try:
+                fields = self._unpack(body, timestamp=3)  # as datetime
+            except (ValueError, OverflowError):  # a year beyond Python's?
+                fields = self._unpack(body)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"Error reading MessagePack: {error}") from None
         if type(fields) is not list or not fields:
@@ -882,9 +928,9 @@ class MessagePackProtocol:
             return StreamInvocation(
                 target, arguments, self._id(fields), tuple(stream_ids)
             )
-        invocation_id = fields[2] or None
+        invocation_id = fields[2]
         if invocation_id is not None:
-            self._string(invocation_id, "invocationId")
+            invocation_id = self._string(invocation_id, "invocationId") or None
         return Invocation(target, arguments, invocation_id, tuple(stream_ids))
 
     def _build_completion(self, fields: list[Any]) -> Completion:
@@ -1293,12 +1339,14 @@ class Connection:
     """One client's pipe. Created by negotiate, used by a transport and a hub."""
 
     __slots__ = (
+        "_crowd",
         "_turn",
         "_waiters",
         "busy",
         "closing",
         "connection_id",
         "failed",
+        "fed",
         "gone",
         "inbox",
         "last_seen",
@@ -1331,6 +1379,8 @@ class Connection:
         self.options = options
         self.traffic = traffic
         self._turn = turn
+        limit = options.outbox_limit
+        self._crowd = _HIGH_WATER if limit is None else min(limit, _HIGH_WATER)
         #: The public name, and the secret one that the requests carry.
         self.connection_id = self.token = token
         self.user_id: str | None = None
@@ -1352,6 +1402,8 @@ class Connection:
         self.shortcut: Callable[[bytes], None] | None = None
         self.last_seen = time.monotonic()
         self.inbox = bytearray()
+        #: Bytes ever put into the inbox.
+        self.fed = 0
         self.outbox: list[bytes] = []
         #: Bytes in the outbox.
         self.queued = 0
@@ -1392,7 +1444,7 @@ class Connection:
                 return
             if self.replay.size > _HIGH_WATER:
                 self._check_backlog()
-        if self.queued > _HIGH_WATER:
+        if self.queued > self._crowd:
             self._crowded()  # what waits is judged without what comes now
         if not self.outbox:
             self._turn.add(self)
@@ -1435,7 +1487,8 @@ class Connection:
             return not self.congested()
         limit = self.options.stateful_reconnect_buffer_size
         full = limit is not None and self.replay.size > limit
-        return not full and not self.congested()
+        # What would make room, an Ack, may be behind what the hub does not read.
+        return (self.busy or not full) and not self.congested()
 
     async def room(self) -> None:
         """Wait until the client has taken enough of what was sent, or is gone."""
@@ -1499,6 +1552,7 @@ class Connection:
         if self.closing:
             return
         self.traffic.bytes_in += len(data)
+        self.fed += len(data)
         self.inbox += data
         self.on_data()
         if self.busy and len(self.inbox) > _HIGH_WATER and self.link:
@@ -1513,6 +1567,8 @@ class Connection:
         """
         self.busy = busy
         if busy and len(self.inbox) > _HIGH_WATER // 2:
+            if self.replay is not None:
+                self.wake()
             return
         if self.reading_paused and self.link is not None:
             self.reading_paused = False
@@ -1535,8 +1591,8 @@ class Connection:
         self.traffic.bytes_out += len(data)
         self.taken += len(data)
         outbox.clear()
-        if self.busy and self.queued > _HIGH_WATER:
-            # The hub stopped reading for the sake of this outbox: it may go on.
+        if self.queued > _HIGH_WATER:
+            # Calls wait while a client does not take the answers: they may go on.
             asyncio.get_running_loop().call_soon(self.on_data)
         self.queued = 0
         self.look_for_shortcut()
@@ -1812,11 +1868,7 @@ class WebSocket(FrameReader, asyncio.Protocol):
         payload = self.read(data)
         if payload and not self._sent_close:
             self._connection.feed(payload)
-        if self.ping is not None:
-            # A peer that takes no data needs no pongs to pile up behind it.
-            if self.writable:
-                self._transport.write(_frame_of(PONG, self.ping))
-            self.ping = None
+        self._answer_ping()
         if self.error is not None:
             self._fail(self.error)
         elif self.goodbye is not None:
@@ -1843,6 +1895,7 @@ class WebSocket(FrameReader, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._set_writable(not self._sent_close)
+        self._answer_ping()
         self._connection.flush()
         self._connection.wake()
         self._connection.on_data()
@@ -1857,6 +1910,9 @@ class WebSocket(FrameReader, asyncio.Protocol):
         if self._connection.outbox and not self._sent_close:
             self._transport.write(self._connection.take())
         self._send_close((1011 if failed else 1000).to_bytes(2, "big"))
+        if self._connection.reading_paused:  # the peer's close frame is behind it
+            self._connection.reading_paused = False
+            self._transport.resume_reading()
 
     def abort(self) -> None:
         self._transport.abort()
@@ -1872,6 +1928,12 @@ class WebSocket(FrameReader, asyncio.Protocol):
 
     def resume_reading(self) -> None:
         self._transport.resume_reading()
+
+    def _answer_ping(self) -> None:
+        """Answer the last ping; a peer that takes no data gets no pile of pongs."""
+        if self.ping is not None and self.writable:
+            self._transport.write(_frame_of(PONG, self.ping))
+            self.ping = None
 
     # The end
 
@@ -1926,6 +1988,8 @@ async def serve_websocket(
         await response.prepare(request)
         await response.write_eof()
     transport = request.transport
+    if transport is not None and connection.gone:  # meanwhile
+        transport.close()
     if transport is None or transport.is_closing():
         if connection.replay is None:
             connection.lost(None)
@@ -2121,7 +2185,7 @@ async def serve_poll(
             return _poll_answer(200)
         if has_data:
             return await _send_poll(request, connection)
-        if connection.closing and not link.released:
+        if connection.closing and not (link.released or connection.outbox):
             connection.lost(None)  # this 204 is the goodbye; the token dies
         return _poll_answer(204)
     finally:
@@ -2296,6 +2360,10 @@ class Registry:
         self._owed.setdefault(connection, {})[invocation_id] = future
         return invocation_id, future
 
+    def expects(self, invocation_id: str) -> bool:
+        """Tell whether some client owes this result."""
+        return invocation_id in self._results
+
     def forget(self, invocation_id: str) -> None:
         connection, _ = self._results.pop(invocation_id)
         owed = self._owed[connection]
@@ -2320,9 +2388,10 @@ class Registry:
             return
         if completion.error is not None:
             future.set_exception(HubException(completion.error))
+        elif completion.result is VOID:
+            future.set_exception(HubException("Client didn't provide a result."))
         else:
-            result = completion.result
-            future.set_result(None if result is VOID else result)
+            future.set_result(completion.result)
 
     def disown(self, connection: Connection) -> None:
         """Fail the results that a connection still owes."""
@@ -2417,7 +2486,7 @@ class SingleClientProxy(ClientProxy):
         if (slot := _current_call.get()) is not None:
             slot.yield_slot()
         connection = self._connection()
-        if connection is None or connection.wire is None:
+        if connection is None or connection.wire is None or connection.closing:
             name = self._address.names[0]
             raise ConnectionError(f"Connection '{name}' does not exist.")
         invocation_id, future = self._registry.expect(connection)
@@ -2859,6 +2928,8 @@ class HubMethod:
             converters = converters + [self._rest] * (count - most)
         try:
             bound = list(map(operator.call, converters, values))
+            if len(bound) < count:  # `map` takes a StopIteration for its own end
+                raise ValueError("a converter stopped")
         except Exception as error:
             self._log_misfit(converters, values)
             raise BindingError(
@@ -3090,11 +3161,24 @@ def _key_converter(annotation: Any) -> Converter | None:
     if annotation in (int, float):
         convert = _PLAIN_CONVERTERS[annotation]
         return lambda key: convert(annotation(key) if isinstance(key, str) else key)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return functools.partial(_to_enum_by_key, annotation)
     return _converter(annotation)
+
+
+def _to_enum_by_key(kind: type[Enum], key: Any) -> Enum:
+    try:
+        return _to_enum(kind, key)
+    except ValueError:
+        return _to_enum(kind, int(key))  # a value that is a number, written as text
 
 
 def _to_enum(kind: type[Enum], value: Any) -> Enum:
     """Read an enum by value, or by name without regard to case."""
+    if issubclass(kind, Flag) and isinstance(value, int):
+        bits = functools.reduce(operator.or_, (flag.value for flag in kind), 0)
+        if value & ~bits:  # IntFlag would remember every number that it is asked for
+            raise ValueError(f"{value!r} is no {kind.__name__}")
     try:
         return kind(value)
     except ValueError:
@@ -3140,22 +3224,33 @@ def _to_dataclass(kind: type) -> Converter:
 # `Dispatcher.run` is the life of a connection on one screen. Between connected
 # and disconnected it sleeps: messages are dispatched straight from the bytes
 # that bring them (`Session.pump`), so an idle client costs no work and a plain
-# method no task. Other methods run in a task of their own. The pump goes on
-# while they run, so pings, items, results and cancels always get through; it
-# stops only when a client sends faster than it may.
+# method no task. Other methods run in a task of their own.
+#
+# Calls and stream items have their turn in the order of their arrival. One that
+# may not begin yet, for want of a slot or of room, waits, and so do those behind
+# it. Everything else is heard at once: pings, cancels, acknowledgements, results
+# and the client's goodbye pass what waits, or the two sides could wait for each
+# other. Reading stops only when much waits already.
 
-#: Calls of one client that may wait for a free slot before reading stops.
-_WAITING_CALLS = 32
+#: Reading stops when so many messages wait and so many bytes have come meanwhile.
+#: A stateful client may owe 100,000 bytes, and its Ack must be among them.
+_WAITING_MESSAGES, _READ_AHEAD = 32, 131_072
 
 #: Messages of one client that are dispatched before others have their turn, and
 #: calls that are cancelled before they do.
 _PORTION = 500
+
+#: Seconds that one client's messages may take before others have their turn.
+_PATIENCE = 0.01
 
 #: Calls and streams of one client that may be under way, if no option says so.
 _RUNNING_CALLS = 1000
 
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
+
+#: What user code raises to end more than itself.
+_EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class OperationCanceled(Exception):
@@ -3178,10 +3273,10 @@ class UploadStream:
         self._convert = convert
         self._options = options
         self._on_room = on_room
-        self._items: list[Any] = []
+        self._items: deque[Any] = deque()
         self._ended = False
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._readers: list[asyncio.Future[None]] = []
 
     def put(self, item: Any) -> bool:
         """Take an item from the client; False if it has to wait for its turn."""
@@ -3206,8 +3301,10 @@ class UploadStream:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
 
     def __aiter__(self) -> UploadStream:
         return self
@@ -3218,39 +3315,58 @@ class UploadStream:
                 raise self._error
             if self._ended:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        item = self._items.pop(0)
+            reader = asyncio.get_running_loop().create_future()
+            self._readers.append(reader)
+            await reader
+        item = self._items.popleft()
         self._on_room()
         return item
 
 
-@types.coroutine
-def _watched(
+def _begin_work(
     work: Coroutine[Any, Any, None], name: str, context: contextvars.Context
-) -> Generator[Any, Any, bool]:
-    """Await `work` in a context of its own; tell whether it ever had to wait.
+) -> Awaitable[None] | None:
+    """Run a coroutine as far as it goes without waiting, in a context of its own.
 
-    It stands between a task and the coroutine, and times each step of it: what
-    holds the event loop for too long is named in the log.
+    Returns what is left to be awaited, or None if that was all. Each step is timed:
+    what holds the event loop for too long is named in the log.
     """
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    waited = False
+    try:
+        awaited = _step(work.send, None, name, context)
+    except StopIteration:
+        return None
+    return _go_on_with(work, awaited, name, context)
+
+
+@types.coroutine
+def _go_on_with(
+    work: Coroutine[Any, Any, None],
+    awaited: Any,
+    name: str,
+    context: contextvars.Context,
+) -> Generator[Any, Any, None]:
+    """Stand between a task and a coroutine that has begun, until its end."""
+    step: Callable[[Any], Any]
     while True:
-        started = time.perf_counter()
-        try:
-            awaited = context.run(step, value)
-        except StopIteration:
-            return waited
-        finally:
-            if time.perf_counter() - started > _BLOCKING:
-                _warn_blocking(name, started)
-        waited = True
         try:
             step, value = work.send, (yield awaited)
         except BaseException as error:  # noqa: BLE001 (handed on, as await does)
             step, value = work.throw, error
+        try:
+            awaited = _step(step, value, name, context)
+        except StopIteration:
+            return
+
+
+def _step(
+    step: Callable[[Any], Any], value: Any, name: str, context: contextvars.Context
+) -> Any:
+    started = time.perf_counter()
+    try:
+        return context.run(step, value)
+    finally:
+        if time.perf_counter() - started > _BLOCKING:
+            _warn_blocking(name, started)
 
 
 def _warn_blocking(name: str, started: float) -> None:
@@ -3272,8 +3388,10 @@ class Call:
         "holds_slot",
         "message",
         "method",
+        "returned",
         "session",
         "task",
+        "uploads",
     )
 
     def __init__(
@@ -3287,17 +3405,16 @@ class Call:
         self.message = message
         self.method = method
         self.arguments = arguments
-        #: Streams and uploads run beside the calls that take turns.
-        self.holds_slot = method.takes_turns
-        self.begun = self.canceled = False
+        #: What the method returned, where it has been called without a task.
+        self.returned: Awaitable[Any] | None = None
+        #: The client's streams among the arguments.
+        self.uploads: dict[str, UploadStream] | None = None
+        self.holds_slot = self.begun = self.canceled = False
         self.task: asyncio.Task[None] | None = None
 
-    def start(self, begun: Awaitable[Any] | None = None) -> None:
-        """Run in a task: from Python 3.12 on until it waits, else a turn later.
-
-        begun: what the method returned, if it has been called already.
-        """
-        work, name = self._work(begun), self.method.name
+    def start(self) -> None:
+        """Run in a task: from Python 3.12 on until it waits, else a turn later."""
+        work, name = self._work(), self.method.name
         loop = asyncio.get_running_loop()
         if sys.version_info >= (3, 12):
             self.task = asyncio.Task(work, loop=loop, name=name, eager_start=True)
@@ -3316,51 +3433,55 @@ class Call:
 
     def yield_slot(self) -> None:
         """Let the client's next call start while this one waits for an answer."""
-        if self.task not in (None, asyncio.current_task()):
-            return  # a task that the method started: the method itself goes on
         if self.holds_slot:
             self.session.free_slot(self)
             self.session.go_on()
 
-    async def _work(self, begun: Awaitable[Any] | None) -> None:
+    async def _work(self) -> None:
         """Perform this call and then, in the same task, those that wait for it.
 
         A task costs more than most methods do. One in which a call had to wait
         ends with it, so that nobody's cancel can hit the wrong call.
         """
-        session, call = self.session, self
-        task = self.task = self.task or asyncio.current_task()
+        session, task = self.session, self.task or asyncio.current_task()
         assert task is not None
+        until = time.perf_counter() + _PATIENCE
+        call: Call | None = self
         try:
-            while not (await call._perform(begun) or task.cancelling()):
-                if (following := session.next_call()) is None:
-                    break
-                call, begun = following, None
+            while call is not None:
                 call.task = task
+                try:
+                    rest = call._begin()
+                    if rest is not None:
+                        await rest
+                except asyncio.CancelledError:
+                    session.answer_canceled(call.message)
+                    raise
+                finally:
+                    session.call_ended(call)
+                if rest is not None or task.cancelling():
+                    break
+                call = session.next_call(until)
         finally:
             session.tasks.discard(task)
             session.go_on()
 
-    async def _perform(self, begun: Awaitable[Any] | None) -> bool:
-        """Run the method to its end; tell whether it had to wait."""
-        context = contextvars.copy_context()  # calls share a task, not variables
+    def _begin(self) -> Awaitable[None] | None:
+        """Run the method as far as it goes without waiting; return the rest."""
+        context = self.session.variables.copy()  # calls share a task, not variables
         context.run(_current_call.set, self)
         self.begun = True
-        work = self._stream() if self.method.streaming else self._answer(begun)
-        try:
-            return await _watched(work, self.method.name, context)
-        except asyncio.CancelledError:
-            self.session.answer_canceled(self)
-            raise
-        finally:
-            self.session.call_ended(self)
+        work = self._stream() if self.method.streaming else self._answer()
+        return _begin_work(work, self.method.name, context)
 
-    async def _answer(self, begun: Awaitable[Any] | None) -> None:
+    async def _answer(self) -> None:
         try:
-            result = self.session.invoke(self) if begun is None else begun
+            result = self.session.invoke(self)
             if hasattr(result, "__await__"):
                 result = await result
-        except Exception as error:  # noqa: BLE001 (user code)
+        except (asyncio.CancelledError, *_EXITS):
+            raise
+        except BaseException as error:  # noqa: BLE001 (user code)
             self.session.fail(self.message, self.method, error)
         else:
             self.session.complete(self.message, self.method, result)
@@ -3381,7 +3502,9 @@ class Call:
                     f"The value returned by the streaming method '{target}' "
                     "is not a ChannelReader<> or IAsyncEnumerable<>."
                 )
-        except Exception as error:  # noqa: BLE001 (user code)
+        except (asyncio.CancelledError, *_EXITS):
+            raise
+        except BaseException as error:  # noqa: BLE001 (user code)
             session.log_failure(self.method, error)
             text = _detail(problem, error, session.options)
         session.reply(self.message, Completion(session.id_of(self.message), VOID, text))
@@ -3392,6 +3515,8 @@ class Call:
         encode = self.session.wire.item_encoder(self.session.id_of(self.message))
         try:
             async for item in items:
+                if connection.closing:
+                    return
                 frame = encode(item)
                 connection.send(frame)
                 in_a_row += len(frame)
@@ -3399,8 +3524,7 @@ class Call:
                     in_a_row = 0
                     await asyncio.sleep(0)  # also where the generator never waits
                     await connection.room()
-                    if connection.closing:
-                        return
+                    self.session.go_on()  # before the next item fills the outbox
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
@@ -3429,15 +3553,18 @@ class Session:
     __slots__ = (
         "_dispatcher",
         "_heard",
+        "_intercepts",
         "_last_heard",
+        "_left",
+        "_mark",
         "_messages",
         "_methods",
         "_next_ping",
         "_pinged",
         "_pumping",
+        "_resuming",
         "_running",
         "_slots",
-        "_stalled",
         "_waiting",
         "calls",
         "connection",
@@ -3448,6 +3575,7 @@ class Session:
         "options",
         "tasks",
         "uploads",
+        "variables",
         "wire",
     )
 
@@ -3456,11 +3584,14 @@ class Session:
     ) -> None:
         self._dispatcher = dispatcher
         self._methods = dispatcher.methods
+        self._intercepts = dispatcher.intercepts
         self.options = dispatcher.options
         self.connection = connection
         self.wire = wire
         self.context = HubCallerContext(connection, self.abort)
         self.hub = dispatcher.make_hub(self.context)
+        #: The context variables with which each call begins, whoever set it off.
+        self.variables = contextvars.copy_context()
         #: Resolved with the error that `on_disconnected` shall see.
         self.ended: asyncio.Future[Exception | None] = (
             asyncio.get_running_loop().create_future()
@@ -3468,13 +3599,14 @@ class Session:
         self.calls: dict[str, Call] = {}
         self.uploads: dict[str, UploadStream] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self._waiting: list[Call] = []
+        #: What may not begin yet, in order; its first is what the rest waits for.
+        self._waiting: list[Message | Call] = []
+        self._mark = 0  # what had been fed when the waiting began
         self._running = 0
         limit = self.options.maximum_parallel_invocations_per_client
         self._slots = _RUNNING_CALLS if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
-        self._stalled: StreamItem | None = None
-        self._pumping = False
+        self._pumping = self._resuming = self._left = False
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
         self._next_ping = now + _or_forever(self.options.keep_alive_interval)
@@ -3492,88 +3624,147 @@ class Session:
 
     def pump(self) -> None:
         """Dispatch what has arrived, as far as the client may go on just now."""
-        if self._pumping or self._messages is None or self.ended.done():
+        if self._pumping or self._resuming or self._messages is None:
             return
-        self._pumping = self._heard = True
-        connection, traffic = self.connection, self.connection.traffic
-        busy = False
+        if self.ended.done():
+            return
+        self._pumping, busy, connection = True, False, self.connection
         try:
-            for _ in range(_PORTION):
-                if connection.closing:
-                    break
-                if self._waiting or self._stalled or connection.queued > _HIGH_WATER:
-                    busy = self._must_wait()
-                if busy or (message := next(self._messages)) is None:
-                    break
-                traffic.messages_in += 1
-                if type(message) is Invocation and connection.replay is None:
-                    self._invoke(message)  # the usual one, without detours
-                else:
-                    self._dispatch(message)
-            else:
-                busy = True  # others first
-                asyncio.get_running_loop().call_soon(self.pump)
+            busy = self._read(self._messages)
         except ProtocolError as error:
-            log.warning("connection %s: %s", connection.connection_id, error)
+            text = _one_line(str(error), 200)
+            log.warning("connection %s: %s", connection.connection_id, text)
             self.end(error, self._farewell(error))
         finally:
             self._pumping = False
         connection.taken_in(busy)
 
-    def _must_wait(self) -> bool:
-        """Tell whether the client's next message has to wait, and see to it."""
-        if self._stalled is not None:
-            if not self._place(self._stalled):
+    def _read(self, messages: Iterator[Message | None]) -> bool:
+        """Read and dispatch messages; tell whether whole ones are left unread."""
+        connection, traffic = self.connection, self.connection.traffic
+        until = time.perf_counter() + _PATIENCE
+        self._advance(until)
+        for _ in range(_PORTION):
+            if connection.closing:
+                return False
+            if self._waiting and self._has_enough():
                 return True
-            self._stalled = None
-        # Room to replay is no reason: what frees it, the Ack, must get through.
-        return len(self._waiting) >= _WAITING_CALLS or self.connection.congested()
+            if (message := next(messages)) is None:
+                return False
+            traffic.messages_in += 1
+            self._heard = True
+            if type(message) is Invocation and connection.replay is None:
+                self._queue(message)  # the usual one, without detours
+            else:
+                self._dispatch(message)
+            if time.perf_counter() > until:
+                break
+        self._resuming = True  # others first
+        asyncio.get_running_loop().call_soon(self._resume)
+        return True
 
-    def _pump_if_stalled(self) -> None:
-        if self._stalled is not None:
-            asyncio.get_running_loop().call_soon(self.pump)
+    def _has_enough(self) -> bool:
+        """Tell whether the client has said more than it may before others begin."""
+        if len(self._waiting) < _WAITING_MESSAGES:
+            return False
+        return self.connection.fed - self._mark > _READ_AHEAD
+
+    def _resume(self) -> None:
+        self._resuming = False
+        self.pump()
+
+    def go_on(self) -> None:
+        """Let what waited for a slot or for room have its turn, and read on."""
+        if self._waiting or self.connection.busy:
+            self.pump()
 
     def _dispatch(self, message: Message) -> None:
         replay = self.connection.replay
         if replay is not None and isinstance(message, COUNTED) and not replay.accept():
             return
         match message:
-            case Invocation() | StreamInvocation():
-                self._invoke(message)
-            case StreamItem():
-                if not self._place(message):
-                    self._stalled = message
-            case Completion():
-                self._take_completion(message)
+            case Completion() if self._is_result(message):
+                self._dispatcher.registry.settle(self.connection, message)
+            case Invocation() | StreamInvocation() | StreamItem() | Completion():
+                self._queue(message)
             case CancelInvocation(invocation_id):
                 self._cancel(invocation_id)
             case Ping():
                 self._pinged = True
             case Close(error):
-                self.end(None if error is None else HubException(error), Close())
+                failure = None if error is None else HubException(error)
+                self.end(failure, Close(), by_client=True)
             case Ack(sequence_id) if replay is not None:
                 replay.acknowledge(sequence_id)
                 self.connection.wake()
             case Sequence(sequence_id) if replay is not None:
                 replay.resume(sequence_id)
 
-    def _place(self, message: StreamItem) -> bool:
-        stream = self.uploads.get(message.invocation_id)
-        return stream is None or stream.put(message.item)
+    def _is_result(self, message: Completion) -> bool:
+        """Tell whether it answers the server, and does not end an upload stream."""
+        name = message.invocation_id
+        return name not in self.uploads and self._dispatcher.registry.expects(name)
 
-    def _take_completion(self, message: Completion) -> None:
-        """End an upload stream, or settle what the server asked the client."""
-        stream = self.uploads.pop(message.invocation_id, None)
-        if stream is None:
-            self._dispatcher.registry.settle(self.connection, message)
-        else:
-            error = message.error
-            stream.end(None if error is None else HubException(error))
+    # Turns
 
-    # Calls
+    def _queue(self, message: Message) -> None:
+        """Let a message begin, or wait behind those that came before it."""
+        rest = message if self._waiting else self._begin(message, Call.start)
+        if rest is not None:
+            if not self._waiting:
+                self._mark = self.connection.fed
+            self._waiting.append(rest)
 
-    def _invoke(self, message: Invocation | StreamInvocation) -> None:
+    def _advance(self, until: float, adopted: list[Call] | None = None) -> None:
+        """Let what waits begin, in order, as far as it may and there is time.
+
+        adopted: takes the first call that needs a task, instead of starting it.
+        """
+        start = Call.start if adopted is None else adopted.append
+        while self._waiting and not adopted and time.perf_counter() <= until:
+            # Taken out first: a call that ends at once comes here for the next.
+            rest = self._begin(self._waiting.pop(0), start)
+            if rest is not None:
+                self._waiting.insert(0, rest)
+                return
+
+    def next_call(self, until: float) -> Call | None:
+        """Give the slot that is free now to the next call, for the same task."""
+        adopted: list[Call] = []
+        if not self.ended.done():
+            self._advance(until, adopted)
+        return adopted[0] if adopted else None
+
+    def _begin(
+        self, item: Message | Call, start: Callable[[Call], None]
+    ) -> Message | Call | None:
+        """Act on a message whose turn has come; return what still has to wait.
+
+        start: what makes a call run that takes turns and got its slot.
+        """
+        match item:
+            case Invocation() | StreamInvocation():
+                return self._begin_call(item, start)
+            case Call():
+                return self._place(item, start)
+            case StreamItem(invocation_id, value):
+                stream = self.uploads.get(invocation_id)
+                if stream is not None and not stream.put(value):
+                    return item
+            case Completion(invocation_id, _, error):
+                stream = self.uploads.pop(invocation_id, None)
+                if stream is not None:
+                    stream.end(None if error is None else HubException(error))
+        return None
+
+    def _begin_call(
+        self,
+        message: Invocation | StreamInvocation,
+        start: Callable[[Call], None],
+    ) -> Message | Call | None:
         """Check a call in the reference's order, then run it or let it wait."""
+        if self.connection.congested():  # the client does not take its answers
+            return message
         method = self._methods.get(_fold(message.target))
         try:
             if method is None:
@@ -3582,7 +3773,7 @@ class Session:
         except (HubException, BindingError) as error:
             text = f"Failed to invoke '{message.target}' due to an error on the server."
             self._refuse(message, _detail(text, error, self.options))
-            return
+            return None
         fits = (
             method.takes_turns
             and type(message) is Invocation
@@ -3590,10 +3781,33 @@ class Session:
         )  # as nearly all do
         if not fits and (refusal := self._misfit(message, method)) is not None:
             self._refuse(message, refusal)
-        elif method.direct and not self._dispatcher.intercepts and self._has_slot():
-            self._call_directly(message, method, arguments)
+            return None
+        if method.direct and self._running < self._slots and not self._intercepts:
+            self._call_directly(message, method, arguments, start)
+            return None
+        return self._place(Call(self, message, method, arguments), start)
+
+    def _place(self, call: Call, start: Callable[[Call], None]) -> Call | None:
+        """Run a call now, directly or in a task, unless all slots are taken."""
+        method = call.method
+        if not method.takes_turns:
+            self._register(call)
+            call.start()
+        elif self._running >= self._slots:
+            return call
+        elif method.direct and not self._intercepts:
+            self._call_directly(call.message, method, call.arguments, start)
         else:
-            self._schedule(Call(self, message, method, arguments))
+            self._take_slot(call, start)
+        return None
+
+    def _take_slot(self, call: Call, start: Callable[[Call], None]) -> None:
+        self._register(call)
+        self._running += 1
+        call.holds_slot = True
+        start(call)
+
+    # Calls
 
     def _misfit(
         self, message: Invocation | StreamInvocation, method: HubMethod
@@ -3616,77 +3830,88 @@ class Session:
             return f"Invocation ID '{message.invocation_id}' is already in use."
         if len(self.tasks) >= _RUNNING_CALLS:
             return "The client has too many calls and streams under way."
-        if taken := self.uploads.keys() & set(message.stream_ids):
-            return f"Stream ID '{taken.pop()}' is already in use."
+        for position, name in enumerate(message.stream_ids):
+            if name in self.uploads or name in message.stream_ids[:position]:
+                return f"Stream ID '{name}' is already in use."
         return None
 
     def _refuse(self, message: Invocation | StreamInvocation, text: str) -> None:
-        log.info("connection %s: %.200s", self.connection.connection_id, text)
+        shown = _one_line(text, 200)
+        log.info("connection %s: %s", self.connection.connection_id, shown)
         self.reply(message, Completion(self.id_of(message), VOID, text))
-
-    def _has_slot(self) -> bool:
-        return not self._waiting and self._running < self._slots
 
     def _call_directly(
         self,
         message: Invocation | StreamInvocation,
         method: HubMethod,
         arguments: list[Any],
+        start: Callable[[Call], None],
     ) -> None:
         """Call a plain method right here: it is over before anyone could wait."""
-        started = time.perf_counter()
+        started, context = time.perf_counter(), self.variables.copy()
         try:
-            result = method.function(self.hub, *arguments)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 (user code)
+            result = context.run(method.function, self.hub, *arguments)
+        except _EXITS:
+            raise
+        except BaseException as error:  # noqa: BLE001 (user code)
             self.fail(message, method, error)
         else:
             if hasattr(result, "__await__"):  # an async function in a plain wrapper
-                self._schedule(Call(self, message, method, arguments), result)
+                call = Call(self, message, method, arguments)
+                call.returned = result
+                self._take_slot(call, start)
             else:
                 self.complete(message, method, result)
         if time.perf_counter() - started > _BLOCKING:
             _warn_blocking(method.name, started)
 
-    def _schedule(self, call: Call, begun: Awaitable[Any] | None = None) -> None:
+    def _register(self, call: Call) -> None:
+        """Let a call be found by its id, and open its upload streams."""
         if call.message.invocation_id is not None:
-            self.calls[call.message.invocation_id] = call
+            self.calls.setdefault(call.message.invocation_id, call)
         if call.method.uploads:
             self._open_uploads(call)
-        if not call.holds_slot:
-            call.start()
-        elif self._has_slot():
-            self._running += 1
-            call.start(begun)
-        else:
-            self._waiting.append(call)
 
     def _open_uploads(self, call: Call) -> None:
         """Put the client's streams among the arguments, in the method's order."""
-        call.arguments = list(call.arguments)
+        call.arguments, call.uploads = list(call.arguments), {}
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
             name = f"{call.method.name}: an item of {name!r}"
-            stream = UploadStream(name, convert, self.options, self._pump_if_stalled)
-            self.uploads[stream_id] = stream
+            stream = UploadStream(name, convert, self.options, self._has_room)
+            self.uploads[stream_id] = call.uploads[stream_id] = stream
             call.arguments.insert(position, stream)
 
+    def _has_room(self) -> None:
+        """Hear from an upload stream that it takes items again, or no more."""
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self.go_on)
+
     def _cancel(self, invocation_id: str) -> None:
-        call = self.calls.get(invocation_id)
-        if call is None:
-            return
-        if call in self._waiting:
-            self._waiting.remove(call)
-            del self.calls[invocation_id]
-            self.answer_canceled(call)
-        else:
+        """Call off a call, or one that waits; an id that is unknown is ignored."""
+        if (call := self.calls.get(invocation_id)) is not None:
             call.cancel()
+            return
+        for position, item in enumerate(self._waiting):
+            message = item.message if isinstance(item, Call) else item
+            if (
+                isinstance(message, (Invocation, StreamInvocation))
+                and message.invocation_id == invocation_id
+            ):
+                del self._waiting[position]
+                self.answer_canceled(message)
+                return
 
     def invoke(self, call: Call) -> Any:
         """Call the method, inside the hub's `on_invocation` if it has one."""
         if call.canceled:  # before its task took the first step
+            if inspect.iscoroutine(call.returned):
+                call.returned.close()
             raise asyncio.CancelledError
+        if call.returned is not None:
+            return call.returned
         method = call.method
-        if not self._dispatcher.intercepts:
+        if not self._intercepts:
             return method.function(self.hub, *call.arguments)
         invocation = HubInvocation(call.message.target, call.arguments)
 
@@ -3698,32 +3923,25 @@ class Session:
 
     def call_ended(self, call: Call) -> None:
         """Forget a call, its streams and its slot."""
-        if call.message.invocation_id is not None:
-            self.calls.pop(call.message.invocation_id, None)
-        for stream_id in call.message.stream_ids:
-            stream = self.uploads.pop(stream_id, None)
-            if stream is not None:
-                stream.end()
+        name = call.message.invocation_id
+        if name is not None and self.calls.get(name) is call:
+            del self.calls[name]
         if call.holds_slot:
             self.free_slot(call)
+        if call.uploads:
+            self._close_uploads(call.uploads)
+
+    def _close_uploads(self, uploads: dict[str, UploadStream]) -> None:
+        """Take no more items for a call that has ended."""
+        for stream_id, stream in uploads.items():
+            stream.end()
+            if self.uploads.get(stream_id) is stream:
+                del self.uploads[stream_id]
+        self._has_room()
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False
         self._running -= 1
-
-    def next_call(self) -> Call | None:
-        """Give a slot to the call that has waited longest, if there is one."""
-        if self._waiting and self._running < self._slots and not self.ended.done():
-            self._running += 1
-            return self._waiting.pop(0)
-        return None
-
-    def go_on(self) -> None:
-        """Start the calls that may, and read on where that had to stop."""
-        while self._waiting and (call := self.next_call()) is not None:
-            call.start()
-        if self.connection.busy:
-            self.pump()
 
     # To the client
 
@@ -3749,7 +3967,7 @@ class Session:
             return
         try:
             frame = self.wire.encode(Completion(message.invocation_id, result))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (reading it may run user code)
             self.fail(message, method, error)
         else:
             self.connection.send(frame)
@@ -3765,14 +3983,14 @@ class Session:
         text = _detail(_failed_invoking(message.target), error, self.options)
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
-    def answer_canceled(self, call: Call) -> None:
+    def answer_canceled(self, message: Invocation | StreamInvocation) -> None:
         """Complete a call that was called off, as its caller still expects."""
-        if call.method.streaming:
+        if isinstance(message, StreamInvocation):
             text = None
         else:
             error = OperationCanceled("The invocation was canceled.")
-            text = _detail(_failed_invoking(call.message.target), error, self.options)
-        self.reply(call.message, Completion(self.id_of(call.message), VOID, text))
+            text = _detail(_failed_invoking(message.target), error, self.options)
+        self.reply(message, Completion(self.id_of(message), VOID, text))
 
     def log_failure(self, method: HubMethod, error: BaseException) -> None:
         """Log an error of user code: in full, unless it was meant for the client."""
@@ -3792,21 +4010,31 @@ class Session:
         text = _detail("Connection closed with an error.", error, self.options)
         return Close(text, allow_reconnect)
 
-    def end(self, error: Exception | None, closing: Close | None = None) -> None:
-        """End the session once: say `closing`, tell `error` to on_disconnected."""
+    def end(
+        self,
+        error: Exception | None,
+        closing: Close | None = None,
+        by_client: bool = False,
+    ) -> None:
+        """End the session once: say `closing`, tell `error` to on_disconnected.
+
+        by_client: the client ended it, and what it had said before still counts.
+        """
         if self.ended.done():
             return
         if closing is not None:
             self.connection.send(self.wire.encode(closing), counted=False)
+            self._messages = None  # nothing counts behind a Close
+        self._left = by_client
+        if not by_client:
+            self._waiting.clear()
         self.connection.shut()
         self.context.mark_aborted()
         self.ended.set_result(error)
 
     def lost(self, error: Exception | None) -> None:
         """End because the transport did."""
-        if error is None and self.connection.inbox:
-            error = ProtocolError("Connection terminated while reading a message.")
-        self.end(error)
+        self.end(error, by_client=error is None)
 
     def abort(self) -> None:
         """End on user code's behalf (`context.abort`)."""
@@ -3816,14 +4044,56 @@ class Session:
         """End because `on_connected` failed: coming back would not help."""
         self.end(None, self._farewell(error, allow_reconnect=False))
 
-    async def stop_calls(self) -> None:
-        """End everything that runs on behalf of a client that is gone."""
+    async def wind_up(self, error: Exception | None) -> Exception | None:
+        """End everything that runs for a client that is gone.
+
+        error: what ended the session. Returns what `on_disconnected` shall see.
+        """
+        if self._left and error is None:
+            error = self._hear_out()
         gone = ConnectionError("The underlying connection was closed.")
         for stream in self.uploads.values():
             stream.end(gone)
         self._dispatcher.registry.disown(self.connection)
-        self._waiting.clear()
         await asyncio.sleep(0)  # whoever reads a stream or awaits a result is told
+        await self._cancel_tasks()
+        await self._run_out()
+        return error
+
+    def _hear_out(self) -> Exception | None:
+        """Read what a client sent just before it left; only half a message is wrong."""
+        if self._messages is None:  # it said goodbye, and no more counts
+            return None
+        replay = self.connection.replay
+        try:
+            while (message := next(self._messages, None)) is not None:
+                if isinstance(message, COUNTED) and replay and not replay.accept():
+                    continue
+                if isinstance(message, (Invocation, StreamItem, Completion)):
+                    self._waiting.append(message)
+        except ProtocolError as broken:
+            return broken
+        if self.connection.inbox:
+            return ProtocolError("Connection terminated while reading a message.")
+        return None
+
+    async def _run_out(self) -> None:
+        """Let calls that waited when the client left begin all the same.
+
+        Nobody takes their answers, so each ends where it would first have to wait.
+        """
+        stuck = False
+        while self._waiting and not stuck:
+            waiting = len(self._waiting)
+            self._advance(time.perf_counter() + _PATIENCE)
+            await asyncio.sleep(0)
+            if len(self._waiting) == waiting:
+                await self._cancel_tasks()
+                self._advance(time.perf_counter() + _PATIENCE)
+                stuck = len(self._waiting) == waiting
+        await self._cancel_tasks()
+
+    async def _cancel_tasks(self) -> None:
         for count, task in enumerate(list(self.tasks), 1):
             if not task.cancelling():
                 task.cancel()
@@ -3842,7 +4112,7 @@ class Session:
         connection, replay = self.connection, self.connection.replay
         if self.ended.done():
             return
-        if self._heard or self._must_wait():  # it may have said more than we read
+        if self._heard or connection.busy:  # it may have said more than we read
             self._heard, self._last_heard = False, now
         elif self._pinged and now - self._last_heard > _or_forever(
             self.options.client_timeout_interval
@@ -3860,17 +4130,23 @@ class Session:
         if now >= self._next_ping and connection.transport != LONG_POLLING:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
             self._say(PING)
-        if replay is not None and replay.latest > replay.acked:
+        if (
+            replay is not None
+            and replay.latest > replay.acked
+            and self._say(Ack(replay.latest))
+        ):
             replay.acked = replay.latest
-            self._say(Ack(replay.latest))
         # Acknowledgements are due each time, the rest seldom.
         patience = 0.0 if replay is not None else self._dispatcher.patience
         self.due = min(now + patience, self._next_ping)
 
-    def _say(self, message: Message) -> None:
-        """Send what only matters now; a peer that takes nothing gets none of it."""
-        if self.connection.link is not None and self.connection.link.writable:
-            self.connection.send(self.wire.encode(message), counted=False)
+    def _say(self, message: Message) -> bool:
+        """Send what only matters now; False if the peer takes nothing just now."""
+        link = self.connection.link
+        if link is None or not link.writable:
+            return False
+        self.connection.send(self.wire.encode(message), counted=False)
+        return True
 
 
 class Dispatcher:
@@ -3918,12 +4194,11 @@ class Dispatcher:
             connection.finish()
             return
         failed = False
-        self._register(session)
         try:
+            self._register(session)
             if await self._connect(session):
                 session.start()
-                error = await session.ended
-                await session.stop_calls()
+                error = await session.wind_up(await session.ended)
                 failed = not await self._disconnect(session, error)
         finally:
             self._unregister(session)
@@ -3939,21 +4214,28 @@ class Dispatcher:
             request = _read_handshake(record)
             wire = self._choose_wire(connection, request)
         except ProtocolError as error:
-            log.warning("connection %s: %s", connection.connection_id, error)
             text = str(error)
+            shown = _one_line(text, 200)
+            log.warning("connection %s: %s", connection.connection_id, shown)
             if not isinstance(error, HandshakeError):
                 text = "An unexpected error occurred during connection handshake."
                 text = _detail(text, error, self.options)
-            answer = _handshake_response(text)
-            connection.send(_frame(answer) if framed else answer)
+            self.refuse_handshake(connection, text)
             return None
         answer = _handshake_response()
         connection.send(_frame(answer, wire.protocol.binary) if framed else answer)
         connection.wire = wire
-        if connection.stateful and request.version >= 2:
+        if framed and connection.stateful and request.version >= 2:
             connection.replay = Replay()
             connection.look_for_shortcut()
         return wire
+
+    @staticmethod
+    def refuse_handshake(connection: Connection, text: str) -> None:
+        """Answer a handshake with an error, before or after it came."""
+        answer = _handshake_response(text)
+        framed = connection.transport == WEBSOCKETS
+        connection.send(_frame(answer) if framed else answer)
 
     async def _first_record(self, connection: Connection) -> bytes | None:
         """Wait for the handshake; what follows it stays in the inbox."""
@@ -4051,7 +4333,9 @@ class Dispatcher:
                 await result
 
         context = contextvars.copy_context()
-        await _watched(run(), _hook(session, hook.__name__), context)
+        rest = _begin_work(run(), _hook(session, hook.__name__), context)
+        if rest is not None:
+            await rest
 
     @staticmethod
     def _log_hook(session: Session, name: str, error: Exception) -> None:
@@ -4197,6 +4481,8 @@ class Endpoint:
             if _is_preflight(request):
                 return web.Response(status=204)
             user_id = await authenticate(request) if authenticate else None
+            if user_id is not None and not isinstance(user_id, str):
+                raise TypeError(f"authenticate: a str or None, not {user_id!r}")
             return await serve(request, user_id)
         except _Refused as refused:
             headers = _NO_CACHE if request.method == "GET" else None
@@ -4212,8 +4498,9 @@ class Endpoint:
         if request.method != "POST":
             raise _Refused(405)
         query = _query(request)
-        text = query.get("negotiateversion", "0")
-        if not re.fullmatch(r"[+-]?\d{1,9}", text, re.ASCII):
+        text = query.get("negotiateversion", "0").strip()
+        number = re.fullmatch(r"[+-]?\d{1,10}", text, re.ASCII)
+        if number is None or not -(2**31) <= int(text) < 2**31:
             error = "The client requested a non-integer protocol version."
             return _json_answer({"error": error})
         if int(text) < 0:
@@ -4425,6 +4712,7 @@ class Endpoint:
             if connection.task is None:
                 connection.lost(None)
             elif connection.wire is None:
+                self.dispatcher.refuse_handshake(connection, "Handshake was canceled.")
                 connection.shut()
                 connection.on_data()  # the handshake need not be waited for
         begun = time.monotonic()
@@ -4544,6 +4832,18 @@ COMPLETED, FAULTED, CANCELED = "Completed", "Faulted", "Canceled"
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+async def _end_tasks(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for tasks that were cancelled; insist once, then give up on them."""
+    left = set(tasks) - {asyncio.current_task()}
+    for _ in range(2):
+        if left:
+            _, left = await asyncio.wait(left, timeout=1.0)
+        for task in left:
+            task.cancel()
+    for task in left:
+        log.error("a task ignores its cancellation: %r", task)
 
 
 class Operation:
@@ -4693,13 +4993,16 @@ class Operations:
         return True
 
     async def close(self) -> None:
-        """Cancel what runs and wait until it has ended; start nothing more."""
+        """Cancel what runs and wait until it has ended; start nothing more.
+
+        Work that goes on all the same is cancelled once more after a second; if
+        that does not end it either, it is logged and left behind.
+        """
         self._closed = True
         running = [o for o in self._operations.values() if not o._ended.is_set()]
         for operation in running:
             self.cancel(operation.id)
-        for operation in running:
-            await operation.wait()
+        await _end_tasks([o._task for o in running if o._task is not None])
 
     async def _run(
         self, operation: Operation, work: Callable[[Progress], Awaitable[Any]]
@@ -4976,6 +5279,7 @@ class Schedule:
         self._sleep = sleep
         self._jobs: dict[str, _Job] = {}
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def every(self, seconds: float, *, name: str = "") -> Callable[[F], F]:
         """Run the decorated function at every multiple of `seconds`.
@@ -5050,6 +5354,7 @@ class Schedule:
 
     def start(self) -> None:
         """Begin to run jobs; needs a running event loop."""
+        self._closed = False
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 
@@ -5059,10 +5364,11 @@ class Schedule:
         if self._task is not None:
             tasks.append(self._task)
             self._task = None
-        others = [task for task in tasks if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        self._closed = True
+        for task in tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        await _end_tasks(tasks)
 
     async def context(self, app: object) -> AsyncIterator[None]:
         """Run with an aiohttp application (for `app.cleanup_ctx`)."""
@@ -5072,6 +5378,8 @@ class Schedule:
 
     def _restart(self) -> None:
         """Look at the jobs anew: one of them may be due earlier now."""
+        if self._closed:
+            return
         if self._task is not None:
             self._task.cancel()
         self._task = asyncio.create_task(self._run())
@@ -5848,7 +6156,7 @@ class Demo:
         self._started = time.monotonic()
         self._page = PAGE
         self.hub: HubContext
-        self.operations = Operations(on_change=self._announce)
+        self.operations: Operations
         self.schedule = Schedule()
         self.schedule.every(30, name="heartbeat")(self._heartbeat)
         self.schedule.cron("0 * * * * *", name="admin_status")(self._admin_status)
@@ -5857,6 +6165,7 @@ class Demo:
         self, app: web.Application, hub_path: str, origins: Collection[str]
     ) -> None:
         """Put hub, routes, jobs and their ends into an application."""
+        app.on_startup.append(self._open_operations)
         app.on_shutdown.append(self._end_operations)  # announced before the hub ends
         self.hub = app[HUB] = map_hub(
             app,
@@ -6078,6 +6387,9 @@ class Demo:
             raise web.HTTPConflict(text="The operation still runs. Cancel it first.")
         return self._done("The operation was removed", TaskId=operation.id)
 
+    async def _open_operations(self, app: web.Application) -> None:
+        self.operations = Operations(on_change=self._announce)
+
     async def _end_operations(self, app: web.Application) -> None:
         await self.operations.close()
 
@@ -6162,10 +6474,7 @@ class _OneLine(logging.Formatter):
     """One readable line an event, whatever a message holds; then a traceback."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        text = super().formatMessage(record)
-        return "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
-        )
+        return _one_line(super().formatMessage(record))
 
 
 class _AccessLog(AbstractAccessLogger):

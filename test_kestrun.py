@@ -8202,6 +8202,39 @@ class Picky:
         raise KeyError(self.number)
 
 
+class OddError(BaseException):
+    """What no `except Exception` sees."""
+
+
+class Permission(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Level(enum.Enum):
+    LOW = 1
+    HIGH = 2
+
+
+@dataclass
+class HalfMade:
+    whole: int
+    missing: int = field(init=False)
+
+
+@dataclass
+class Role:
+    name: str
+
+    def __post_init__(self) -> None:
+        next(role for role in ("user", "admin") if role == self.name)
+
+
+SETTING: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "setting", default="clean"
+)
+
+
 class Victim(kestrun.Hub):
     """Methods that were once hung, lost or killed by what a client did."""
 
@@ -8234,12 +8267,99 @@ class Victim(kestrun.Hub):
         await asyncio.sleep(50)
         yield 1
 
-    async def start_a_question(self) -> str:
-        task = asyncio.create_task(self.clients.caller.invoke("never"))
-        await asyncio.sleep(0.1)
-        self.notes.append("question over")
-        task.cancel()
+    async def nap(self, value: Any) -> None:
+        await asyncio.sleep(0.05)
+        self.notes.append(value)
+
+    async def ask_with_patience(self) -> str:
+        question = asyncio.create_task(self.clients.caller.invoke("Name"))
+        return await question
+
+    def set_variable(self) -> str:
+        SETTING.set("set")
+        return SETTING.get()
+
+    async def set_and_ask(self) -> str:
+        SETTING.set("set")
+        return await self.clients.caller.invoke("Name")
+
+    def get_variable(self) -> str:
+        return SETTING.get()
+
+    def half_made(self) -> HalfMade:
+        return HalfMade(1)
+
+    async def half_made_later(self) -> HalfMade:
+        return HalfMade(1)
+
+    def half_a_letter(self) -> None:
+        raise kestrun.HubException("no \ud800")
+
+    def odd(self) -> None:
+        raise OddError
+
+    async def odd_later(self) -> None:
+        raise OddError
+
+    def role(self, role: Role = None, strict: bool = True) -> list:
+        return [role is None, strict]
+
+    def permit(self, flags: Permission) -> int:
+        return flags.value
+
+    def work(self) -> None:
+        started = time.perf_counter()
+        while time.perf_counter() - started < 0.001:
+            pass
+
+    async def firehose(self) -> AsyncIterator[str]:
+        while True:
+            yield "x" * 100
+
+    async def read_twice(self, numbers: AsyncIterator[int]) -> str:
+        async def read() -> None:
+            async for _ in numbers:
+                pass
+
+        await asyncio.gather(read(), read())
         return "done"
+
+    async def check(self, numbers: AsyncIterator[int]) -> int:
+        return sum(
+            [await self.clients.caller.invoke("Check", n) async for n in numbers]
+        )
+
+    async def answer_much(self, size: int) -> None:
+        for _ in range(3):
+            await self.clients.caller.send("Note", "x" * size)
+
+    def slow_in_disguise(self) -> Awaitable[None]:
+        return asyncio.sleep(50)
+
+    def by_key(self, value: dict[Level, int]) -> dict:
+        return {UUID(int=1): [value], Level.LOW: {Level.HIGH: 1}}
+
+    async def tick_stubbornly(self) -> AsyncIterator[int]:
+        while True:
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError:
+                self.notes.append("not yet")
+            self.notes.append("tick")
+            yield 1
+
+
+class Farewell(Victim):
+    """Has something to say to whoever is gone, and takes its time before."""
+
+    async def on_connected(self) -> None:
+        await asyncio.sleep(0.1)
+
+    async def on_disconnected(self, error: Exception | None) -> None:
+        try:
+            await self.clients.caller.invoke("Why")
+        except ConnectionError as lost:
+            self.notes.append(("gone", error, type(lost).__name__))
 
 
 @pytest.fixture(autouse=True)
@@ -8324,11 +8444,413 @@ async def test_streams_of_one_client_are_bounded(serve) -> None:
     assert await client.invoke("Echo", 1) == 1
 
 
-async def test_a_task_that_a_method_starts_leaves_its_slot_alone(serve) -> None:
+async def answer(client: Client, result: Any) -> None:
+    """Answer the server's next question."""
+    question = await client.next(1)
+    id = question["invocationId"]
+    await client.send({"type": 3, "invocationId": id, "result": result})
+
+
+async def test_a_call_that_asks_through_another_task_frees_its_slot(serve) -> None:
     client = await (await serve(Victim)).connect()
-    await client.send(call("StartAQuestion"), call("Note", "second"))
+    asking = await client.begin("AskWithPatience")
+    assert await client.invoke("Echo", 1) == 1
+    await answer(client, "Ann")
+    assert await client.finish(asking) == "Ann"
+
+
+async def test_forty_calls_may_ask_at_once(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    ids = [str(n) for n in range(40)]
+    await client.send(*(call("AskWithPatience", invocationId=id) for id in ids))
+    for _ in ids:
+        await answer(client, "Ann")
+    assert [await client.finish(id) for id in ids] == ["Ann"] * 40
+
+
+async def test_a_variable_that_a_call_sets_is_seen_by_no_other(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    assert await client.invoke("SetVariable") == "set"
+    assert await client.invoke("GetVariable") == "clean"
+    asking = await client.begin("SetAndAsk")
+    assert await client.invoke("GetVariable") == "clean"
+    await answer(client, "Ann")
+    assert await client.finish(asking) == "Ann"
+
+
+async def test_a_variable_of_one_client_is_not_seen_by_another(serve) -> None:
+    server = await serve(Victim)
+    client = await server.connect()
+
+    async def shout() -> None:
+        SETTING.set("set")
+        for _ in range(50):
+            await server.hub.clients.all.send("Note", "x" * 3000)
+            await asyncio.sleep(0)
+
+    shouting = asyncio.create_task(shout())
+    for _ in range(20):
+        ids = [await client.begin("Echo", "x" * 9000) for _ in range(9)]
+        assert await client.invoke("GetVariable") == "clean"
+        for id in ids:
+            await client.finish(id)
+    await shouting
+
+
+@everywhere
+@pytest.mark.parametrize("method", ["HalfMade", "HalfMadeLater", "HalfALetter"])
+async def test_an_answer_that_cannot_be_written_fails_alone(
+    serve, wire, method: str
+) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    failed = f"An unexpected error occurred invoking '{method}' on the server."
+    assert (await client.error(method)).startswith(failed)
+    assert await client.invoke("Echo", 1) == 1
+
+
+@everywhere
+@pytest.mark.parametrize("method", ["Odd", "OddLater"])
+async def test_an_exception_of_an_odd_kind_is_answered(serve, wire, method) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    failed = f"An unexpected error occurred invoking '{method}' on the server."
+    assert await client.error(method) == failed
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_half_a_letter_from_messagepack_is_replaced(serve) -> None:
+    client = await (await serve(Victim)).connect(("WebSockets", "messagepack"))
+    head, tail = b"\x96\x01\x80\xa11\xa4Echo\x91", b"\x90"
+    await client.write(prefixed(head + b"\xa4a\xed\xa0\xbd" + tail))
+    assert (await client.finish("1")).startswith("a\ufffd")
+
+
+async def test_a_time_that_python_does_not_know_fails_its_call_alone(serve) -> None:
+    class Times(Victim):
+        def year(self, moment: datetime.datetime) -> int:
+            return moment.year
+
+    client = await (await serve(Times)).connect(("WebSockets", "messagepack"))
+    failed = await client.error("Year", msgpack.Timestamp(8_640_000_000_000))
+    assert failed == "Failed to invoke 'Year' due to an error on the server."
+    assert await client.invoke("Year", msgpack.Timestamp(0)) == 1970
+
+
+@pytest.mark.parametrize("id", [0, [], False, {}])
+async def test_an_id_that_is_no_text_is_a_protocol_error(serve, id: Any) -> None:
+    client = await (await serve(Victim)).connect(("WebSockets", "messagepack"))
+    await client.write(prefixed(msgpack.packb([1, {}, id, "Echo", [1], []])))
+    assert (await client.next(7))["error"] == CLOSED
+
+
+@both_protocols
+async def test_keys_of_a_dict_are_converted_both_ways(serve, protocol) -> None:
+    client = await (await serve(Victim)).connect(("WebSockets", protocol))
+    answer = await client.invoke("ByKey", {"1": 1, "high": 2})
+    low, first = ("1", str(UUID(int=1)))
+    if protocol == "json":
+        assert answer == {first: [{low: 1, "2": 2}], low: {"2": 1}}
+    else:
+        assert answer == {first: [{1: 1, 2: 2}], 1: {2: 1}}
+
+
+async def test_a_converter_that_stops_short_drops_no_argument(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    refused = "Failed to invoke 'Role' due to an error on the server."
+    assert await client.error("Role", {"name": "evil"}, False) == refused
+    assert await client.invoke("Role", {"name": "user"}, False) == [False, False]
+
+
+async def test_flags_that_do_not_exist_are_refused_and_not_remembered(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    for number in range(4, 40):
+        assert "error" in await client.error("Permit", number)
+    assert await client.invoke("Permit", 3) == 3
+    assert len(Permission._value2member_map_) < 6
+
+
+async def test_a_user_that_is_no_text_is_the_servers_error(serve) -> None:
+    async def authenticate(request: web.Request) -> Any:
+        return {"name": "Ann"}
+
+    server = await serve(Victim, authenticate=authenticate)
+    assert (await server.request("POST", "/hub/negotiate")).status == 500
+    assert len(server.hub.connections) == 0
+
+
+async def test_many_cheap_calls_of_one_client_do_not_hold_up_others(serve) -> None:
+    server = await serve(Victim, maximum_receive_message_size=None)
+    raw, other = await RawSocket.open(server), await server.connect()
+    raw.send(1, encode("json", call("Work")) * 1500)
+    longest = 0.0
+    for _ in range(20):
+        asked = time.monotonic()
+        await other.invoke("Echo", 1)
+        longest = max(longest, time.monotonic() - asked)
+    assert longest < 0.3
+
+
+async def test_a_stream_as_fast_as_it_can_does_not_hold_up_its_cancel(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    stream = await client.begin("Firehose", type=4)
+    await client.next(2)
+    assert await client.invoke("Echo", 1) == 1
+    await client.send({"type": 5, "invocationId": stream})
+    assert "error" not in await client.next(3, stream)
+
+
+async def test_a_stream_that_is_stubborn_sends_no_more_when_its_client_left(
+    serve,
+) -> None:
+    client = await (await serve(Victim, close_timeout=0.1)).connect()
+    await client.begin("TickStubbornly", type=4)
+    await client.next(2)
+    await client.leave()
+    await until(lambda: "not yet" in Victim.notes)
+    await until(lambda: any(n[0] == "gone" for n in Victim.notes if n != "tick"))
+    ticks = Victim.notes.count("tick")
+    await silence()
+    assert Victim.notes.count("tick") == ticks
+
+
+@everywhere
+async def test_an_upload_may_be_read_by_two(serve, wire) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    id = await client.begin("ReadTwice", streamIds=["u"])
+    await upload(client, "u", 1, 2, 3)
+    assert await client.finish(id) == "done"
+
+
+@everywhere
+async def test_an_upload_method_may_ask_about_each_item(serve, wire) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    id = await client.begin("Check", streamIds=["u"])
+    await upload(client, "u", *range(30))
+    for number in range(30):
+        await answer(client, number)
+    assert await client.finish(id) == sum(range(30))
+
+
+async def test_one_stream_cannot_be_two_uploads(serve) -> None:
+    client = await (await serve(Calls)).connect()
+    refused = await client.error("Zip", 1, streamIds=["s", "s"])
+    assert refused == "Stream ID 's' is already in use."
+
+
+async def test_a_call_does_not_take_the_id_of_a_running_stream(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    await client.begin("Firehose", type=4, invocationId="9")
+    await client.next(2)
+    await client.send(call("Nap", 1, invocationId="9"))
+    await until(lambda: Victim.notes)
+    await client.send({"type": 5, "invocationId": "9"})
+    await client.next(3, "9")
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_a_cancel_reaches_a_plain_method_that_returns_a_coroutine(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    slow = call("SlowInDisguise", invocationId="1")
+    await client.send(slow, {"type": 5, "invocationId": "1"})
+    assert "error" in await client.next(3, "1")
+
+
+@everywhere
+async def test_what_waits_is_not_overtaken_by_a_stream(serve, wire) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    calls = [call("Nap", n) for n in (1, 2)]
+    stream = call("Firehose", type=4, invocationId="s")
+    await client.send(*calls, stream)
+    await client.next(2)
+    assert Victim.notes[:1] == [1]
+    await client.send({"type": 5, "invocationId": "s"})
     await until(lambda: len(Victim.notes) == 2)
-    assert Victim.notes == ["question over", "second"]
+
+
+@everywhere
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_calls_sent_before_a_goodbye_all_begin(serve, wire, goodbye) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    last = [{"type": 7}] if goodbye else []
+    await client.send(call("Nap", "cancelled"), *(call("Note", n) for n in range(60)))
+    await client.send(*last)
+    await client.leave()
+    await until(lambda: ("gone", None) in Victim.notes)
+    assert [n for n in Victim.notes if type(n) is int] == list(range(60))
+
+
+@everywhere
+async def test_calls_that_came_before_the_hub_was_ready_count(serve, wire) -> None:
+    client = await (await serve(Farewell)).connect(wire)
+    await client.send({"type": 6}, call("Note", 7))
+    await client.leave()
+    gone = ("gone", None, "ConnectionError")
+    await until(lambda: gone in Victim.notes)
+    assert Victim.notes == [7, gone]
+
+
+async def test_a_client_with_many_calls_under_way_may_acknowledge(serve) -> None:
+    server = await serve(Victim, allow_stateful_reconnects=True)
+    client = server.client()
+    assert await client.start(version=2, useStatefulReconnect="true") == {}
+    await client.send(*(call("AnswerMuch", 40_000) for _ in range(40)))
+    for number in range(1, 121):
+        await client.next(1)
+        await ack(client, number)
+
+
+async def test_stateful_reconnect_is_for_websockets_only(serve) -> None:
+    server = await serve(Plain, allow_stateful_reconnects=True)
+    for transport in ("LongPolling", "ServerSentEvents"):
+        client = server.client((transport, "json"))
+        assert await client.start(version=2, useStatefulReconnect="true") == {}
+        assert await client.invoke("Add", 1, 2) == 3
+        assert not client.unread
+
+
+async def test_an_answer_without_a_result_is_none(serve) -> None:
+    client = await (await serve(Asking)).connect()
+    id = await client.begin("Ask")
+    question = await client.next(1)
+    await client.send({"type": 3, "invocationId": question["invocationId"]})
+    with pytest.raises(Failed, match="HubException: Client didn't provide a result."):
+        await client.finish(id)
+
+
+async def test_a_poll_that_was_dropped_does_not_take_the_close_with_it(serve) -> None:
+    server, url = await polled(serve, Victim)
+    poll = asyncio.create_task(server.request("GET", url))
+    await silence(0.05)
+    poll.cancel()
+    await silence(0.05)  # until the server has seen it
+    (context,) = server.hub.connections.values()
+    context.abort()
+    answer = await server.request("GET", url)
+    assert (answer.status, answer.body) == (200, '{"type":7}\x1e')
+    assert (await server.request("GET", url)).status == 204
+
+
+async def test_a_ping_that_met_a_full_socket_is_answered_later(serve) -> None:
+    server = await serve(Victim, outbox_limit=None)
+    raw = await RawSocket.open(server, receive_buffer=4096)
+    await silence(0.05)
+    for _ in range(400):
+        await server.hub.clients.all.send("Note", "x" * 20_000)
+    raw.send(9, b"there?")
+    await silence()
+    while (frame := await raw.next())[0] == 1:
+        pass
+    assert frame == (10, b"there?")
+
+
+async def test_bytes_without_a_message_are_no_sign_of_life(serve) -> None:
+    client = await (await serve(Victim, client_timeout_interval=0.3)).connect()
+    await client.send({"type": 6})
+    with suppress(aiohttp.ClientConnectionError):
+        while not client.ended:
+            await client.write(b" ")
+            await asyncio.sleep(0.05)
+    assert (await client.next(7))["error"] == CLOSED
+
+
+@pytest.mark.parametrize("version", ["2147483647", "%201%20", "-0"])
+async def test_any_integer_is_a_version_of_negotiate(serve, version: str) -> None:
+    server = await serve(Plain)
+    answer = await server.negotiated(f"?negotiateVersion={version}")
+    assert answer["negotiateVersion"] in (0, 1)
+
+
+async def test_a_handshake_that_a_shutdown_interrupts_is_told_so(serve) -> None:
+    server = await serve(Plain)
+    raw = await RawSocket.open(server, shake=False)
+    stopping = asyncio.create_task(server.runner.cleanup())
+    assert b"Handshake was canceled." in (await raw.next())[1]
+    raw.writer.close()
+    await stopping
+
+
+async def test_a_close_is_finished_also_where_reading_had_stopped(serve) -> None:
+    class Busy(Victim):
+        async def bye(self) -> None:
+            await asyncio.sleep(0.1)
+            self.context.abort()
+
+    server = await serve(Busy, close_timeout=PATIENCE)
+    raw = await RawSocket.open(server)
+    raw.send(
+        1, encode("json", call("Bye")) + encode("json", call("Nap", "x" * 99)) * 9999
+    )
+    assert await raw.close_code() == 1000
+    raw.send(8, b"\x03\xe8")
+    assert await soon(raw.reader.read(9)) == b""
+
+
+async def test_a_small_outbox_has_its_limit_too(serve) -> None:
+    server, _ = await polled(serve, Victim, outbox_limit=1000)
+    for _ in range(3):
+        await server.hub.clients.all.send("Note", "x" * 900)
+    assert server.hub.stats()["cuts"] == {"slow client": 1}
+
+
+async def test_what_a_client_says_cannot_forge_a_line_of_the_log(serve, caplog) -> None:
+    caplog.set_level("INFO", "kestrun")
+    server = await serve(Victim)
+    raw = await RawSocket.open(server, shake=False)
+    raw.send(1, b'{"a":1\n,"ERROR root: forged":\n1}' + RS)
+    await raw.close_code()
+    client = await server.connect()
+    await client.error("Echo\nERROR root: forged")
+    assert "forged" in caplog.text
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+async def test_operations_that_ignore_a_cancel_do_not_hold_up_the_end() -> None:
+    async def stubborn(progress: kestrun.Progress) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(50)
+        await asyncio.sleep(50)
+
+    operations = kestrun.Operations()
+    operation = operations.start(stubborn)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE):
+        await operations.close()
+    assert operation.state == "Canceled"
+
+
+async def test_a_demo_can_be_started_again(serve) -> None:
+    app = kestrun.create_app()
+    for _ in range(2):
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/api/operation/start"
+        assert (await post(url))["Success"] is True
+        await runner.cleanup()
+
+
+async def test_a_job_that_comes_after_the_end_does_not_run() -> None:
+    schedule, ran = kestrun.Schedule(), []
+    schedule.start()
+    await schedule.close()
+    schedule.every(0.01)(lambda: ran.append(1))
+    await silence(0.05)
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(
+            "https://a.example:443",
+            "http://a.example:80",
+            "https://b\u00fccher.example",
+        ),
+        *("https://user@a.example", "https://a .example", "https://a.example:999999"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused_at_once(origin: str) -> None:
+    with pytest.raises(ValueError, match="allowed_origins"):
+        kestrun.HubOptions(allowed_origins=[origin])
 
 
 async def test_a_post_of_a_connection_that_ended_is_not_read_on(serve) -> None:
