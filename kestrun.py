@@ -3645,6 +3645,8 @@ class Session:
         until = time.perf_counter() + _PATIENCE
         self._advance(until)
         for _ in range(_PORTION):
+            if time.perf_counter() > until:
+                break
             if connection.closing:
                 return False
             if self._waiting and self._has_enough():
@@ -3657,8 +3659,6 @@ class Session:
                 self._queue(message)  # the usual one, without detours
             else:
                 self._dispatch(message)
-            if time.perf_counter() > until:
-                break
         self._resuming = True  # others first
         asyncio.get_running_loop().call_soon(self._resume)
         return True
@@ -3878,12 +3878,12 @@ class Session:
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
             name = f"{call.method.name}: an item of {name!r}"
-            stream = UploadStream(name, convert, self.options, self._has_room)
+            stream = UploadStream(name, convert, self.options, self._look_again)
             self.uploads[stream_id] = call.uploads[stream_id] = stream
             call.arguments.insert(position, stream)
 
-    def _has_room(self) -> None:
-        """Hear from an upload stream that it takes items again, or no more."""
+    def _look_again(self) -> None:
+        """See soon whether what waits may begin: there is room, or one less waits."""
         if self._waiting:
             asyncio.get_running_loop().call_soon(self.go_on)
 
@@ -3900,6 +3900,7 @@ class Session:
             ):
                 del self._waiting[position]
                 self.answer_canceled(message)
+                self._look_again()
                 return
 
     def invoke(self, call: Call) -> Any:
@@ -3937,7 +3938,7 @@ class Session:
             stream.end()
             if self.uploads.get(stream_id) is stream:
                 del self.uploads[stream_id]
-        self._has_room()
+        self._look_again()
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False

@@ -8666,6 +8666,23 @@ async def test_what_waits_is_not_overtaken_by_a_stream(serve, wire) -> None:
     await until(lambda: len(Victim.notes) == 2)
 
 
+async def test_calls_that_waited_for_a_slow_one_all_get_their_turn(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    calls = [call("Nap", 0), *(call("Work") for _ in range(60)), call("Note", 1)]
+    await client.send(*calls)
+    await until(lambda: Victim.notes == [0, 1])
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_lets_others_begin(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    await client.send(call("CleanUp"), call("Nap", 1, invocationId="nap"))
+    await client.send(call("Firehose", type=4, invocationId="stream"))
+    await client.send({"type": 5, "invocationId": "nap"})
+    await client.next(3, "nap")
+    await client.next(2, "stream")
+    assert Victim.notes == ["begun"]
+
+
 @everywhere
 @pytest.mark.parametrize("goodbye", [True, False])
 async def test_calls_sent_before_a_goodbye_all_begin(serve, wire, goodbye) -> None:
