@@ -442,7 +442,7 @@ class HubProtocol(Protocol):
     binary: ClassVar[bool]
 
     def encode(self, message: Message) -> bytes:
-        """Write one message, ready to be sent.
+        """Write one message, ready to be sent; `item_encoder` writes stream items.
 
         Raises TypeError or ValueError for values that cannot be written.
         """
@@ -591,7 +591,7 @@ class JsonProtocol:
                 return f'{{"type":8,"sequenceId":{sequence_id}}}'
             case Sequence(sequence_id):
                 return f'{{"type":9,"sequenceId":{sequence_id}}}'
-        raise TypeError(f"a server does not send {type(message).__name__}")
+        raise TypeError(f"a server does not send {type(message).__name__} like this")
 
     def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
         while True:
@@ -837,7 +837,7 @@ class MessagePackProtocol:
                 return [8, sequence_id]
             case Sequence(sequence_id):
                 return [9, sequence_id]
-        raise TypeError(f"a server does not send {type(message).__name__}")
+        raise TypeError(f"a server does not send {type(message).__name__} like this")
 
     def decode(self, inbox: bytearray, limit: int | None) -> Iterator[Message | None]:
         while True:
@@ -1027,7 +1027,7 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
 _HIGH_WATER = 65_536
 
-#: Unacknowledged bytes of a stateful client, in outboxes, before it is cut.
+#: A connected stateful client may owe acknowledgements for so many outboxes.
 _REPLAY_SURPLUS = 8
 
 
@@ -1077,9 +1077,9 @@ class Turn:
     """What leaves at the end of this turn of the event loop, joined and in order.
 
     Messages for one connection wait in its outbox. Broadcasts to one set of
-    receivers wait once for all of them, as a `Batch`, for as long as nothing
-    else gets in between: another set, a change of the set, or a message to one
-    receiver alone, who then goes on apart.
+    receivers wait once for all of them, as a `Batch`, until another set is
+    addressed or this one changes. A receiver who is sent something alone goes
+    on apart from the others.
     """
 
     __slots__ = ("_scheduled", "_traffic", "_waiting", "batch", "published")
@@ -1566,14 +1566,11 @@ class Connection:
         must be let in, however long it is.
         """
         self.busy = busy
-        if busy and len(self.inbox) > _HIGH_WATER // 2:
-            if self.replay is not None:
-                self.wake()
-            return
-        if self.reading_paused and self.link is not None:
+        crowded = busy and len(self.inbox) > _HIGH_WATER // 2
+        if self.reading_paused and self.link is not None and not crowded:
             self.reading_paused = False
             self.link.resume_reading()
-        self.wake()
+        self.wake()  # a POST may have room now; `has_room` depends on `busy`
 
     async def inbox_room(self) -> None:
         """Wait until the hub has caught up: a POST is answered only then."""
@@ -2213,8 +2210,8 @@ async def _send_poll(
 # ----------------------------------------------------------------- registry
 #
 # Who is connected, who is in which group, and the one way out: an address says
-# who shall have a message, publish finds them, encodes once for each wire in
-# use and puts the same bytes into every outbox. An address is a value, not a
+# who shall have a message; publish finds them, encodes it once for each wire in
+# use and keeps it once for all of them until the end of the turn. An address is a value, not a
 # closure: it can be logged, compared and sent to another process. A backplane
 # is a subclass that overrides `publish`.
 
@@ -2302,7 +2299,7 @@ class Registry:
     # Sending
 
     def publish(self, address: Address, message: Invocation) -> None:
-        """Put a message into the outbox of everyone at the address.
+        """Send a message to everyone at the address, at the end of this turn.
 
         Raises TypeError or ValueError, before anyone got it, when the message
         cannot be written.
@@ -2371,7 +2368,7 @@ class Registry:
         if not owed:
             del self._owed[connection]
 
-    def settle(self, connection: Connection, completion: Completion) -> None:
+    def answer(self, connection: Connection, completion: Completion) -> None:
         """Hand a client's result to whoever waits for it; others are ignored.
 
         Raises ProtocolError when another client was asked.
@@ -2440,8 +2437,8 @@ class ClientProxy:
         """Call `method` on every receiver, without waiting for any of them.
 
         method: the name under which clients registered their handler.
-        args: what `HubOptions` calls results: numbers, text, bytes, lists, dicts,
-            dataclasses, enums, datetimes, UUIDs, None, nested as you like.
+        args: numbers, text, bytes, lists, dicts, dataclasses, enums, datetimes,
+            UUIDs, None, nested as you like.
         Returns when the message is queued, and never fails for clients that are
         gone. Raises TypeError or ValueError for arguments that no client could
         read; then nobody has received anything.
@@ -2787,8 +2784,9 @@ class HubContext:
     def stats(self) -> dict[str, Any]:
         """Count: connections by transport and protocol, traffic, cuts by reason.
 
-        Returns plain numbers and dicts, ready for JSON. Bytes are those of hub
-        messages with their frames; `queued_bytes` wait for clients just now.
+        Returns plain numbers and dicts, ready for JSON. Bytes in are hub messages,
+        bytes out the same with their WebSocket frames; `queued_bytes` wait for
+        clients just now. A message counts as out when it is queued.
         """
         transports: dict[str, int] = {}
         protocols: dict[str, int] = {}
@@ -3108,15 +3106,17 @@ _PLAIN_CONVERTERS: dict[Any, Converter] = {
 
 
 def _union(members: tuple[Any, ...]) -> Converter | None:
-    """Take the first member that fits; None is tried first, bare types follow."""
-    converters = [_converter(m) for m in sorted(members, key=lambda m: m is not None)]
-    if None in converters:
-        return None
+    """Take the first member that fits; one that takes anything makes all of it pass."""
+    converters = []
+    for member in members:
+        if (convert_member := _converter(member)) is None:
+            return None
+        converters.append(convert_member)
 
     def convert(value: Any) -> Any:
-        for member in converters:
+        for convert_member in converters:
             try:
-                return member(value) if member else value
+                return convert_member(value)
             except (ValueError, TypeError, OverflowError):
                 continue
         raise _mismatch(" or ".join(map(_type_name, members)), value)
@@ -3224,16 +3224,17 @@ def _to_dataclass(kind: type) -> Converter:
 # `Dispatcher.run` is the life of a connection on one screen. Between connected
 # and disconnected it sleeps: messages are dispatched straight from the bytes
 # that bring them (`Session.pump`), so an idle client costs no work and a plain
-# method no task. Other methods run in a task of their own.
+# method no task. Other methods run in tasks; calls that waited may share one.
 #
 # Calls and stream items have their turn in the order of their arrival. One that
 # may not begin yet, for want of a slot or of room, waits, and so do those behind
-# it. Everything else is heard at once: pings, cancels, acknowledgements, results
-# and the client's goodbye pass what waits, or the two sides could wait for each
-# other. Reading stops only when much waits already.
+# it. Everything else is heard at once: pings, cancels, acknowledgements, results,
+# items of open streams and the client's goodbye pass what waits, or the two sides
+# could wait for each other. Reading stops only when much waits already.
 
 #: Reading stops when so many messages wait and so many bytes have come meanwhile.
-#: A stateful client may owe 100,000 bytes, and its Ack must be among them.
+#: A stateful client sends up to 100,000 bytes before it waits for our Ack, and its
+#: own may stand behind them: so far the server reads in any case.
 _WAITING_MESSAGES, _READ_AHEAD = 32, 131_072
 
 #: Messages of one client that are dispatched before others have their turn, and
@@ -3243,8 +3244,8 @@ _PORTION = 500
 #: Seconds that one client's messages may take before others have their turn.
 _PATIENCE = 0.01
 
-#: Calls and streams of one client that may be under way, if no option says so.
-_RUNNING_CALLS = 1000
+#: Streams of one client, either way, that may be under way.
+_RUNNING_STREAMS = 1000
 
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
@@ -3278,13 +3279,15 @@ class UploadStream:
         self._error: Exception | None = None
         self._readers: list[asyncio.Future[None]] = []
 
-    def put(self, item: Any) -> bool:
-        """Take an item from the client; False if it has to wait for its turn."""
-        if self._ended:
-            return True
+    def excess(self) -> int:
+        """Count the items beyond the capacity: the client's calls wait for them."""
         capacity = self._options.stream_buffer_capacity
-        if capacity is not None and len(self._items) >= capacity:
-            return False
+        return 0 if capacity is None else max(0, len(self._items) - capacity)
+
+    def put(self, item: Any) -> None:
+        """Take an item from the client."""
+        if self._ended:
+            return
         try:
             self._items.append(self._convert(item) if self._convert else item)
         except Exception as error:  # noqa: BLE001 (as in HubMethod.bind)
@@ -3292,7 +3295,6 @@ class UploadStream:
             message = "Failed to bind Stream message."
             self.end(HubException(_detail(message, error, self._options)))
         self._wake()
-        return True
 
     def end(self, error: Exception | None = None) -> None:
         """No more items: the reader stops after those it has, or gets `error`."""
@@ -3592,7 +3594,7 @@ class Session:
         self.hub = dispatcher.make_hub(self.context)
         #: The context variables with which each call begins, whoever set it off.
         self.variables = contextvars.copy_context()
-        #: Resolved with the error that `on_disconnected` shall see.
+        #: Resolved when the session ends, with what ended it, if anything went wrong.
         self.ended: asyncio.Future[Exception | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -3604,12 +3606,14 @@ class Session:
         self._mark = 0  # what had been fed when the waiting began
         self._running = 0
         limit = self.options.maximum_parallel_invocations_per_client
-        self._slots = _RUNNING_CALLS if limit is None else limit
+        self._slots = math.inf if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
         self._pumping = self._resuming = self._left = False
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
         self._next_ping = now + _or_forever(self.options.keep_alive_interval)
+        if connection.transport == LONG_POLLING:  # its polls keep it alive
+            self._next_ping = math.inf
         #: When `look_after` has something to do next.
         self.due = now
 
@@ -3649,7 +3653,7 @@ class Session:
                 break
             if connection.closing:
                 return False
-            if self._waiting and self._has_enough():
+            if (self._waiting or self.uploads) and self._has_enough():
                 return True
             if (message := next(messages)) is None:
                 return False
@@ -3665,9 +3669,16 @@ class Session:
 
     def _has_enough(self) -> bool:
         """Tell whether the client has said more than it may before others begin."""
-        if len(self._waiting) < _WAITING_MESSAGES:
-            return False
-        return self.connection.fed - self._mark > _READ_AHEAD
+        waiting, fed = len(self._waiting) + self._excess(), self.connection.fed
+        if not waiting:
+            self._mark = fed
+        return waiting >= _WAITING_MESSAGES and fed - self._mark > _READ_AHEAD
+
+    def _excess(self) -> int:
+        """Count the items that upload streams hold beyond what they may."""
+        if not self.uploads:
+            return 0
+        return sum(stream.excess() for stream in self.uploads.values())
 
     def _resume(self) -> None:
         self._resuming = False
@@ -3684,7 +3695,7 @@ class Session:
             return
         match message:
             case Completion() if self._is_result(message):
-                self._dispatcher.registry.settle(self.connection, message)
+                self._dispatcher.registry.answer(self.connection, message)
             case Invocation() | StreamInvocation() | StreamItem() | Completion():
                 self._queue(message)
             case CancelInvocation(invocation_id):
@@ -3709,16 +3720,26 @@ class Session:
 
     def _queue(self, message: Message) -> None:
         """Let a message begin, or wait behind those that came before it."""
-        rest = message if self._waiting else self._begin(message, Call.start)
+        if not self._waiting or self._is_of_open_stream(message):
+            rest = self._begin(message, Call.start)
+        else:
+            rest = message
         if rest is not None:
             if not self._waiting:
                 self._mark = self.connection.fed
             self._waiting.append(rest)
 
+    def _is_of_open_stream(self, message: Message | Call) -> bool:
+        """Tell whether it is an item, or the end, of a stream that a method reads."""
+        return (
+            isinstance(message, (StreamItem, Completion))
+            and message.invocation_id in self.uploads
+        )
+
     def _advance(self, until: float, adopted: list[Call] | None = None) -> None:
         """Let what waits begin, in order, as far as it may and there is time.
 
-        adopted: takes the first call that needs a task, instead of starting it.
+        adopted: takes the first call that got a slot and needs a task.
         """
         start = Call.start if adopted is None else adopted.append
         while self._waiting and not adopted and time.perf_counter() <= until:
@@ -3748,9 +3769,8 @@ class Session:
             case Call():
                 return self._place(item, start)
             case StreamItem(invocation_id, value):
-                stream = self.uploads.get(invocation_id)
-                if stream is not None and not stream.put(value):
-                    return item
+                if (stream := self.uploads.get(invocation_id)) is not None:
+                    stream.put(value)
             case Completion(invocation_id, _, error):
                 stream = self.uploads.pop(invocation_id, None)
                 if stream is not None:
@@ -3763,8 +3783,8 @@ class Session:
         start: Callable[[Call], None],
     ) -> Message | Call | None:
         """Check a call in the reference's order, then run it or let it wait."""
-        if self.connection.congested():  # the client does not take its answers
-            return message
+        if self.connection.congested() or self._excess():
+            return message  # the client does not take answers, or a method its items
         method = self._methods.get(_fold(message.target))
         try:
             if method is None:
@@ -3828,7 +3848,7 @@ class Session:
             return _detail(_failed_invoking(target), error, self.options)
         if streaming and message.invocation_id in self.calls:
             return f"Invocation ID '{message.invocation_id}' is already in use."
-        if len(self.tasks) >= _RUNNING_CALLS:
+        if len(self.tasks) >= _RUNNING_STREAMS:
             return "The client has too many calls and streams under way."
         for position, name in enumerate(message.stream_ids):
             if name in self.uploads or name in message.stream_ids[:position]:
@@ -3881,10 +3901,16 @@ class Session:
             stream = UploadStream(name, convert, self.options, self._look_again)
             self.uploads[stream_id] = call.uploads[stream_id] = stream
             call.arguments.insert(position, stream)
+        line, self._waiting = self._waiting, []
+        for item in line:  # what came for these streams need not wait any more
+            if not self._is_of_open_stream(item):
+                self._waiting.append(item)
+            else:
+                self._begin(item, Call.start)
 
     def _look_again(self) -> None:
         """See soon whether what waits may begin: there is room, or one less waits."""
-        if self._waiting:
+        if self._waiting or self.connection.busy:
             asyncio.get_running_loop().call_soon(self.go_on)
 
     def _cancel(self, invocation_id: str) -> None:
@@ -3994,9 +4020,10 @@ class Session:
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
     def log_failure(self, method: HubMethod, error: BaseException) -> None:
-        """Log an error of user code: in full, unless it was meant for the client."""
-        if isinstance(error, HubException):
-            log.info("%s refused: %s", method.name, error)
+        """Log an error of user code: in full, unless it is one of the client's."""
+        left = isinstance(error, ConnectionError) and self.ended.done()
+        if isinstance(error, HubException) or left:
+            log.info("%s ended: %s", method.name, error)
         else:
             log.error(
                 "%s failed for connection %s",
@@ -4046,9 +4073,9 @@ class Session:
         self.end(None, self._farewell(error, allow_reconnect=False))
 
     async def wind_up(self, error: Exception | None) -> Exception | None:
-        """End everything that runs for a client that is gone.
+        """End everything that still runs when the session has ended.
 
-        error: what ended the session. Returns what `on_disconnected` shall see.
+        error: what ended it. Returns what `on_disconnected` shall see.
         """
         if self._left and error is None:
             error = self._hear_out()
@@ -4070,6 +4097,7 @@ class Session:
             while (message := next(self._messages, None)) is not None:
                 if isinstance(message, COUNTED) and replay and not replay.accept():
                     continue
+                # A stream is left out, since nobody would take its items.
                 if isinstance(message, (Invocation, StreamItem, Completion)):
                     self._waiting.append(message)
         except ProtocolError as broken:
@@ -4081,7 +4109,7 @@ class Session:
     async def _run_out(self) -> None:
         """Let calls that waited when the client left begin all the same.
 
-        Nobody takes their answers, so each ends where it would first have to wait.
+        Nobody takes their answers, so they are cancelled where they wait.
         """
         stuck = False
         while self._waiting and not stuck:
@@ -4128,7 +4156,7 @@ class Session:
         if connection.stalled(now):
             connection.cut("send timeout")
             return
-        if now >= self._next_ping and connection.transport != LONG_POLLING:
+        if now >= self._next_ping:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
             self._say(PING)
         if (
@@ -4388,6 +4416,7 @@ def access_token(request: web.Request) -> str | None:
 
     Browsers cannot set headers on WebSockets and event streams, so SignalR
     clients put the token into the query there. For use in `authenticate`.
+    Returns None if there is none.
     """
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
@@ -4754,9 +4783,9 @@ def _asked_transport(request: web.Request) -> str:
     return LONG_POLLING
 
 
-def _json_answer(value: Any, status: int = 200) -> web.Response:
+def _json_answer(value: Any) -> web.Response:
     text = json.dumps(value, separators=(",", ":"))
-    return web.Response(status=status, text=text, content_type="application/json")
+    return web.Response(text=text, content_type="application/json")
 
 
 #: What errors say that were raised without a text.
@@ -4904,7 +4933,7 @@ class Progress:
         percent: 0 to 100; less than before counts as before. 100 is shown and
             announced when the work has returned, not while it still runs.
         status: a text for people; empty leaves the last one.
-        Raises ValueError for a percentage out of range.
+        Returns when `on_change` has been told. Raises ValueError for a percentage out of range.
         """
         if not 0 <= percent <= 100:
             raise ValueError(f"percent: 0 to 100, not {percent!r}")
@@ -4925,6 +4954,7 @@ class Operations:
     retention: seconds after its end in which a finished one is kept.
     on_change: called, or awaited if it is async, with the operation when it
         starts, at each progress and at its end; its errors are logged only.
+    Raises ValueError for a limit below 1 or a negative retention.
     """
 
     def __init__(
@@ -5095,13 +5125,9 @@ class _Interval:
         return following if following > moment else (count + 1) * self._seconds
 
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun") + (
-    "jul",
-    "aug",
-    "sep",
-    "oct",
-    "nov",
-    "dec",
+_MONTHS = (
+    *("jan", "feb", "mar", "apr", "may", "jun"),
+    *("jul", "aug", "sep", "oct", "nov", "dec"),
 )
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
@@ -5286,8 +5312,8 @@ class Schedule:
         """Run the decorated function at every multiple of `seconds`.
 
         Multiples are of the clock: 30 means :00 and :30 of each minute. The job
-        is named after the function unless `name` is given. Raises ValueError for
-        an interval that is not positive or a name that is taken.
+        is named after the function unless `name` is given. Raises TypeError for
+        what is no number, ValueError for less than 0.001 s or a name that is taken.
         """
         return self._register(_Interval(seconds), name)
 
@@ -5296,7 +5322,8 @@ class Schedule:
 
         expression: seconds, minutes, hours, day of month, month, day of week;
             each with lists (1,15), ranges (mon-fri), steps (*/10) and names.
-        Raises ValueError that points at the wrong field.
+        Raises ValueError that points at the wrong field, or for a name that is
+        taken, and TypeError for what is no string.
         """
         return self._register(_Cron(expression), name)
 
@@ -5421,7 +5448,8 @@ class Schedule:
 # --------------------------------------------------------------------- page
 #
 # The second half of the lesson: a hub client of its own in plain JavaScript.
-# A raw literal without placeholders; what differs it asks the server.
+# A raw literal without placeholders. One value differs, the hub's path, which
+# `Demo.mount` puts into the meta tag.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -6074,7 +6102,10 @@ async def broadcast_log(hub: HubContext, level: str, message: str) -> None:
 
 
 async def broadcast_event(hub: HubContext, event_name: str, data: Any) -> None:
-    """Send `ReceiveEvent` to everyone: {eventName, data, timestamp}."""
+    """Send `ReceiveEvent` to everyone: {eventName, data, timestamp}.
+
+    Raises TypeError or ValueError for data that cannot be written.
+    """
     event = {"eventName": event_name, "data": data, "timestamp": _stamp(_now())}
     await hub.clients.all.send("ReceiveEvent", event)
 
@@ -6082,7 +6113,10 @@ async def broadcast_event(hub: HubContext, event_name: str, data: Any) -> None:
 async def broadcast_to_group(
     hub: HubContext, group_name: str, method: str, message: Any
 ) -> None:
-    """Call `method(message)` on every member of a group."""
+    """Call `method(message)` on every member of a group.
+
+    Raises TypeError or ValueError for a message that cannot be written.
+    """
     await hub.clients.group(group_name).send(method, message)
 
 
@@ -6155,7 +6189,7 @@ class Demo:
     def __init__(self, token: str | None) -> None:
         self._token = token
         self._started = time.monotonic()
-        self._page = PAGE
+        self._page: str
         self.hub: HubContext
         self.operations: Operations
         self.schedule = Schedule()
@@ -6469,6 +6503,9 @@ def create_app(
 
 
 # --------------------------------------------------------------------- main
+#
+# The command line around the demo. It alone sets up logging and signals, which
+# in somebody else's program are not ours to touch.
 
 
 class _OneLine(logging.Formatter):

@@ -8666,6 +8666,18 @@ async def test_what_waits_is_not_overtaken_by_a_stream(serve, wire) -> None:
     await until(lambda: len(Victim.notes) == 2)
 
 
+@everywhere
+async def test_items_of_an_open_upload_pass_calls_that_wait(serve, wire) -> None:
+    client = await (await serve(Victim)).connect(wire)
+    id = await client.begin("Check", streamIds=["u"])
+    await client.send(call("CleanUp"), call("Nap", 1), call("Nap", 2))
+    await upload(client, "u", *range(30))
+    for number in range(30):
+        await answer(client, number)
+    assert await client.finish(id) == sum(range(30))
+    assert Victim.notes == ["begun"]
+
+
 async def test_calls_that_waited_for_a_slow_one_all_get_their_turn(serve) -> None:
     client = await (await serve(Victim)).connect()
     calls = [call("Nap", 0), *(call("Work") for _ in range(60)), call("Note", 1)]
