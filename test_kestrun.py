@@ -7913,7 +7913,9 @@ def load(file: str) -> types.ModuleType:
 
 def test_every_python_snippet_of_the_readme_is_run_by_a_test() -> None:
     files = {re.match(r"# ([\w.]+)", text)[1] for text in snippets("python")}
-    assert files == {"chat.py", "calls.py", "client.py", "work.py", "secure.py"}
+    assert files == {
+        *("chat.py", "calls.py", "client.py", "work.py", "secure.py", "guarded.py")
+    }
 
 
 async def test_the_readmes_javascript_talks_to_the_readmes_hub(
@@ -8000,6 +8002,14 @@ async def test_the_readmes_users_are_told_apart() -> None:
                 async with http.post(url, headers=headers) as answer:
                     statuses.append(answer.status)
     assert statuses == [401, 200]
+
+
+async def test_the_readmes_guard_refuses_and_lets_through(serve) -> None:
+    hub = load("guarded.py").GuardedHub
+    server = await serve(hub, authenticate=user_of)
+    nobody, ann = await server.connect(), await server.connect(query="?user=Ann")
+    assert (await nobody.error("Delete", "it")).endswith("Log in first.")
+    assert await ann.invoke("Delete", "it") == "it is gone"
 
 
 async def test_the_readmes_curl_commands_all_succeed() -> None:
