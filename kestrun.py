@@ -3244,7 +3244,7 @@ _PORTION = 500
 #: Seconds that one client's messages may take before others have their turn.
 _PATIENCE = 0.01
 
-#: Streams of one client, either way, that may be under way.
+#: Streams of one client that may be under way, and calls that await its answers.
 _RUNNING_STREAMS = 1000
 
 #: Seconds that a hub method may hold the event loop before it is named.
@@ -3421,6 +3421,7 @@ class Call:
         if sys.version_info >= (3, 12):
             self.task = asyncio.Task(work, loop=loop, name=name, eager_start=True)
         else:
+            self.session.starting += 1
             self.task = asyncio.Task(work, loop=loop, name=name)
         if not self.task.done():
             self.session.tasks.add(self.task)
@@ -3449,12 +3450,16 @@ class Call:
         assert task is not None
         until = time.perf_counter() + _PATIENCE
         call: Call | None = self
+        if sys.version_info < (3, 12):
+            session.starting -= 1
+            session.look_again()
         try:
             while call is not None:
                 call.task = task
                 try:
                     rest = call._begin()
                     if rest is not None:
+                        session.go_on()  # the calls before it may have made room
                         await rest
                 except asyncio.CancelledError:
                     session.answer_canceled(call.message)
@@ -3575,6 +3580,7 @@ class Session:
         "ended",
         "hub",
         "options",
+        "starting",
         "tasks",
         "uploads",
         "variables",
@@ -3604,6 +3610,8 @@ class Session:
         #: What may not begin yet, in order; its first is what the rest waits for.
         self._waiting: list[Message | Call] = []
         self._mark = 0  # what had been fed when the waiting began
+        #: Calls whose task has not taken its first step yet; none may overtake them.
+        self.starting = 0
         self._running = 0
         limit = self.options.maximum_parallel_invocations_per_client
         self._slots = math.inf if limit is None else limit
@@ -3752,7 +3760,7 @@ class Session:
     def next_call(self, until: float) -> Call | None:
         """Give the slot that is free now to the next call, for the same task."""
         adopted: list[Call] = []
-        if not self.ended.done():
+        if not (self.ended.done() or self._pumping):  # the pump goes on by itself
             self._advance(until, adopted)
         return adopted[0] if adopted else None
 
@@ -3765,9 +3773,9 @@ class Session:
         """
         match item:
             case Invocation() | StreamInvocation():
-                return self._begin_call(item, start)
+                return item if self._must_wait() else self._begin_call(item, start)
             case Call():
-                return self._place(item, start)
+                return item if self._must_wait() else self._place(item, start)
             case StreamItem(invocation_id, value):
                 if (stream := self.uploads.get(invocation_id)) is not None:
                     stream.put(value)
@@ -3777,14 +3785,19 @@ class Session:
                     stream.end(None if error is None else HubException(error))
         return None
 
+    def _must_wait(self) -> bool:
+        """Tell whether no call of the client may begin just now."""
+        if self.starting or (self.uploads and self._excess()):
+            return True
+        # A client that does not take its answers gets no more of them.
+        return self.connection.congested() and not self.connection.closing
+
     def _begin_call(
         self,
         message: Invocation | StreamInvocation,
         start: Callable[[Call], None],
     ) -> Message | Call | None:
         """Check a call in the reference's order, then run it or let it wait."""
-        if self.connection.congested() or self._excess():
-            return message  # the client does not take answers, or a method its items
         method = self._methods.get(_fold(message.target))
         try:
             if method is None:
@@ -3813,7 +3826,10 @@ class Session:
         if not method.takes_turns:
             self._register(call)
             call.start()
-        elif self._running >= self._slots:
+        elif (
+            self._running >= self._slots
+            or len(self.tasks) >= self._slots + _RUNNING_STREAMS
+        ):  # those that await a client's answer have no slot, but do count
             return call
         elif method.direct and not self._intercepts:
             self._call_directly(call.message, method, call.arguments, start)
@@ -3898,7 +3914,7 @@ class Session:
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
             name = f"{call.method.name}: an item of {name!r}"
-            stream = UploadStream(name, convert, self.options, self._look_again)
+            stream = UploadStream(name, convert, self.options, self.look_again)
             self.uploads[stream_id] = call.uploads[stream_id] = stream
             call.arguments.insert(position, stream)
         line, self._waiting = self._waiting, []
@@ -3908,7 +3924,7 @@ class Session:
             else:
                 self._begin(item, Call.start)
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
         """See soon whether what waits may begin: there is room, or one less waits."""
         if self._waiting or self.connection.busy:
             asyncio.get_running_loop().call_soon(self.go_on)
@@ -3926,7 +3942,7 @@ class Session:
             ):
                 del self._waiting[position]
                 self.answer_canceled(message)
-                self._look_again()
+                self.look_again()
                 return
 
     def invoke(self, call: Call) -> Any:
@@ -3964,7 +3980,7 @@ class Session:
             stream.end()
             if self.uploads.get(stream_id) is stream:
                 del self.uploads[stream_id]
-        self._look_again()
+        self.look_again()
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False
@@ -4119,6 +4135,7 @@ class Session:
             if len(self._waiting) == waiting:
                 await self._cancel_tasks()
                 self._advance(time.perf_counter() + _PATIENCE)
+                await asyncio.sleep(0)
                 stuck = len(self._waiting) == waiting
         await self._cancel_tasks()
 
@@ -4159,12 +4176,11 @@ class Session:
         if now >= self._next_ping:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
             self._say(PING)
-        if (
-            replay is not None
-            and replay.latest > replay.acked
-            and self._say(Ack(replay.latest))
-        ):
-            replay.acked = replay.latest
+        if replay is not None:
+            # What waits is not acknowledged: the client shall not send more of it.
+            begun = replay.latest - len(self._waiting) - self._excess()
+            if begun > replay.acked and self._say(Ack(begun)):
+                replay.acked = begun
         # Acknowledgements are due each time, the rest seldom.
         patience = 0.0 if replay is not None else self._dispatcher.patience
         self.due = min(now + patience, self._next_ping)

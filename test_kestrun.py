@@ -8285,6 +8285,14 @@ class Victim(kestrun.Hub):
         question = asyncio.create_task(self.clients.caller.invoke("Name"))
         return await question
 
+    async def note_later(self, value: Any) -> None:
+        self.notes.append(value)
+        await asyncio.sleep(0.001)
+
+    async def counter(self, count: int) -> AsyncIterator[int]:
+        for number in range(count):
+            yield number
+
     def set_variable(self) -> str:
         SETTING.set("set")
         return SETTING.get()
@@ -8686,6 +8694,55 @@ async def test_items_of_an_open_upload_pass_calls_that_wait(serve, wire) -> None
         await answer(client, number)
     assert await client.finish(id) == sum(range(30))
     assert Victim.notes == ["begun"]
+
+
+async def test_hundreds_of_streams_that_waited_are_all_completed(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    names = [f"s{n}" for n in range(400)]
+    streams = [call("Counter", 1, type=4, invocationId=name) for name in names]
+    await client.send(call("Nap", 1), call("Nap", 2), *streams)
+    for name in names:
+        assert "error" not in await client.next(3, name)
+
+
+async def test_a_call_that_follows_others_can_be_cancelled_at_once(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    many = [call("Echo", "x" * 5000) for _ in range(31)]
+    await client.send(call("Nap", 1), call("Nap", 2), *many)
+    await client.send(call("CleanUp", invocationId="long"), call("Echo", 1))
+    await client.send({"type": 5, "invocationId": "long"})
+    assert "error" in await client.next(3, "long")
+
+
+@everywhere
+async def test_calls_begin_in_the_order_of_their_arrival(serve, wire) -> None:
+    server = await serve(Victim, maximum_parallel_invocations_per_client=3)
+    client = await server.connect(wire)
+    calls = [call("Note" if n % 3 else "NoteLater", n) for n in range(30)]
+    await client.send(*calls)
+    await until(lambda: len(Victim.notes) == 30)
+    assert Victim.notes == list(range(30))
+
+
+async def test_calls_that_ask_their_client_are_bounded(serve) -> None:
+    server = await serve(Victim, maximum_receive_message_size=None)
+    client = await server.connect()
+    calls = [call("AskWithPatience", invocationId=str(n)) for n in range(1500)]
+    await client.send(*calls)
+    await until(lambda: len(client.unread) >= 1001)
+    await silence()
+    assert len(client.unread) == 1001
+    for n in range(1500):
+        await answer(client, n)
+    for n in range(1500):
+        await client.finish(str(n))
+
+
+async def test_all_of_many_calls_begin_though_their_client_leaves(serve) -> None:
+    client = await (await serve(Victim)).connect()
+    await client.send(*(call("NoteLater", n) for n in range(60)), {"type": 7})
+    await until(lambda: ("gone", None) in Victim.notes)
+    assert [n for n in Victim.notes if type(n) is int] == list(range(60))
 
 
 async def test_calls_that_waited_for_a_slow_one_all_get_their_turn(serve) -> None:
