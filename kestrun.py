@@ -1865,7 +1865,8 @@ class WebSocket(FrameReader, asyncio.Protocol):
         payload = self.read(data)
         if payload and not self._sent_close:
             self._connection.feed(payload)
-        self._answer_ping()
+        if self.ping is not None:
+            self._answer_ping()
         if self.error is not None:
             self._fail(self.error)
         elif self.goodbye is not None:
@@ -3479,7 +3480,10 @@ class Call:
         context.run(_current_call.set, self)
         self.begun = True
         work = self._stream() if self.method.streaming else self._answer()
-        return _begin_work(work, self.method.name, context)
+        try:
+            return _begin_work(work, self.method.name, context)
+        finally:
+            self.session.clock = time.perf_counter()
 
     async def _answer(self) -> None:
         try:
@@ -3574,6 +3578,7 @@ class Session:
         "_slots",
         "_waiting",
         "calls",
+        "clock",
         "connection",
         "context",
         "due",
@@ -3616,6 +3621,8 @@ class Session:
         limit = self.options.maximum_parallel_invocations_per_client
         self._slots = math.inf if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
+        #: When the last method gave the event loop back, for `_PATIENCE`.
+        self.clock = 0.0
         self._pumping = self._resuming = self._left = False
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
@@ -3654,10 +3661,11 @@ class Session:
     def _read(self, messages: Iterator[Message | None]) -> bool:
         """Read and dispatch messages; tell whether whole ones are left unread."""
         connection, traffic = self.connection, self.connection.traffic
-        until = time.perf_counter() + _PATIENCE
+        self.clock = time.perf_counter()
+        until = self.clock + _PATIENCE
         self._advance(until)
         for _ in range(_PORTION):
-            if time.perf_counter() > until:
+            if self.clock > until:
                 break
             if connection.closing:
                 return False
@@ -3750,7 +3758,7 @@ class Session:
         adopted: takes the first call that got a slot and needs a task.
         """
         start = Call.start if adopted is None else adopted.append
-        while self._waiting and not adopted and time.perf_counter() <= until:
+        while self._waiting and not adopted and self.clock <= until:
             # Taken out first: a call that ends at once comes here for the next.
             rest = self._begin(self._waiting.pop(0), start)
             if rest is not None:
@@ -3759,9 +3767,10 @@ class Session:
 
     def next_call(self, until: float) -> Call | None:
         """Give the slot that is free now to the next call, for the same task."""
+        if not self._waiting or self._pumping or self.ended.done():
+            return None  # the pump goes on by itself
         adopted: list[Call] = []
-        if not (self.ended.done() or self._pumping):  # the pump goes on by itself
-            self._advance(until, adopted)
+        self._advance(until, adopted)
         return adopted[0] if adopted else None
 
     def _begin(
@@ -3789,8 +3798,8 @@ class Session:
         """Tell whether no call of the client may begin just now."""
         if self.starting or (self.uploads and self._excess()):
             return True
-        # A client that does not take its answers gets no more of them.
-        return self.connection.congested() and not self.connection.closing
+        connection = self.connection  # who takes no answers gets no more of them
+        return connection.queued > _HIGH_WATER and not connection.closing
 
     def _begin_call(
         self,
@@ -3898,7 +3907,8 @@ class Session:
                 self._take_slot(call, start)
             else:
                 self.complete(message, method, result)
-        if time.perf_counter() - started > _BLOCKING:
+        self.clock = time.perf_counter()
+        if self.clock - started > _BLOCKING:
             _warn_blocking(method.name, started)
 
     def _register(self, call: Call) -> None:
@@ -4130,14 +4140,17 @@ class Session:
         stuck = False
         while self._waiting and not stuck:
             waiting = len(self._waiting)
-            self._advance(time.perf_counter() + _PATIENCE)
-            await asyncio.sleep(0)
+            await self._advance_a_little()
             if len(self._waiting) == waiting:
                 await self._cancel_tasks()
-                self._advance(time.perf_counter() + _PATIENCE)
-                await asyncio.sleep(0)
+                await self._advance_a_little()
                 stuck = len(self._waiting) == waiting
         await self._cancel_tasks()
+
+    async def _advance_a_little(self) -> None:
+        self.clock = time.perf_counter()
+        self._advance(self.clock + _PATIENCE)
+        await asyncio.sleep(0)
 
     async def _cancel_tasks(self) -> None:
         for count, task in enumerate(list(self.tasks), 1):
