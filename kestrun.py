@@ -4194,8 +4194,10 @@ class Session:
             begun = replay.latest - len(self._waiting) - self._excess()
             if begun > replay.acked and self._say(Ack(begun)):
                 replay.acked = begun
-        # Acknowledgements are due each time, the rest seldom.
-        patience = 0.0 if replay is not None else self._dispatcher.patience
+        # Acknowledgements are due each time, the rest seldom, unless bytes wait.
+        patience = self._dispatcher.patience * (2 if connection.stall is None else 1)
+        if replay is not None:
+            patience = 0.0
         self.due = min(now + patience, self._next_ping)
 
     def _say(self, message: Message) -> bool:
