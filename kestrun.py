@@ -1257,7 +1257,7 @@ class Wire:
     clients is encoded once for each wire in use, not once for each client.
     """
 
-    __slots__ = ("_frame", "encode", "protocol")
+    __slots__ = ("_frame", "encode", "ping", "protocol")
 
     def __init__(
         self, protocol: HubProtocol, frame: Callable[[bytes, bool], bytes] | None
@@ -1265,6 +1265,7 @@ class Wire:
         self.protocol = protocol
         self._frame = frame
         self.encode: Callable[[Message], bytes] = self._framed(protocol.encode)
+        self.ping = self.encode(PING)
 
     def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
         """Make what writes the items of one stream (see `HubProtocol`)."""
@@ -4188,11 +4189,11 @@ class Session:
             return
         if now >= self._next_ping:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
-            self._say(PING)
+            self._say(self.wire.ping)
         if replay is not None:
             # What waits is not acknowledged: the client shall not send more of it.
             begun = replay.latest - len(self._waiting) - self._excess()
-            if begun > replay.acked and self._say(Ack(begun)):
+            if begun > replay.acked and self._say(self.wire.encode(Ack(begun))):
                 replay.acked = begun
         # Acknowledgements are due each time, the rest seldom, unless bytes wait.
         patience = self._dispatcher.patience * (2 if connection.stall is None else 1)
@@ -4200,12 +4201,12 @@ class Session:
             patience = 0.0
         self.due = min(now + patience, self._next_ping)
 
-    def _say(self, message: Message) -> bool:
+    def _say(self, frame: bytes) -> bool:
         """Send what only matters now; False if the peer takes nothing just now."""
         link = self.connection.link
         if link is None or not link.writable:
             return False
-        self.connection.send(self.wire.encode(message), counted=False)
+        self.connection.send(frame, counted=False)
         return True
 
 
