@@ -2213,9 +2213,9 @@ async def _send_poll(
 #
 # Who is connected, who is in which group, and the one way out: an address says
 # who shall have a message; publish finds them, encodes it once for each wire in
-# use and keeps it once for all of them until the end of the turn. An address is a value, not a
-# closure: it can be logged, compared and sent to another process. A backplane
-# is a subclass that overrides `publish`.
+# use and keeps it once for all of them until the turn ends. An address is a
+# value, not a closure: it can be logged, compared and sent to another process.
+# A backplane is a subclass that overrides `publish`.
 
 
 class Address(NamedTuple):
@@ -4965,7 +4965,8 @@ class Progress:
         percent: 0 to 100; less than before counts as before. 100 is shown and
             announced when the work has returned, not while it still runs.
         status: a text for people; empty leaves the last one.
-        Returns when `on_change` has been told. Raises ValueError for a percentage out of range.
+        Returns when `on_change` has been told. Raises ValueError for a percentage
+        out of range.
         """
         if not 0 <= percent <= 100:
             raise ValueError(f"percent: 0 to 100, not {percent!r}")
@@ -6373,13 +6374,12 @@ class Demo:
 
     async def _start_operation(self, request: web.Request) -> web.Response:
         text = ",".join(request.query.getall("seconds", ["2"]))
-        if not re.fullmatch("0*[0-9]{1,4}", text) or not (
-            1 <= int(text) <= _LONGEST_OPERATION
-        ):
+        number = re.fullmatch("0*([0-9]{1,4})", text)
+        seconds = 0 if number is None else int(number[1])
+        if not 1 <= seconds <= _LONGEST_OPERATION:
             raise web.HTTPBadRequest(
                 text=f"seconds must be an integer from 1 to {_LONGEST_OPERATION}."
             )
-        seconds = int(text)
 
         async def work(progress: Progress) -> int:
             for step in range(1, seconds + 1):

@@ -5067,6 +5067,10 @@ async def test_an_operation_of_two_steps_is_followed_to_its_end(demo) -> None:
     await unheard(client)
 
 
+async def test_zeros_before_the_seconds_change_nothing(demo) -> None:
+    assert await started(await demo(), "0" * 5000 + "1")
+
+
 async def test_progress_is_rounded_to_whole_percents(demo) -> None:
     server = await demo()
     client = await visitor(server)
