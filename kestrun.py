@@ -447,6 +447,9 @@ class HubProtocol(Protocol):
         Raises TypeError or ValueError for values that cannot be written.
         """
 
+    def encode_result(self, invocation_id: str, result: Any) -> bytes:
+        """Write the completion of a call by the shortest way; raises as `encode`."""
+
     def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
         """Make what writes the items of one stream: they share all but the value.
 
@@ -552,6 +555,17 @@ class JsonProtocol:
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None
 
+    def encode_result(self, invocation_id: str, result: Any) -> bytes:
+        if result is VOID:
+            return self.encode(Completion(invocation_id, VOID))
+        try:
+            return (
+                f'{{"type":3,"invocationId":{_quote(invocation_id)}'
+                f',"result":{_write_value(result)}}}\x1e'
+            ).encode()
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
+
     def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
         head = f'{{"type":2,"invocationId":{_quote(invocation_id)},"item":'
 
@@ -610,7 +624,20 @@ class JsonProtocol:
 
     def _read(self, record: bytearray) -> Message | None:
         """Read one record; None for a type that a later version may define."""
-        fields = self._parse(record)
+        try:
+            text = record.decode().strip(_JSON_SPACE)
+            fields, end = _scan_json(text, 0)
+            if end != len(text):
+                raise ValueError("text behind the value")
+            if end > 2 * _JSON_DEPTH:
+                _check_depth(text)
+        except (StopIteration, ValueError, RecursionError):
+            raise ProtocolError("Error reading JSON.") from None
+        if type(fields) is not dict:
+            raise ProtocolError(
+                f"Unexpected JSON Token Type '{_json_kind(fields)}'. "
+                "Expected a JSON Object."
+            )
         kind = fields.get("type", VOID)
         if type(kind) is not int:
             if kind is VOID:
@@ -618,8 +645,28 @@ class JsonProtocol:
             raise ProtocolError("Expected 'type' to be of type Number.")
         if "headers" in fields and 1 <= kind <= 5:
             _check_headers(fields["headers"])
+        return self._build(kind, fields)
+
+    def _build(self, kind: int, fields: dict[str, Any]) -> Message | None:
         if kind == 1 or kind == 4:
-            return self._read_invocation(kind, fields)
+            try:
+                target, arguments = fields["target"], fields["arguments"]
+            except KeyError:
+                raise self._incomplete(fields) from None
+            if type(target) is not str or type(arguments) is not list:
+                raise self._incomplete(fields)
+            stream_ids = fields.get("streamIds")
+            if stream_ids is not None:
+                stream_ids = self._stream_ids(stream_ids)
+            invocation_id = fields.get("invocationId")
+            if type(invocation_id) is not str or not invocation_id:
+                invocation_id = _take_id(invocation_id, required=kind == 4)
+            if kind == 4:
+                assert invocation_id is not None
+                return StreamInvocation(
+                    target, arguments, invocation_id, stream_ids or ()
+                )
+            return Invocation(target, arguments, invocation_id, stream_ids or ())
         match kind:
             case 2:
                 invocation_id = self._id(fields)
@@ -639,42 +686,6 @@ class JsonProtocol:
             case 9:
                 return Sequence(self._sequence_id(fields))
         return None
-
-    @staticmethod
-    def _parse(record: bytearray) -> dict[str, Any]:
-        """Read a record as what it must be, one JSON object."""
-        try:
-            text = record.decode()
-            if text[:1] != "{":
-                text = text.lstrip(_JSON_SPACE)
-            value, end = _scan_json(text, 0)
-            if end != len(text) and text[end:].strip(_JSON_SPACE):
-                raise ValueError("text behind the value")
-            if len(text) > 2 * _JSON_DEPTH:
-                _check_depth(text)
-        except (StopIteration, ValueError, RecursionError):
-            raise ProtocolError("Error reading JSON.") from None
-        if type(value) is not dict:
-            raise ProtocolError(
-                f"Unexpected JSON Token Type '{_json_kind(value)}'. "
-                "Expected a JSON Object."
-            )
-        return value
-
-    def _read_invocation(self, kind: int, fields: dict[str, Any]) -> Message:
-        target, arguments = fields.get("target"), fields.get("arguments")
-        if type(target) is not str or type(arguments) is not list:
-            raise self._incomplete(fields)
-        stream_ids = fields.get("streamIds")
-        if stream_ids is not None:
-            stream_ids = self._stream_ids(stream_ids)
-        invocation_id = fields.get("invocationId")
-        if type(invocation_id) is not str or not invocation_id:
-            invocation_id = _take_id(invocation_id, required=kind == 4)
-        if kind == 4:
-            assert invocation_id is not None
-            return StreamInvocation(target, arguments, invocation_id, stream_ids or ())
-        return Invocation(target, arguments, invocation_id, stream_ids or ())
 
     @staticmethod
     def _incomplete(fields: dict[str, Any]) -> ProtocolError:
@@ -796,6 +807,9 @@ class MessagePackProtocol:
 
     def encode(self, message: Message) -> bytes:
         return self._measured(self._packed(self._fields(message)))
+
+    def encode_result(self, invocation_id: str, result: Any) -> bytes:
+        return self.encode(Completion(invocation_id, result))
 
     def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
         # An array is its elements one after the other, behind their number (4).
@@ -1257,22 +1271,28 @@ class Wire:
     clients is encoded once for each wire in use, not once for each client.
     """
 
-    __slots__ = ("_frame", "encode", "ping", "protocol")
+    __slots__ = ("_binary", "_frame", "encode", "ping", "protocol")
 
     def __init__(
         self, protocol: HubProtocol, frame: Callable[[bytes, bool], bytes] | None
     ) -> None:
         self.protocol = protocol
+        self._binary = protocol.binary
         self._frame = frame
         self.encode: Callable[[Message], bytes] = self._framed(protocol.encode)
         self.ping = self.encode(PING)
+
+    def encode_result(self, invocation_id: str, result: Any) -> bytes:
+        """Write the result of one call (see `HubProtocol`)."""
+        data = self.protocol.encode_result(invocation_id, result)
+        return data if self._frame is None else self._frame(data, self._binary)
 
     def item_encoder(self, invocation_id: str) -> Callable[[Any], bytes]:
         """Make what writes the items of one stream (see `HubProtocol`)."""
         return self._framed(self.protocol.item_encoder(invocation_id))
 
     def _framed(self, encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-        frame, binary = self._frame, self.protocol.binary
+        frame, binary = self._frame, self._binary
         if frame is None:
             return encode
         return lambda value: frame(encode(value), binary)
@@ -1694,13 +1714,14 @@ def _frame_of(opcode: int, payload: bytes) -> bytes:
     return bytes((0x80 | opcode, 127)) + length.to_bytes(8, "big") + payload
 
 
+_to_integer = int.from_bytes
+
+
 def _unmask(payload: bytes, mask: bytes) -> bytes:
     """Undo the client's mask: one long XOR, the fastest way in plain Python."""
     size = len(payload)
     key = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(
-        size, "little"
-    )
+    return (_to_integer(payload) ^ _to_integer(key)).to_bytes(size)
 
 
 class FrameError(Exception):
@@ -4020,7 +4041,7 @@ class Session:
         if message.invocation_id is None:
             return
         try:
-            frame = self.wire.encode(Completion(message.invocation_id, result))
+            frame = self.wire.encode_result(message.invocation_id, result)
         except Exception as error:  # noqa: BLE001 (reading it may run user code)
             self.fail(message, method, error)
         else:
