@@ -1147,7 +1147,8 @@ class Turn:
         waiting, self._waiting = self._waiting, []
         for connection in waiting:
             try:
-                connection.flush()
+                if connection.outbox and connection.link is not None:
+                    connection.link.flush()
             except Exception:  # one broken transport must not hold up the others
                 log.exception("connection %s", connection.connection_id)
                 connection.cut("transport error")
@@ -1473,6 +1474,21 @@ class Connection:
         self.outbox.append(frame)
         self.queued += len(frame)
 
+    def mention(self, frame: bytes) -> bool:
+        """Send what only matters now, past what waits if that is quicker.
+
+        Returns False if the peer takes nothing just now.
+        """
+        if self.shortcut is not None:
+            self.traffic.messages_out += 1
+            self.traffic.bytes_out += len(frame)
+            self.shortcut(frame)
+        elif self.link is not None and self.link.writable:
+            self.send(frame, counted=False)
+        else:
+            return False
+        return True
+
     def _crowded(self) -> None:
         """Hand a full outbox to the socket now; give up on a peer that is slow."""
         self.flush()
@@ -1614,7 +1630,8 @@ class Connection:
             asyncio.get_running_loop().call_soon(self.on_data)
         self.queued = 0
         self.look_for_shortcut()
-        self.wake()
+        if self._waiters:
+            self.wake()
         return data
 
     def lost(self, error: Exception | None) -> None:
@@ -1634,7 +1651,7 @@ class Connection:
         if self.link is None:
             return False
         unsent = self.link.unsent()
-        if not (self.queued or unsent) and self.has_room():
+        if not (self.queued or unsent) and (self.replay is None or self.has_room()):
             self.stall = None
             return False
         moved = (self.taken - unsent, self.replay.first() if self.replay else 0)
@@ -4210,25 +4227,19 @@ class Session:
             return
         if now >= self._next_ping:
             self._next_ping = now + _or_forever(self.options.keep_alive_interval)
-            self._say(self.wire.ping)
+            connection.mention(self.wire.ping)
         if replay is not None:
             # What waits is not acknowledged: the client shall not send more of it.
             begun = replay.latest - len(self._waiting) - self._excess()
-            if begun > replay.acked and self._say(self.wire.encode(Ack(begun))):
+            if begun > replay.acked and connection.mention(
+                self.wire.encode(Ack(begun))
+            ):
                 replay.acked = begun
         # Acknowledgements are due each time, the rest seldom, unless bytes wait.
         patience = self._dispatcher.patience * (2 if connection.stall is None else 1)
         if replay is not None:
             patience = 0.0
         self.due = min(now + patience, self._next_ping)
-
-    def _say(self, frame: bytes) -> bool:
-        """Send what only matters now; False if the peer takes nothing just now."""
-        link = self.connection.link
-        if link is None or not link.writable:
-            return False
-        self.connection.send(frame, counted=False)
-        return True
 
 
 class Dispatcher:
@@ -4431,9 +4442,13 @@ class Dispatcher:
         )
 
     def tick(self, now: float) -> None:
-        for session in list(self.sessions.values()):
-            if now >= session.due:
+        for session in [s for s in self.sessions.values() if s.due <= now]:
+            try:
                 session.look_after(now)
+            except Exception:  # one broken transport must not hold up the others
+                name = session.connection.connection_id
+                log.exception("connection %s", name)
+                session.connection.cut("transport error")
 
 
 def _hook(session: Session, name: str) -> str:
@@ -4777,10 +4792,14 @@ class Endpoint:
 
     def _look_after(self, now: float) -> None:
         timeout = _or_forever(self.options.disconnect_timeout)
-        for connection in list(self._connections.values()):
+        watched = [  # WebSockets tell by themselves
+            connection
+            for connection in self._connections.values()
+            if connection.link is None or connection.transport != WEBSOCKETS
+        ]
+        for connection in watched:
             if connection.link is not None:
-                if connection.transport != WEBSOCKETS:  # those tell by themselves
-                    connection.link.alive()
+                connection.link.alive()
             elif now - connection.last_seen > timeout:
                 log.debug("connection %s did not come back", connection.connection_id)
                 connection.lost(None)
