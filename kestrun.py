@@ -3285,7 +3285,7 @@ _PORTION = 500
 _PATIENCE = 0.01
 
 #: Streams of one client that may be under way, and calls that await its answers.
-_RUNNING_STREAMS = 1000
+_RUNNING_CALLS = 1000
 
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
@@ -3365,50 +3365,33 @@ class UploadStream:
         return item
 
 
-def _begin_work(
-    work: Coroutine[Any, Any, None], name: str, context: contextvars.Context
-) -> Awaitable[None] | None:
-    """Run a coroutine as far as it goes without waiting, in a context of its own.
-
-    Returns what is left to be awaited, or None if that was all. Each step is timed:
-    what holds the event loop for too long is named in the log.
-    """
-    try:
-        awaited = _step(work.send, None, name, context)
-    except StopIteration:
-        return None
-    return _go_on_with(work, awaited, name, context)
-
-
 @types.coroutine
-def _go_on_with(
-    work: Coroutine[Any, Any, None],
-    awaited: Any,
+def _perform(
+    work: Coroutine[Any, Any, Any],
     name: str,
     context: contextvars.Context,
-) -> Generator[Any, Any, None]:
-    """Stand between a task and a coroutine that has begun, until its end."""
-    step: Callable[[Any], Any]
+    *awaited: Any,
+) -> Generator[Any, Any, Any]:
+    """Run a coroutine to its end in a context of its own; name a step that is slow.
+
+    awaited: what it waits for, if it has begun already.
+    """
+    step: Callable[[Any], Any] = work.send
+    value = None
     while True:
+        if awaited:
+            try:
+                step, value = work.send, (yield awaited[0])
+            except BaseException as error:  # noqa: BLE001 (handed on, as await does)
+                step, value = work.throw, error
+        started = time.perf_counter()
         try:
-            step, value = work.send, (yield awaited)
-        except BaseException as error:  # noqa: BLE001 (handed on, as await does)
-            step, value = work.throw, error
-        try:
-            awaited = _step(step, value, name, context)
-        except StopIteration:
-            return
-
-
-def _step(
-    step: Callable[[Any], Any], value: Any, name: str, context: contextvars.Context
-) -> Any:
-    started = time.perf_counter()
-    try:
-        return context.run(step, value)
-    finally:
-        if time.perf_counter() - started > _BLOCKING:
-            _warn_blocking(name, started)
+            awaited = (context.run(step, value),)
+        except StopIteration as end:
+            return end.value
+        finally:
+            if time.perf_counter() - started > _BLOCKING:
+                _warn_blocking(name, started)
 
 
 def _warn_blocking(name: str, started: float) -> None:
@@ -3420,17 +3403,131 @@ def _warn_blocking(name: str, started: float) -> None:
     )
 
 
+class Worker:
+    """A task that stands by for a method that has to wait."""
+
+    __slots__ = ("_rest", "_wanted", "loop", "task")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._wanted: asyncio.Future[None] = self.loop.create_future()
+        self._rest: Awaitable[None] | None = None
+        work = self._work()
+        work.send(None)  # cancelled before its first step, it would never know
+        self.task = asyncio.Task(work, loop=self.loop)
+
+    async def _work(self) -> None:
+        try:
+            await asyncio.sleep(0)
+            await self._wanted
+        except asyncio.CancelledError:
+            if self._rest is None:
+                raise
+            self.task.uncancel()  # it is the call that is meant, where it waits
+            self.task.cancel()
+        if self._rest is not None:
+            await self._rest
+
+    def keep(self, rest: Awaitable[None], name: str) -> None:
+        """Give the task to what is left of a call, for good."""
+        self._rest = rest
+        self.task.set_name(name)
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Let the task go on with what it has been given, or end."""
+        if not self._wanted.done():
+            self._wanted.set_result(None)
+
+
+#: Counts who keeps hold of a task, where Python can tell.
+_references = getattr(sys, "getrefcount", lambda task: math.nan)
+
+
+class Workers:
+    """Has one worker stand by, for whichever call comes next.
+
+    A task of its own costs a call more than most methods do. So a method begins
+    in the name of the task that stands by, and only if it waits does it keep it.
+    (Python's documentation has what this takes: "Extending asyncio".)
+    """
+
+    __slots__ = ("_spare",)
+
+    def __init__(self) -> None:
+        self._spare: Worker | None = None
+
+    def begin(
+        self, work: Coroutine[Any, Any, Any], context: contextvars.Context
+    ) -> tuple[Worker | None, Any]:
+        """Run a coroutine until it waits: return its worker, and for what it waits.
+
+        Returns None and the result when it has ended instead.
+        """
+        worker, self._spare = self._spare or Worker(), None
+        loop, task = worker.loop, worker.task
+        current = asyncio.current_task(loop)
+        if current is not None:
+            asyncio._leave_task(loop, current)
+        asyncio._enter_task(loop, task)
+        references = _references(task)
+        try:
+            return worker, context.run(work.send, None)
+        except StopIteration as end:
+            # Whoever kept the task might cancel it, and hit the wrong call.
+            harmless = _references(task) == references and not task.cancelling()
+            if harmless and self._spare is None:
+                self._spare = worker
+            else:
+                worker.dismiss()
+                self.stand_by()
+            return None, end.value
+        except BaseException:
+            worker.dismiss()
+            self.stand_by()
+            raise
+        finally:
+            asyncio._leave_task(loop, task)
+            if current is not None:
+                asyncio._enter_task(loop, current)
+
+    def stand_by(self) -> None:
+        if self._spare is None:
+            self._spare = Worker()
+
+    def dismiss(self) -> None:
+        if self._spare is not None:
+            self._spare.dismiss()
+            self._spare = None
+
+
+class BoundCall(NamedTuple):
+    """A call that was checked, and waits for a slot."""
+
+    message: Invocation | StreamInvocation
+    method: HubMethod
+    arguments: list[Any]
+
+
+class _Pending:
+    """Stands for the result of a call that goes on, or has said everything."""
+
+
+_PENDING = _Pending()
+
+
+async def _wait_for(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 class Call:
-    """One call of a hub method that runs in a task, or waits for its slot."""
+    """One call of a hub method that may have to wait."""
 
     __slots__ = (
-        "arguments",
-        "begun",
         "canceled",
         "holds_slot",
         "message",
         "method",
-        "returned",
         "session",
         "task",
         "uploads",
@@ -3441,123 +3538,86 @@ class Call:
         session: Session,
         message: Invocation | StreamInvocation,
         method: HubMethod,
-        arguments: list[Any],
     ) -> None:
         self.session = session
         self.message = message
         self.method = method
-        self.arguments = arguments
-        #: What the method returned, where it has been called without a task.
-        self.returned: Awaitable[Any] | None = None
+        #: A call that waits takes one of the client's slots, until it lets others in.
+        self.holds_slot = method.takes_turns
+        self.canceled = False
         #: The client's streams among the arguments.
         self.uploads: dict[str, UploadStream] | None = None
-        self.holds_slot = self.begun = self.canceled = False
+        #: What it goes on in, once it has to wait.
         self.task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Run in a task: from Python 3.12 on until it waits, else a turn later."""
-        work, name = self._work(), self.method.name
-        loop = asyncio.get_running_loop()
-        if sys.version_info >= (3, 12):
-            self.task = asyncio.Task(work, loop=loop, name=name, eager_start=True)
+    def begin(self, result: Any, context: contextvars.Context) -> Any:
+        """Go on as far as it goes without waiting, and then in a task.
+
+        result: what the method returned, to be awaited or streamed.
+        Returns what is to be sent to the client, if anything already is.
+        """
+        if self.method.streaming:
+            result = self._stream(result)
+        elif type(result) is not types.CoroutineType:
+            result = _wait_for(result)
+        session = self.session
+        context.run(_current_call.set, self)
+        worker, awaited = session.workers.begin(result, context)
+        if worker is None:
+            return awaited
+        self.task = worker.task
+        session.call_goes_on(self)
+        rest = _perform(result, self.method.name, context, awaited)
+        worker.keep(self._go_on(rest), self.method.name)
+        session.workers.stand_by()
+        return _PENDING
+
+    async def _go_on(self, rest: Awaitable[Any]) -> None:
+        """Answer in the end, and let the client's next calls begin."""
+        session = self.session
+        try:
+            result = await rest
+        except BaseException as error:  # noqa: BLE001 (user code)
+            session.fail(self.message, self.method, error)
         else:
-            self.session.starting += 1
-            self.task = asyncio.Task(work, loop=loop, name=name)
-        if not self.task.done():
-            self.session.tasks.add(self.task)
+            session.complete(self.message, self.method, result)
+        finally:
+            session.call_ended(self)
+            session.go_on()
 
     def cancel(self) -> None:
         """Stop it on the client's behalf; a completion is sent all the same."""
-        # Once, since its cleanup may take a while; and not before its first step,
-        # or the task would never get to say that it has ended.
-        if self.begun and not self.canceled and self.task is not None:
+        if not self.canceled and self.task is not None:
+            self.canceled = True  # once, since its cleanup may take a while
             self.task.cancel()
-        self.canceled = True
 
     def yield_slot(self) -> None:
         """Let the client's next call start while this one waits for an answer."""
-        if self.holds_slot:
+        if self.holds_slot and len(self.session.tasks) <= _RUNNING_CALLS:
             self.session.free_slot(self)
             self.session.go_on()
 
-    async def _work(self) -> None:
-        """Perform this call and then, in the same task, those that wait for it.
-
-        A task costs more than most methods do. One in which a call had to wait
-        ends with it, so that nobody's cancel can hit the wrong call.
-        """
-        session, task = self.session, self.task or asyncio.current_task()
-        assert task is not None
-        until = time.perf_counter() + _PATIENCE
-        call: Call | None = self
-        if sys.version_info < (3, 12):
-            session.starting -= 1
-            session.look_again()
-        try:
-            while call is not None:
-                call.task = task
-                try:
-                    rest = call._begin()
-                    if rest is not None:
-                        session.go_on()  # the calls before it may have made room
-                        await rest
-                except asyncio.CancelledError:
-                    session.answer_canceled(call.message)
-                    raise
-                finally:
-                    session.call_ended(call)
-                if rest is not None or task.cancelling():
-                    break
-                call = session.next_call(until)
-        finally:
-            session.tasks.discard(task)
-            session.go_on()
-
-    def _begin(self) -> Awaitable[None] | None:
-        """Run the method as far as it goes without waiting; return the rest."""
-        context = self.session.variables.copy()  # calls share a task, not variables
-        context.run(_current_call.set, self)
-        self.begun = True
-        work = self._stream() if self.method.streaming else self._answer()
-        try:
-            return _begin_work(work, self.method.name, context)
-        finally:
-            self.session.clock = time.perf_counter()
-
-    async def _answer(self) -> None:
-        try:
-            result = self.session.invoke(self)
-            if hasattr(result, "__await__"):
-                result = await result
-        except (asyncio.CancelledError, *_EXITS):
-            raise
-        except BaseException as error:  # noqa: BLE001 (user code)
-            self.session.fail(self.message, self.method, error)
-        else:
-            self.session.complete(self.message, self.method, result)
-
-    async def _stream(self) -> None:
-        """Send every item, then one completion without a result."""
+    async def _stream(self, items: Any) -> Any:
+        """Send every item; a completion without a result follows."""
         session, target = self.session, self.message.target
-        problem, text = _failed_invoking(target), None
+        if hasattr(items, "__await__"):
+            items = await items
+        if not hasattr(items, "__aiter__"):
+            text = (
+                f"The value returned by the streaming method '{target}' "
+                "is not a ChannelReader<> or IAsyncEnumerable<>."
+            )
+            session.reply(
+                self.message, Completion(session.id_of(self.message), VOID, text)
+            )
+            return _PENDING
         try:
-            items = session.invoke(self)
-            if hasattr(items, "__await__"):
-                items = await items
-            if hasattr(items, "__aiter__"):
-                problem = "An error occurred on the server while streaming results."
-                await self._send_items(items)
-            else:
-                text = (
-                    f"The value returned by the streaming method '{target}' "
-                    "is not a ChannelReader<> or IAsyncEnumerable<>."
-                )
-        except (asyncio.CancelledError, *_EXITS):
-            raise
+            await self._send_items(items)
         except BaseException as error:  # noqa: BLE001 (user code)
-            session.log_failure(self.method, error)
-            text = _detail(problem, error, session.options)
-        session.reply(self.message, Completion(session.id_of(self.message), VOID, text))
+            problem = "An error occurred on the server while streaming results."
+            session.fail(self.message, self.method, error, problem)
+            return _PENDING
+        return VOID
 
     async def _send_items(self, items: AsyncIterable[Any]) -> None:
         """Send items as fast as the client takes them: it is the only receiver."""
@@ -3613,7 +3673,6 @@ class Session:
         "_pinged",
         "_pumping",
         "_resuming",
-        "_running",
         "_slots",
         "_waiting",
         "calls",
@@ -3624,11 +3683,12 @@ class Session:
         "ended",
         "hub",
         "options",
-        "starting",
+        "running",
         "tasks",
         "uploads",
         "variables",
         "wire",
+        "workers",
     )
 
     def __init__(
@@ -3637,6 +3697,7 @@ class Session:
         self._dispatcher = dispatcher
         self._methods = dispatcher.methods
         self._intercepts = dispatcher.intercepts
+        self.workers = dispatcher.workers
         self.options = dispatcher.options
         self.connection = connection
         self.wire = wire
@@ -3650,13 +3711,12 @@ class Session:
         )
         self.calls: dict[str, Call] = {}
         self.uploads: dict[str, UploadStream] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[None], Call] = {}
         #: What may not begin yet, in order; its first is what the rest waits for.
-        self._waiting: list[Message | Call] = []
+        self._waiting: list[Message | BoundCall] = []
         self._mark = 0  # what had been fed when the waiting began
-        #: Calls whose task has not taken its first step yet; none may overtake them.
-        self.starting = 0
-        self._running = 0
+        #: Slots that are taken.
+        self.running = 0
         limit = self.options.maximum_parallel_invocations_per_client
         self._slots = math.inf if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
@@ -3695,14 +3755,16 @@ class Session:
             self.end(error, self._farewell(error))
         finally:
             self._pumping = False
-        connection.taken_in(busy)
+        if busy or connection.busy:
+            connection.taken_in(busy)
 
     def _read(self, messages: Iterator[Message | None]) -> bool:
         """Read and dispatch messages; tell whether whole ones are left unread."""
         connection, traffic = self.connection, self.connection.traffic
         self.clock = time.perf_counter()
         until = self.clock + _PATIENCE
-        self._advance(until)
+        if self._waiting:
+            self._advance(until)
         for _ in range(_PORTION):
             if self.clock > until:
                 break
@@ -3775,55 +3837,38 @@ class Session:
 
     def _queue(self, message: Message) -> None:
         """Let a message begin, or wait behind those that came before it."""
-        if not self._waiting or self._is_of_open_stream(message):
-            rest = self._begin(message, Call.start)
-        else:
-            rest = message
-        if rest is not None:
+        if self._waiting and not self._is_of_open_stream(message):
+            self._waiting.append(message)
+        elif (rest := self._begin(message)) is not None:
             if not self._waiting:
                 self._mark = self.connection.fed
             self._waiting.append(rest)
 
-    def _is_of_open_stream(self, message: Message | Call) -> bool:
+    def _is_of_open_stream(self, message: Message | BoundCall) -> bool:
         """Tell whether it is an item, or the end, of a stream that a method reads."""
         return (
             isinstance(message, (StreamItem, Completion))
             and message.invocation_id in self.uploads
         )
 
-    def _advance(self, until: float, adopted: list[Call] | None = None) -> None:
-        """Let what waits begin, in order, as far as it may and there is time.
-
-        adopted: takes the first call that got a slot and needs a task.
-        """
-        start = Call.start if adopted is None else adopted.append
-        while self._waiting and not adopted and self.clock <= until:
-            # Taken out first: a call that ends at once comes here for the next.
-            rest = self._begin(self._waiting.pop(0), start)
+    def _advance(self, until: float) -> None:
+        """Let what waits begin, in order, as far as it may and there is time."""
+        while self._waiting and self.clock <= until:
+            # Taken out first, since what begins may look here for what is next.
+            rest = self._begin(self._waiting.pop(0))
             if rest is not None:
                 self._waiting.insert(0, rest)
                 return
 
-    def next_call(self, until: float) -> Call | None:
-        """Give the slot that is free now to the next call, for the same task."""
-        if not self._waiting or self._pumping or self.ended.done():
-            return None  # the pump goes on by itself
-        adopted: list[Call] = []
-        self._advance(until, adopted)
-        return adopted[0] if adopted else None
-
-    def _begin(
-        self, item: Message | Call, start: Callable[[Call], None]
-    ) -> Message | Call | None:
-        """Act on a message whose turn has come; return what still has to wait.
-
-        start: what makes a call run that takes turns and got its slot.
-        """
+    def _begin(self, item: Message | BoundCall) -> Message | BoundCall | None:
+        """Act on a message whose turn has come; return what still has to wait."""
         match item:
             case Invocation() | StreamInvocation():
-                return item if self._must_wait() else self._begin_call(item, start)
-            case Call():
-                return item if self._must_wait() else self._place(item, start)
+                return item if self._must_wait() else self._begin_call(item)
+            case BoundCall():
+                if self.running >= self._slots or self._must_wait():
+                    return item
+                self._call(*item)
             case StreamItem(invocation_id, value):
                 if (stream := self.uploads.get(invocation_id)) is not None:
                     stream.put(value)
@@ -3835,17 +3880,15 @@ class Session:
 
     def _must_wait(self) -> bool:
         """Tell whether no call of the client may begin just now."""
-        if self.starting or (self.uploads and self._excess()):
-            return True
         connection = self.connection  # who takes no answers gets no more of them
-        return connection.queued > _HIGH_WATER and not connection.closing
+        if connection.queued > _HIGH_WATER and not connection.closing:
+            return True
+        return bool(self.uploads) and self._excess() > 0
 
     def _begin_call(
-        self,
-        message: Invocation | StreamInvocation,
-        start: Callable[[Call], None],
-    ) -> Message | Call | None:
-        """Check a call in the reference's order, then run it or let it wait."""
+        self, message: Invocation | StreamInvocation
+    ) -> Message | BoundCall | None:
+        """Check a call in the reference's order, then make it or let it wait."""
         method = self._methods.get(_fold(message.target))
         try:
             if method is None:
@@ -3863,33 +3906,10 @@ class Session:
         if not fits and (refusal := self._misfit(message, method)) is not None:
             self._refuse(message, refusal)
             return None
-        if method.direct and self._running < self._slots and not self._intercepts:
-            self._call_directly(message, method, arguments, start)
-            return None
-        return self._place(Call(self, message, method, arguments), start)
-
-    def _place(self, call: Call, start: Callable[[Call], None]) -> Call | None:
-        """Run a call now, directly or in a task, unless all slots are taken."""
-        method = call.method
-        if not method.takes_turns:
-            self._register(call)
-            call.start()
-        elif (
-            self._running >= self._slots
-            or len(self.tasks) >= self._slots + _RUNNING_STREAMS
-        ):  # those that await a client's answer have no slot, but do count
-            return call
-        elif method.direct and not self._intercepts:
-            self._call_directly(call.message, method, call.arguments, start)
-        else:
-            self._take_slot(call, start)
+        if self.running >= self._slots and method.takes_turns:
+            return BoundCall(message, method, arguments)
+        self._call(message, method, arguments)
         return None
-
-    def _take_slot(self, call: Call, start: Callable[[Call], None]) -> None:
-        self._register(call)
-        self._running += 1
-        call.holds_slot = True
-        start(call)
 
     # Calls
 
@@ -3912,7 +3932,7 @@ class Session:
             return _detail(_failed_invoking(target), error, self.options)
         if streaming and message.invocation_id in self.calls:
             return f"Invocation ID '{message.invocation_id}' is already in use."
-        if len(self.tasks) >= _RUNNING_STREAMS:
+        if len(self.tasks) >= _RUNNING_CALLS:
             return "The client has too many calls and streams under way."
         for position, name in enumerate(message.stream_ids):
             if name in self.uploads or name in message.stream_ids[:position]:
@@ -3924,54 +3944,75 @@ class Session:
         log.info("connection %s: %s", self.connection.connection_id, shown)
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
-    def _call_directly(
+    def _call(
         self,
         message: Invocation | StreamInvocation,
         method: HubMethod,
         arguments: list[Any],
-        start: Callable[[Call], None],
     ) -> None:
-        """Call a plain method right here: it is over before anyone could wait."""
-        started, context = time.perf_counter(), self.variables.copy()
+        """Call a method right here; only what has to wait goes on in a task."""
+        started, context, call = time.perf_counter(), self.variables.copy(), None
+        if not method.takes_turns:
+            call = Call(self, message, method)
+            if method.uploads:
+                arguments = self._open_uploads(call, arguments)
         try:
-            result = context.run(method.function, self.hub, *arguments)
-        except _EXITS:
-            raise
+            if self._intercepts:
+                result = context.run(self._intercept, message, method, arguments)
+            else:
+                result = context.run(method.function, self.hub, *arguments)
+            if method.streaming or hasattr(result, "__await__"):
+                call = call or Call(self, message, method)
+                result = call.begin(result, context)
         except BaseException as error:  # noqa: BLE001 (user code)
             self.fail(message, method, error)
         else:
-            if hasattr(result, "__await__"):  # an async function in a plain wrapper
-                call = Call(self, message, method, arguments)
-                call.returned = result
-                self._take_slot(call, start)
-            else:
-                self.complete(message, method, result)
+            self.complete(message, method, result)
+        if call is not None and call.uploads and call.task is None:
+            self._close_uploads(call.uploads)
         self.clock = time.perf_counter()
         if self.clock - started > _BLOCKING:
             _warn_blocking(method.name, started)
 
-    def _register(self, call: Call) -> None:
-        """Let a call be found by its id, and open its upload streams."""
-        if call.message.invocation_id is not None:
-            self.calls.setdefault(call.message.invocation_id, call)
-        if call.method.uploads:
-            self._open_uploads(call)
+    def _intercept(
+        self,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        arguments: list[Any],
+    ) -> Any:
+        """Let the hub's `on_invocation` make the call."""
+        invocation = HubInvocation(message.target, arguments)
 
-    def _open_uploads(self, call: Call) -> None:
+        async def call_next() -> Any:
+            result = method.function(self.hub, *invocation.arguments)
+            return await result if hasattr(result, "__await__") else result
+
+        return self.hub.on_invocation(invocation, call_next)
+
+    def _open_uploads(self, call: Call, arguments: list[Any]) -> list[Any]:
         """Put the client's streams among the arguments, in the method's order."""
-        call.arguments, call.uploads = list(call.arguments), {}
+        arguments, call.uploads = list(arguments), {}
         places = zip(call.message.stream_ids, call.method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
             name = f"{call.method.name}: an item of {name!r}"
             stream = UploadStream(name, convert, self.options, self.look_again)
             self.uploads[stream_id] = call.uploads[stream_id] = stream
-            call.arguments.insert(position, stream)
+            arguments.insert(position, stream)
         line, self._waiting = self._waiting, []
         for item in line:  # what came for these streams need not wait any more
-            if not self._is_of_open_stream(item):
-                self._waiting.append(item)
+            if self._is_of_open_stream(item):
+                self._begin(item)
             else:
-                self._begin(item, Call.start)
+                self._waiting.append(item)
+        return arguments
+
+    def call_goes_on(self, call: Call) -> None:
+        """Let a call that waits be found, by its id and by its task."""
+        assert call.task is not None
+        self.tasks[call.task] = call
+        self.running += call.holds_slot
+        if call.message.invocation_id is not None:
+            self.calls.setdefault(call.message.invocation_id, call)
 
     def look_again(self) -> None:
         """See soon whether what waits may begin: there is room, or one less waits."""
@@ -3984,7 +4025,7 @@ class Session:
             call.cancel()
             return
         for position, item in enumerate(self._waiting):
-            message = item.message if isinstance(item, Call) else item
+            message = item.message if isinstance(item, BoundCall) else item
             if (
                 isinstance(message, (Invocation, StreamInvocation))
                 and message.invocation_id == invocation_id
@@ -3994,27 +4035,10 @@ class Session:
                 self.look_again()
                 return
 
-    def invoke(self, call: Call) -> Any:
-        """Call the method, inside the hub's `on_invocation` if it has one."""
-        if call.canceled:  # before its task took the first step
-            if inspect.iscoroutine(call.returned):
-                call.returned.close()
-            raise asyncio.CancelledError
-        if call.returned is not None:
-            return call.returned
-        method = call.method
-        if not self._intercepts:
-            return method.function(self.hub, *call.arguments)
-        invocation = HubInvocation(call.message.target, call.arguments)
-
-        async def call_next() -> Any:
-            result = method.function(self.hub, *invocation.arguments)
-            return await result if hasattr(result, "__await__") else result
-
-        return self.hub.on_invocation(invocation, call_next)
-
     def call_ended(self, call: Call) -> None:
-        """Forget a call, its streams and its slot."""
+        """Forget a call, its task, its streams and its slot."""
+        assert call.task is not None
+        del self.tasks[call.task]
         name = call.message.invocation_id
         if name is not None and self.calls.get(name) is call:
             del self.calls[name]
@@ -4033,7 +4057,8 @@ class Session:
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False
-        self._running -= 1
+        if call.task is not None:
+            self.running -= 1
 
     # To the client
 
@@ -4055,7 +4080,7 @@ class Session:
         result: Any,
     ) -> None:
         """Answer with a result; one that cannot be written becomes an error."""
-        if message.invocation_id is None:
+        if message.invocation_id is None or result is _PENDING:
             return
         try:
             frame = self.wire.encode_result(message.invocation_id, result)
@@ -4069,10 +4094,20 @@ class Session:
         message: Invocation | StreamInvocation,
         method: HubMethod,
         error: BaseException,
+        problem: str | None = None,
     ) -> None:
-        """Answer with what the client may know of an error; log the rest."""
-        self.log_failure(method, error)
-        text = _detail(_failed_invoking(message.target), error, self.options)
+        """Answer with what the client may know of an error; log the rest.
+
+        problem: what failed, if it was not the call itself.
+        """
+        if isinstance(error, _EXITS):
+            raise error
+        if isinstance(error, asyncio.CancelledError):
+            self.answer_canceled(message)
+            return
+        self._log_failure(method, error)
+        problem = problem or _failed_invoking(message.target)
+        text = _detail(problem, error, self.options)
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
     def answer_canceled(self, message: Invocation | StreamInvocation) -> None:
@@ -4084,7 +4119,7 @@ class Session:
             text = _detail(_failed_invoking(message.target), error, self.options)
         self.reply(message, Completion(self.id_of(message), VOID, text))
 
-    def log_failure(self, method: HubMethod, error: BaseException) -> None:
+    def _log_failure(self, method: HubMethod, error: BaseException) -> None:
         """Log an error of user code: in full, unless it is one of the client's."""
         left = isinstance(error, ConnectionError) and self.ended.done()
         if isinstance(error, HubException) or left:
@@ -4263,6 +4298,7 @@ class Dispatcher:
         )
         self.contexts: dict[str, HubCallerContext] = {}
         self.sessions: dict[str, Session] = {}
+        self.workers = Workers()
         self.protocols = protocols
         self._hub_class = hub_class
         self._groups = GroupManager(self.registry)
@@ -4426,9 +4462,7 @@ class Dispatcher:
                 await result
 
         context = contextvars.copy_context()
-        rest = _begin_work(run(), _hook(session, hook.__name__), context)
-        if rest is not None:
-            await rest
+        await _perform(run(), _hook(session, hook.__name__), context)
 
     @staticmethod
     def _log_hook(session: Session, name: str, error: Exception) -> None:
@@ -4769,6 +4803,7 @@ class Endpoint:
     async def start(self, app: web.Application) -> None:
         """Start the sweep; aiohttp calls this when the application starts."""
         self._stopping = False
+        self.dispatcher.workers.stand_by()
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def _sweep(self) -> None:
@@ -4831,6 +4866,7 @@ class Endpoint:
                     connection.lost(None)
         for connection in list(self._connections.values()):
             connection.cut("shutdown")
+        self.dispatcher.workers.dismiss()
         if self._sweeper is not None:
             self._sweeper.cancel()
 

@@ -31,6 +31,7 @@ import contextvars
 import dataclasses
 import datetime
 import enum
+import functools
 import gc
 import importlib
 import importlib.util
@@ -8427,18 +8428,14 @@ async def test_a_cancelled_method_finishes_its_cleanup(serve, again) -> None:
 
 
 @both_protocols
-async def test_a_call_cancelled_before_its_first_step_is_completed(
-    serve, protocol
-) -> None:
+async def test_a_call_cancelled_at_once_is_completed(serve, protocol) -> None:
     Victim.notes.clear()
     client = await (await serve(Victim)).connect(("WebSockets", protocol))
     called = call("CleanUp", invocationId="1")
     await client.send(called, {"type": 5, "invocationId": "1"})
     assert "error" in await client.next(3, "1")
     assert await client.invoke("Echo", 1) == 1
-    # From Python 3.12 on the first step is taken as soon as the call arrives.
-    begun = ["begun", "cleaned up"] if sys.version_info >= (3, 12) else []
-    assert Victim.notes == begun
+    assert Victim.notes == ["begun", "cleaned up"]
 
 
 @both_protocols
@@ -8517,6 +8514,174 @@ async def test_a_variable_of_one_client_is_not_seen_by_another(serve) -> None:
         for id in ids:
             await client.finish(id)
     await shouting
+
+
+class Tasks(kestrun.Hub):
+    """Methods that ask asyncio in whose name they run."""
+
+    kept: ClassVar[list[asyncio.Task]] = []
+    begun: ClassVar[asyncio.Event]
+    gate: ClassVar[asyncio.Event]
+
+    async def soon(self, value: Any) -> Any:
+        return value
+
+    async def keep_task(self) -> None:
+        self.kept.append(asyncio.current_task())
+
+    async def same_task(self) -> bool:
+        before = asyncio.current_task()
+        await asyncio.sleep(0)
+        return before is not None and asyncio.current_task() is before
+
+    async def hurry(self, seconds: float) -> str:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.gate.wait()
+        except TimeoutError:
+            return "late"
+        return "in time"
+
+    async def hurry_a_turn(self) -> str:
+        try:
+            async with asyncio.timeout(0):
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+        except TimeoutError:
+            return "late"
+        return "in time"
+
+    async def give_up(self, wait: bool) -> None:
+        asyncio.current_task().cancel()
+        if wait:
+            await asyncio.sleep(0)
+
+    async def think_again(self) -> str:
+        asyncio.current_task().cancel()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            asyncio.current_task().uncancel()
+        await asyncio.sleep(0.001)
+        return "went on"
+
+    async def divide(self) -> list[int]:
+        async def part(number: int) -> int:
+            await asyncio.sleep(0)
+            return number
+
+        async with asyncio.TaskGroup() as group:
+            parts = [group.create_task(part(number)) for number in range(3)]
+        return [part.result() for part in parts]
+
+    async def fall_apart(self) -> str:
+        async def part() -> None:
+            raise OSError("broken")
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(part())
+                await self.gate.wait()
+        except ExceptionGroup as errors:
+            return str(errors.exceptions[0])
+        return "held"
+
+    async def wait(self) -> str:
+        self.begun.set()
+        await self.gate.wait()
+        return "waited"
+
+    async def several(self, count: int) -> AsyncIterator[bool]:
+        first = asyncio.current_task()
+        for number in range(count):
+            if number % 2:
+                await asyncio.sleep(0)
+            yield first is not None and asyncio.current_task() is first
+
+
+@pytest_asyncio.fixture
+async def serve_tasks(serve) -> Callable[[], Awaitable[Server]]:
+    Tasks.kept, Tasks.begun, Tasks.gate = [], asyncio.Event(), asyncio.Event()
+    return functools.partial(serve, Tasks)
+
+
+@pytest_asyncio.fixture
+async def tasks(serve_tasks) -> Client:
+    return await (await serve_tasks()).connect()
+
+
+async def test_a_method_runs_in_one_task_from_its_first_step_on(tasks) -> None:
+    assert await tasks.invoke("SameTask") is True
+    id = await tasks.begin("Several", 4, type=4)
+    assert [(await tasks.next(2, id))["item"] for _ in range(4)] == [True] * 4
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, 0.01])
+async def test_a_timeout_around_the_first_wait_ends_that_wait(tasks, seconds) -> None:
+    assert await tasks.invoke("Hurry", seconds) == "late"
+    assert await tasks.invoke("Soon", 1) == 1
+
+
+async def test_a_timeout_of_zero_ends_a_method_that_only_gives_way(tasks) -> None:
+    assert await tasks.invoke("HurryATurn") == "late"
+    assert await tasks.invoke("Soon", 1) == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_a_method_that_cancels_its_task_hits_nobody_else(tasks, wait) -> None:
+    id = await tasks.begin("GiveUp", wait)
+    later = await tasks.begin("Hurry", 0.01)
+    assert ("error" in await tasks.next(3, id)) is wait
+    assert await tasks.finish(later) == "late"
+    for _ in range(3):
+        assert await tasks.invoke("SameTask") is True
+
+
+async def test_a_method_may_cancel_a_task_that_is_new(serve_tasks) -> None:
+    server = await serve_tasks(maximum_parallel_invocations_per_client=3)
+    client = await server.connect()
+    await client.send(call("Wait"), call("GiveUp", True, invocationId="gives up"))
+    assert "error" in await client.next(3, "gives up")
+
+
+async def test_a_method_may_survive_its_cancellation(tasks) -> None:
+    assert await tasks.invoke("ThinkAgain") == "went on"
+
+
+async def test_task_groups_work_from_the_first_step_on(tasks) -> None:
+    assert await tasks.invoke("Divide") == [0, 1, 2]
+    assert await tasks.invoke("FallApart") == "broken"
+
+
+async def test_a_task_kept_from_a_call_that_is_over_cancels_no_other(
+    serve_tasks,
+) -> None:
+    server = await serve_tasks()
+    one, other = await server.connect(), await server.connect()
+    await one.invoke("KeepTask")
+    waiting = await other.begin("Wait")
+    await Tasks.begun.wait()
+    Tasks.kept.pop().cancel()
+    await one.invoke("Soon", 1)
+    Tasks.gate.set()
+    assert await other.finish(waiting) == "waited"
+
+
+async def test_calls_leave_no_task_behind(serve_tasks) -> None:
+    outside = asyncio.all_tasks()
+    server = await serve_tasks()
+    idle = len(asyncio.all_tasks())
+    client = await server.connect()
+    for method in ("SameTask", "KeepTask", "GiveUp", "SameTask"):
+        await client.begin(method, *([False] if method == "GiveUp" else []))
+    waiting = [await client.begin("Wait") for _ in range(3)]
+    Tasks.gate.set()
+    for id in waiting:
+        await client.finish(id)
+    await client.leave()
+    await until(lambda: len(asyncio.all_tasks()) == idle)
+    await server.runner.cleanup()
+    await until(lambda: asyncio.all_tasks() == outside)
 
 
 @everywhere
