@@ -82,6 +82,7 @@ import random
 import re
 import secrets
 import signal
+import struct
 import sys
 import time
 import types
@@ -629,7 +630,10 @@ class JsonProtocol:
             fields, end = _scan_json(text, 0)
             if end != len(text):
                 raise ValueError("text behind the value")
-            if end > 2 * _JSON_DEPTH:
+            if (
+                end > 2 * _JSON_DEPTH
+                and text.count("[") + text.count("{") > _JSON_DEPTH
+            ):  # there are brackets enough to nest so deep
                 _check_depth(text)
         except (StopIteration, ValueError, RecursionError):
             raise ProtocolError("Error reading JSON.") from None
@@ -757,8 +761,6 @@ def _check_headers(headers: Any) -> None:
 
 def _check_depth(text: str) -> None:
     """Raise ValueError for JSON nested deeper than the reference reads."""
-    if text.count("[") + text.count("{") <= _JSON_DEPTH:
-        return  # the usual case: too few brackets to nest so deep
     depth = deepest = 0
     for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][}{]', "", text):
         depth += 1 if bracket in "[{" else -1
@@ -1713,6 +1715,7 @@ _EMPTY_FRAGMENTS = 100
 
 #: The heads of short text and binary frames, by the length of their payload.
 _HEADS = [[bytes((0x80 | opcode, n)) for n in range(126)] for opcode in (TEXT, BINARY)]
+_long_head, _longest_head = struct.Struct("!BBH").pack, struct.Struct("!BBQ").pack
 
 
 def _frame(payload: bytes, binary: bool = False) -> bytes:
@@ -1727,8 +1730,8 @@ def _frame_of(opcode: int, payload: bytes) -> bytes:
     if length < 126:
         return bytes((0x80 | opcode, length)) + payload
     if length < 65_536:
-        return bytes((0x80 | opcode, 126)) + length.to_bytes(2, "big") + payload
-    return bytes((0x80 | opcode, 127)) + length.to_bytes(8, "big") + payload
+        return _long_head(0x80 | opcode, 126, length) + payload
+    return _longest_head(0x80 | opcode, 127, length) + payload
 
 
 _to_integer = int.from_bytes
@@ -2920,8 +2923,6 @@ class HubMethod:
         ) or _is_stream(result)
         #: Neither sends a stream nor takes one: its calls take turns.
         self.takes_turns = not (self.streaming or self.uploads)
-        #: Runs to its end when called, so that no task is needed for it.
-        self.direct = self.takes_turns and not inspect.iscoroutinefunction(function)
 
     def _add(self, parameter: inspect.Parameter, annotation: Any) -> None:
         if parameter.kind is parameter.VAR_KEYWORD:
