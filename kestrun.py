@@ -89,6 +89,7 @@ import types
 import typing
 import unicodedata
 import uuid
+import weakref
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -1106,7 +1107,8 @@ class Turn:
         #: What many will get at the end of the turn, if anything.
         self.batch: Batch | None = None
         self._scheduled = False
-        #: Bytes published to many since the last flush (see `ClientProxy.send`).
+        #: Bytes published since the last flush, counted once for all receivers (see
+        #: `ClientProxy.send`).
         self.published = 0
 
     def add(self, connection: Connection) -> None:
@@ -1369,7 +1371,6 @@ class Connection:
         "busy",
         "closing",
         "connection_id",
-        "failed",
         "fed",
         "gone",
         "inbox",
@@ -1416,8 +1417,6 @@ class Connection:
         self.replay: Replay | None = None
         #: The hub has ended: no more is sent than what is in the outbox.
         self.closing = False
-        #: The hub ended with an exception.
-        self.failed = False
         #: Nobody will read the outbox any more; the token is dead.
         self.gone = False
         self.link: Link | None = None
@@ -1544,7 +1543,6 @@ class Connection:
     def finish(self, failed: bool = False) -> None:
         """End from the hub's side: deliver what is queued, then close."""
         self.shut()
-        self.failed = failed
         if self.link is not None:
             self.link.finish(failed)
         elif self.transport != LONG_POLLING:
@@ -2458,7 +2456,7 @@ class _Slot(Protocol):
         """Let the client's next call start. Raises HubException if impossible."""
 
 
-#: The hub method call, or the on_connected, that the current task works for.
+#: The hub method call, or the on_connected, to which the current context belongs.
 _current_call: contextvars.ContextVar[_Slot | None] = contextvars.ContextVar(
     "kestrun_call", default=None
 )
@@ -2985,7 +2983,7 @@ class HubMethod:
         for name, convert, value in zip(names, converters, values, strict=False):
             try:
                 convert(value)
-            except Exception as error:  # noqa: BLE001 (a dataclass of the user's may check)
+            except Exception as error:  # noqa: BLE001 (user code may check it)
                 log.warning("%s: argument %r does not fit: %s", self.name, name, error)
                 return
 
@@ -3264,8 +3262,9 @@ def _to_dataclass(kind: type) -> Converter:
 #
 # `Dispatcher.run` is the life of a connection on one screen. Between connected
 # and disconnected it sleeps: messages are dispatched straight from the bytes
-# that bring them (`Session.pump`), so an idle client costs no work and a plain
-# method no task. Other methods run in tasks; calls that waited may share one.
+# that bring them (`Session.pump`), so an idle client costs no work. A method is
+# called right there, too: an async one begins in the name of a task that stands by
+# (`Workers`) and goes on in it only if it has to wait. Most never need one.
 #
 # Calls and stream items have their turn in the order of their arrival. One that
 # may not begin yet, for want of a slot or of room, waits, and so do those behind
@@ -3288,11 +3287,14 @@ _PATIENCE = 0.01
 #: Streams of one client that may be under way, and calls that await its answers.
 _RUNNING_CALLS = 1000
 
+#: Workers that may come for the calls of one client at once.
+_MOST_WORKERS = 32
+
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
 
 #: What user code raises to end more than itself.
-_EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_EXITS = (KeyboardInterrupt, SystemExit)
 
 
 class OperationCanceled(Exception):
@@ -3331,7 +3333,7 @@ class UploadStream:
             return
         try:
             self._items.append(self._convert(item) if self._convert else item)
-        except Exception as error:  # noqa: BLE001 (as in HubMethod.bind)
+        except Exception as error:  # noqa: BLE001 (user code may check it)
             log.warning("%s does not fit: %s", self._name, error)
             message = "Failed to bind Stream message."
             self.end(HubException(_detail(message, error, self._options)))
@@ -3404,102 +3406,152 @@ def _warn_blocking(name: str, started: float) -> None:
     )
 
 
-class Worker:
-    """A task that stands by for a method that has to wait."""
-
-    __slots__ = ("_rest", "_wanted", "loop", "task")
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._wanted: asyncio.Future[None] = self.loop.create_future()
-        self._rest: Awaitable[None] | None = None
-        work = self._work()
-        work.send(None)  # cancelled before its first step, it would never know
-        self.task = asyncio.Task(work, loop=self.loop)
-
-    async def _work(self) -> None:
-        try:
-            await asyncio.sleep(0)
-            await self._wanted
-        except asyncio.CancelledError:
-            if self._rest is None:
-                raise
-            self.task.uncancel()  # it is the call that is meant, where it waits
-            self.task.cancel()
-        if self._rest is not None:
-            await self._rest
-
-    def keep(self, rest: Awaitable[None], name: str) -> None:
-        """Give the task to what is left of a call, for good."""
-        self._rest = rest
-        self.task.set_name(name)
-        self.dismiss()
-
-    def dismiss(self) -> None:
-        """Let the task go on with what it has been given, or end."""
-        if not self._wanted.done():
-            self._wanted.set_result(None)
-
-
 #: Counts who keeps hold of a task, where Python can tell.
 _references = getattr(sys, "getrefcount", lambda task: math.nan)
+_weak_references = weakref.getweakrefcount
+
+
+class Worker:
+    """A task that stands by, to make whatever call comes next (see `Workers`).
+
+    It is itself the future for which its task waits meanwhile. A future is told what
+    wakes who waits for it, and for a task that is to take its next step. So a call can
+    begin here and now, in a task like any other, at hardly any cost.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_loop",
+        "_workers",
+        "call",
+        "context",
+        "go",
+        "task",
+        "wake",
+    )
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._loop = loop = asyncio.get_running_loop()
+        self._asyncio_future_blocking = False  # marks a future: `asyncio.isfuture`
+        #: What the task shall do, and where; without a call it ends.
+        self.call: Call | None = None
+        self.context: contextvars.Context | None = None
+        #: What makes the task do it, called with `go`.
+        self.wake: Callable[[asyncio.Future[None]], object] | None = None
+        self.go: asyncio.Future[None] = loop.create_future()
+        self.go.set_result(None)
+        self.task = asyncio.Task(
+            self._work(),
+            loop=loop,
+            name="kestrun worker",
+            context=contextvars.Context(),
+        )
+
+    async def _work(self) -> None:
+        await self._make_calls()
+
+    @types.coroutine
+    def _make_calls(self) -> Generator[Any, Any, None]:
+        """Make calls that need not wait, and then one that does."""
+        while True:
+            self._asyncio_future_blocking = True  # as `await` says it to a task
+            yield self
+            call, context, self.call, self.context = self.call, self.context, None, None
+            if call is None or context is None:
+                return
+            _current_call.set(call)
+            try:
+                awaited = call.work.send(None)
+            except StopIteration as end:
+                call.session.complete(call.message, call.method, end.value)
+            except BaseException as error:  # noqa: BLE001 (user code)
+                call.session.fail(call.message, call.method, error)
+            else:
+                yield from call.go_on(self.task, context, awaited)
+                return
+            del call, context  # nothing of a client's outlives its calls
+
+    def dismiss(self) -> None:
+        """Let the task that stands by end."""
+        self._workers.idle.remove(self)
+        wake, self.wake = self.wake, None
+        assert wake is not None
+        self._loop.call_soon(wake, self.go)
+
+    # What the task asks of a future
+
+    def add_done_callback(
+        self, wake: Callable[[asyncio.Future[None]], object], *, context: Any
+    ) -> None:
+        self.wake = wake
+        self._workers.idle.append(self)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """End cancelled, if nobody has a call for it: see `asyncio.all_tasks`."""
+        if self.wake is None:
+            return False
+        self.go = self._loop.create_future()
+        self.go.cancel(msg)
+        self.dismiss()
+        return True
 
 
 class Workers:
-    """Has one worker stand by, for whichever call comes next.
+    """Has workers stand by for the calls of one hub.
 
-    A task of its own costs a call more than most methods do. So a method begins
-    in the name of the task that stands by, and only if it waits does it keep it.
-    (Python's documentation has what this takes: "Extending asyncio".)
+    A task of its own costs a call more than most methods do. A worker makes any number
+    of calls, until one of them has to wait; that one keeps the worker's task.
     """
 
-    __slots__ = ("_spare",)
+    __slots__ = ("idle",)
 
     def __init__(self) -> None:
-        self._spare: Worker | None = None
+        self.idle: list[Worker] = []
 
-    def begin(
-        self, work: Coroutine[Any, Any, Any], context: contextvars.Context
-    ) -> tuple[Worker | None, Any]:
-        """Run a coroutine until it waits: return its worker, and for what it waits.
+    def begin(self, call: Call, context: contextvars.Context, waiting: int) -> bool:
+        """Make a call, as far as it goes without waiting.
 
-        Returns None and the result when it has ended instead.
+        context: that of the call, and what it answers.
+        waiting: how many may be next, and need a worker each if they wait.
+        Returns False if nobody stands by; in the next turn somebody will.
         """
-        worker, self._spare = self._spare or Worker(), None
-        loop, task = worker.loop, worker.task
-        current = asyncio.current_task(loop)
-        if current is not None:
-            asyncio._leave_task(loop, current)
-        asyncio._enter_task(loop, task)
-        references = _references(task)
-        try:
-            return worker, context.run(work.send, None)
-        except StopIteration as end:
-            # Whoever kept the task might cancel it, and hit the wrong call.
-            harmless = _references(task) == references and not task.cancelling()
-            if harmless and self._spare is None:
-                self._spare = worker
-            else:
-                worker.dismiss()
-                self.stand_by()
-            return None, end.value
-        except BaseException:
-            worker.dismiss()
+        if not self.idle:
+            self.stand_by(1 + waiting)
+            return False
+        worker = self.idle.pop()
+        task, worker.call, worker.context = worker.task, call, context
+        task.set_name(call.method.name)
+        holders = _references(task), _weak_references(task)
+        wake, worker.wake = worker.wake, None
+        assert wake is not None
+        current = asyncio.current_task()
+        if current is None:
+            context.run(wake, worker.go)
+        else:  # one task steps aside for the other (see "Extending" in asyncio)
+            asyncio._leave_task(current.get_loop(), current)
+            try:
+                context.run(wake, worker.go)
+            finally:
+                asyncio._enter_task(current.get_loop(), current)
+        del wake
+        if worker.wake is not None and (
+            holders != (_references(task), _weak_references(task))
+            or getattr(task, "_callbacks", None)
+        ):
+            worker.dismiss()  # who kept hold of the task would meet another's call
+        if not self.idle:
             self.stand_by()
-            raise
-        finally:
-            asyncio._leave_task(loop, task)
-            if current is not None:
-                asyncio._enter_task(loop, current)
+        return True
 
-    def stand_by(self) -> None:
-        if self._spare is None:
-            self._spare = Worker()
+    def stand_by(self, count: int = 1) -> None:
+        for _ in range(min(count, _MOST_WORKERS)):
+            Worker(self)
 
-    def dismiss(self) -> None:
-        if self._spare is not None:
-            self._spare.dismiss()
-            self._spare = None
+    def dismiss(self, keep: int = 0) -> None:
+        """Let those who stand by end, all but some that are kept."""
+        for worker in self.idle[keep:]:
+            worker.dismiss()
 
 
 class BoundCall(NamedTuple):
@@ -3508,6 +3560,14 @@ class BoundCall(NamedTuple):
     message: Invocation | StreamInvocation
     method: HubMethod
     arguments: list[Any]
+
+
+class MadeCall(NamedTuple):
+    """A call whose method was called, and that waits for a worker."""
+
+    message: Invocation | StreamInvocation
+    call: Call
+    context: contextvars.Context
 
 
 class _Pending:
@@ -3522,7 +3582,7 @@ async def _wait_for(awaitable: Awaitable[Any]) -> Any:
 
 
 class Call:
-    """One call of a hub method that may have to wait."""
+    """One call of a hub method whose result is to be awaited, or streamed."""
 
     __slots__ = (
         "canceled",
@@ -3532,6 +3592,7 @@ class Call:
         "session",
         "task",
         "uploads",
+        "work",
     )
 
     def __init__(
@@ -3539,10 +3600,19 @@ class Call:
         session: Session,
         message: Invocation | StreamInvocation,
         method: HubMethod,
+        result: Any,
     ) -> None:
         self.session = session
         self.message = message
         self.method = method
+        #: What is left to do after the method was called.
+        self.work: Coroutine[Any, Any, Any]
+        if method.streaming:
+            self.work = self._stream(result)
+        elif type(result) is types.CoroutineType:
+            self.work = result
+        else:
+            self.work = _wait_for(result)
         #: A call that waits takes one of the client's slots, until it lets others in.
         self.holds_slot = method.takes_turns
         self.canceled = False
@@ -3551,37 +3621,20 @@ class Call:
         #: What it goes on in, once it has to wait.
         self.task: asyncio.Task[None] | None = None
 
-    def begin(self, result: Any, context: contextvars.Context) -> Any:
-        """Go on as far as it goes without waiting, and then in a task.
-
-        result: what the method returned, to be awaited or streamed.
-        Returns what is to be sent to the client, if anything already is.
-        """
-        if self.method.streaming:
-            result = self._stream(result)
-        elif type(result) is not types.CoroutineType:
-            result = _wait_for(result)
-        session = self.session
-        context.run(_current_call.set, self)
-        worker, awaited = session.workers.begin(result, context)
-        if worker is None:
-            return awaited
-        self.task = worker.task
+    async def go_on(
+        self, task: asyncio.Task[None], context: contextvars.Context, awaited: Any
+    ) -> None:
+        """Make what is left of a call that waits, in the task that began it."""
+        session, self.task = self.session, task
         session.call_goes_on(self)
-        rest = _perform(result, self.method.name, context, awaited)
-        worker.keep(self._go_on(rest), self.method.name)
-        session.workers.stand_by()
-        return _PENDING
-
-    async def _go_on(self, rest: Awaitable[Any]) -> None:
-        """Answer in the end, and let the client's next calls begin."""
-        session = self.session
         try:
-            result = await rest
+            result = await _perform(self.work, self.method.name, context, awaited)
+        except GeneratorExit:  # the event loop is gone
+            raise
         except BaseException as error:  # noqa: BLE001 (user code)
-            session.fail(self.message, self.method, error)
+            context.run(session.fail, self.message, self.method, error)
         else:
-            session.complete(self.message, self.method, result)
+            context.run(session.complete, self.message, self.method, result)
         finally:
             session.call_ended(self)
             session.go_on()
@@ -3614,6 +3667,8 @@ class Call:
             return _PENDING
         try:
             await self._send_items(items)
+        except GeneratorExit:
+            raise
         except BaseException as error:  # noqa: BLE001 (user code)
             problem = "An error occurred on the server while streaming results."
             session.fail(self.message, self.method, error, problem)
@@ -3662,6 +3717,8 @@ class Session:
     """What a hub and one connection have going: calls, streams, timers."""
 
     __slots__ = (
+        "_calls",
+        "_clock",
         "_dispatcher",
         "_heard",
         "_intercepts",
@@ -3674,22 +3731,20 @@ class Session:
         "_pinged",
         "_pumping",
         "_resuming",
+        "_running",
         "_slots",
+        "_uploads",
+        "_variables",
         "_waiting",
-        "calls",
-        "clock",
+        "_workers",
         "connection",
         "context",
         "due",
         "ended",
         "hub",
         "options",
-        "running",
         "tasks",
-        "uploads",
-        "variables",
         "wire",
-        "workers",
     )
 
     def __init__(
@@ -3698,31 +3753,31 @@ class Session:
         self._dispatcher = dispatcher
         self._methods = dispatcher.methods
         self._intercepts = dispatcher.intercepts
-        self.workers = dispatcher.workers
+        self._workers = dispatcher.workers
         self.options = dispatcher.options
         self.connection = connection
         self.wire = wire
         self.context = HubCallerContext(connection, self.abort)
         self.hub = dispatcher.make_hub(self.context)
         #: The context variables with which each call begins, whoever set it off.
-        self.variables = contextvars.copy_context()
+        self._variables = contextvars.copy_context()
         #: Resolved when the session ends, with what ended it, if anything went wrong.
         self.ended: asyncio.Future[Exception | None] = (
             asyncio.get_running_loop().create_future()
         )
-        self.calls: dict[str, Call] = {}
-        self.uploads: dict[str, UploadStream] = {}
+        self._calls: dict[str, Call] = {}
+        self._uploads: dict[str, UploadStream] = {}
         self.tasks: dict[asyncio.Task[None], Call] = {}
         #: What may not begin yet, in order; its first is what the rest waits for.
-        self._waiting: list[Message | BoundCall] = []
+        self._waiting: list[Message | BoundCall | MadeCall] = []
         self._mark = 0  # what had been fed when the waiting began
         #: Slots that are taken.
-        self.running = 0
+        self._running = 0
         limit = self.options.maximum_parallel_invocations_per_client
         self._slots = math.inf if limit is None else limit
         self._messages: Iterator[Message | None] | None = None
         #: When the last method gave the event loop back, for `_PATIENCE`.
-        self.clock = 0.0
+        self._clock = 0.0
         self._pumping = self._resuming = self._left = False
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
@@ -3762,16 +3817,16 @@ class Session:
     def _read(self, messages: Iterator[Message | None]) -> bool:
         """Read and dispatch messages; tell whether whole ones are left unread."""
         connection, traffic = self.connection, self.connection.traffic
-        self.clock = time.perf_counter()
-        until = self.clock + _PATIENCE
+        self._clock = time.perf_counter()
+        until = self._clock + _PATIENCE
         if self._waiting:
             self._advance(until)
         for _ in range(_PORTION):
-            if self.clock > until:
+            if self._clock > until:
                 break
             if connection.closing:
                 return False
-            if (self._waiting or self.uploads) and self._has_enough():
+            if (self._waiting or self._uploads) and self._has_enough():
                 return True
             if (message := next(messages)) is None:
                 return False
@@ -3794,9 +3849,9 @@ class Session:
 
     def _excess(self) -> int:
         """Count the items that upload streams hold beyond what they may."""
-        if not self.uploads:
+        if not self._uploads:
             return 0
-        return sum(stream.excess() for stream in self.uploads.values())
+        return sum(stream.excess() for stream in self._uploads.values())
 
     def _resume(self) -> None:
         self._resuming = False
@@ -3832,7 +3887,7 @@ class Session:
     def _is_result(self, message: Completion) -> bool:
         """Tell whether it answers the server, and does not end an upload stream."""
         name = message.invocation_id
-        return name not in self.uploads and self._dispatcher.registry.expects(name)
+        return name not in self._uploads and self._dispatcher.registry.expects(name)
 
     # Turns
 
@@ -3845,36 +3900,43 @@ class Session:
                 self._mark = self.connection.fed
             self._waiting.append(rest)
 
-    def _is_of_open_stream(self, message: Message | BoundCall) -> bool:
+    def _is_of_open_stream(self, message: Message | BoundCall | MadeCall) -> bool:
         """Tell whether it is an item, or the end, of a stream that a method reads."""
         return (
             isinstance(message, (StreamItem, Completion))
-            and message.invocation_id in self.uploads
+            and message.invocation_id in self._uploads
         )
 
     def _advance(self, until: float) -> None:
         """Let what waits begin, in order, as far as it may and there is time."""
-        while self._waiting and self.clock <= until:
+        while self._waiting and self._clock <= until:
             # Taken out first, since what begins may look here for what is next.
             rest = self._begin(self._waiting.pop(0))
             if rest is not None:
                 self._waiting.insert(0, rest)
                 return
 
-    def _begin(self, item: Message | BoundCall) -> Message | BoundCall | None:
+    def _begin(
+        self, item: Message | BoundCall | MadeCall
+    ) -> Message | BoundCall | MadeCall | None:
         """Act on a message whose turn has come; return what still has to wait."""
         match item:
             case Invocation() | StreamInvocation():
                 return item if self._must_wait() else self._begin_call(item)
             case BoundCall():
-                if self.running >= self._slots or self._must_wait():
+                if self._running >= self._slots or self._must_wait():
                     return item
-                self._call(*item)
+                return self._call(*item)
+            case MadeCall(_, call, context):
+                started = time.perf_counter()
+                rest = self._follow(call, context)
+                self._look_at_clock(call.method, started)
+                return rest
             case StreamItem(invocation_id, value):
-                if (stream := self.uploads.get(invocation_id)) is not None:
+                if (stream := self._uploads.get(invocation_id)) is not None:
                     stream.put(value)
             case Completion(invocation_id, _, error):
-                stream = self.uploads.pop(invocation_id, None)
+                stream = self._uploads.pop(invocation_id, None)
                 if stream is not None:
                     stream.end(None if error is None else HubException(error))
         return None
@@ -3884,11 +3946,11 @@ class Session:
         connection = self.connection  # who takes no answers gets no more of them
         if connection.queued > _HIGH_WATER and not connection.closing:
             return True
-        return bool(self.uploads) and self._excess() > 0
+        return bool(self._uploads) and self._excess() > 0
 
     def _begin_call(
         self, message: Invocation | StreamInvocation
-    ) -> Message | BoundCall | None:
+    ) -> BoundCall | MadeCall | None:
         """Check a call in the reference's order, then make it or let it wait."""
         method = self._methods.get(_fold(message.target))
         try:
@@ -3907,10 +3969,9 @@ class Session:
         if not fits and (refusal := self._misfit(message, method)) is not None:
             self._refuse(message, refusal)
             return None
-        if self.running >= self._slots and method.takes_turns:
+        if self._running >= self._slots and method.takes_turns:
             return BoundCall(message, method, arguments)
-        self._call(message, method, arguments)
-        return None
+        return self._call(message, method, arguments)
 
     # Calls
 
@@ -3931,12 +3992,12 @@ class Session:
                 f"Client sent {sent} stream(s), Hub method expects {expected}."
             )
             return _detail(_failed_invoking(target), error, self.options)
-        if streaming and message.invocation_id in self.calls:
+        if streaming and message.invocation_id in self._calls:
             return f"Invocation ID '{message.invocation_id}' is already in use."
         if len(self.tasks) >= _RUNNING_CALLS:
             return "The client has too many calls and streams under way."
         for position, name in enumerate(message.stream_ids):
-            if name in self.uploads or name in message.stream_ids[:position]:
+            if name in self._uploads or name in message.stream_ids[:position]:
                 return f"Stream ID '{name}' is already in use."
         return None
 
@@ -3950,30 +4011,45 @@ class Session:
         message: Invocation | StreamInvocation,
         method: HubMethod,
         arguments: list[Any],
-    ) -> None:
-        """Call a method right here; only what has to wait goes on in a task."""
-        started, context, call = time.perf_counter(), self.variables.copy(), None
-        if not method.takes_turns:
-            call = Call(self, message, method)
-            if method.uploads:
-                arguments = self._open_uploads(call, arguments)
+    ) -> MadeCall | None:
+        """Call a method; return the call if what it returned still has to wait."""
+        started, context = time.perf_counter(), self._variables.copy()
+        uploads, rest = None, None
+        if method.uploads:
+            arguments, uploads = self._open_uploads(message, method, arguments)
         try:
             if self._intercepts:
                 result = context.run(self._intercept, message, method, arguments)
             else:
                 result = context.run(method.function, self.hub, *arguments)
-            if method.streaming or hasattr(result, "__await__"):
-                call = call or Call(self, message, method)
-                result = call.begin(result, context)
         except BaseException as error:  # noqa: BLE001 (user code)
-            self.fail(message, method, error)
+            context.run(self.fail, message, method, error)
+            if uploads:
+                self._close_uploads(uploads)
         else:
-            self.complete(message, method, result)
-        if call is not None and call.uploads and call.task is None:
-            self._close_uploads(call.uploads)
-        self.clock = time.perf_counter()
-        if self.clock - started > _BLOCKING:
+            if method.streaming or hasattr(result, "__await__"):
+                call = Call(self, message, method, result)
+                call.uploads = uploads
+                rest = self._follow(call, context)
+            else:
+                self.complete(message, method, result)
+        self._look_at_clock(method, started)
+        return rest
+
+    def _look_at_clock(self, method: HubMethod, started: float) -> None:
+        """Name a method that held the event loop for too long."""
+        self._clock = time.perf_counter()
+        if self._clock - started > _BLOCKING:
             _warn_blocking(method.name, started)
+
+    def _follow(self, call: Call, context: contextvars.Context) -> MadeCall | None:
+        """Begin what a method returned; return the call if no worker stands by."""
+        if not self._workers.begin(call, context, len(self._waiting)):
+            asyncio.get_running_loop().call_soon(self.go_on)
+            return MadeCall(call.message, call, context)
+        if call.uploads and call.task is None:  # it is over
+            self._close_uploads(call.uploads)
+        return None
 
     def _intercept(
         self,
@@ -3990,14 +4066,19 @@ class Session:
 
         return self.hub.on_invocation(invocation, call_next)
 
-    def _open_uploads(self, call: Call, arguments: list[Any]) -> list[Any]:
+    def _open_uploads(
+        self,
+        message: Invocation | StreamInvocation,
+        method: HubMethod,
+        arguments: list[Any],
+    ) -> tuple[list[Any], dict[str, UploadStream]]:
         """Put the client's streams among the arguments, in the method's order."""
-        arguments, call.uploads = list(arguments), {}
-        places = zip(call.message.stream_ids, call.method.uploads, strict=True)
+        arguments, uploads = list(arguments), {}
+        places = zip(message.stream_ids, method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
-            name = f"{call.method.name}: an item of {name!r}"
+            name = f"{method.name}: an item of {name!r}"
             stream = UploadStream(name, convert, self.options, self.look_again)
-            self.uploads[stream_id] = call.uploads[stream_id] = stream
+            self._uploads[stream_id] = uploads[stream_id] = stream
             arguments.insert(position, stream)
         line, self._waiting = self._waiting, []
         for item in line:  # what came for these streams need not wait any more
@@ -4005,15 +4086,15 @@ class Session:
                 self._begin(item)
             else:
                 self._waiting.append(item)
-        return arguments
+        return arguments, uploads
 
     def call_goes_on(self, call: Call) -> None:
         """Let a call that waits be found, by its id and by its task."""
         assert call.task is not None
         self.tasks[call.task] = call
-        self.running += call.holds_slot
+        self._running += call.holds_slot
         if call.message.invocation_id is not None:
-            self.calls.setdefault(call.message.invocation_id, call)
+            self._calls.setdefault(call.message.invocation_id, call)
 
     def look_again(self) -> None:
         """See soon whether what waits may begin: there is room, or one less waits."""
@@ -4022,16 +4103,18 @@ class Session:
 
     def _cancel(self, invocation_id: str) -> None:
         """Call off a call, or one that waits; an id that is unknown is ignored."""
-        if (call := self.calls.get(invocation_id)) is not None:
+        if (call := self._calls.get(invocation_id)) is not None:
             call.cancel()
             return
         for position, item in enumerate(self._waiting):
-            message = item.message if isinstance(item, BoundCall) else item
+            message = item.message if isinstance(item, (BoundCall, MadeCall)) else item
             if (
                 isinstance(message, (Invocation, StreamInvocation))
                 and message.invocation_id == invocation_id
             ):
                 del self._waiting[position]
+                if isinstance(item, MadeCall):
+                    self._drop(item.call)
                 self.answer_canceled(message)
                 self.look_again()
                 return
@@ -4041,25 +4124,38 @@ class Session:
         assert call.task is not None
         del self.tasks[call.task]
         name = call.message.invocation_id
-        if name is not None and self.calls.get(name) is call:
-            del self.calls[name]
+        if name is not None and self._calls.get(name) is call:
+            del self._calls[name]
         if call.holds_slot:
             self.free_slot(call)
         if call.uploads:
             self._close_uploads(call.uploads)
 
+    def _drop(self, call: Call) -> None:
+        """Give up a call that no worker has begun."""
+        call.work.close()
+        if call.uploads:
+            self._close_uploads(call.uploads)
+
+    def _drop_line(self) -> None:
+        """Let nothing that waits begin any more."""
+        line, self._waiting = self._waiting, []
+        for item in line:
+            if isinstance(item, MadeCall):
+                self._drop(item.call)
+
     def _close_uploads(self, uploads: dict[str, UploadStream]) -> None:
         """Take no more items for a call that has ended."""
         for stream_id, stream in uploads.items():
             stream.end()
-            if self.uploads.get(stream_id) is stream:
-                del self.uploads[stream_id]
+            if self._uploads.get(stream_id) is stream:
+                del self._uploads[stream_id]
         self.look_again()
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False
         if call.task is not None:
-            self.running -= 1
+            self._running -= 1
 
     # To the client
 
@@ -4100,6 +4196,7 @@ class Session:
         """Answer with what the client may know of an error; log the rest.
 
         problem: what failed, if it was not the call itself.
+        A cancelled call is completed as such; what ends the program is raised again.
         """
         if isinstance(error, _EXITS):
             raise error
@@ -4156,7 +4253,7 @@ class Session:
             self._messages = None  # nothing counts behind a Close
         self._left = by_client
         if not by_client:
-            self._waiting.clear()
+            self._drop_line()
         self.connection.shut()
         self.context.mark_aborted()
         self.ended.set_result(error)
@@ -4181,7 +4278,7 @@ class Session:
         if self._left and error is None:
             error = self._hear_out()
         gone = ConnectionError("The underlying connection was closed.")
-        for stream in self.uploads.values():
+        for stream in self._uploads.values():
             stream.end(gone)
         self._dispatcher.registry.disown(self.connection)
         await asyncio.sleep(0)  # whoever reads a stream or awaits a result is told
@@ -4223,8 +4320,8 @@ class Session:
         await self._cancel_tasks()
 
     async def _advance_a_little(self) -> None:
-        self.clock = time.perf_counter()
-        self._advance(self.clock + _PATIENCE)
+        self._clock = time.perf_counter()
+        self._advance(self._clock + _PATIENCE)
         await asyncio.sleep(0)
 
     async def _cancel_tasks(self) -> None:
@@ -4292,7 +4389,8 @@ class Dispatcher:
         self.methods = _collect_methods(hub_class)
         #: Whether the hub wants to see every call.
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
-        #: Seconds from one look at an idle connection to the next.
+        #: Seconds from one look to the next at a connection for which bytes wait;
+        #: twice that if none do.
         self.patience = 0.25 * min(
             _or_forever(options.client_timeout_interval),
             _or_forever(options.transport_send_timeout),
@@ -4477,6 +4575,7 @@ class Dispatcher:
         )
 
     def tick(self, now: float) -> None:
+        self.workers.dismiss(keep=1)  # a rush may be over
         for session in [s for s in self.sessions.values() if s.due <= now]:
             try:
                 session.look_after(now)
@@ -4493,7 +4592,7 @@ def _hook(session: Session, name: str) -> str:
 # ----------------------------------------------------------------- endpoint
 #
 # The HTTP side of a hub: negotiate makes connections, GET gives them a
-# transport, POST brings bytes, DELETE ends a poll. Each request is checked in
+# transport, POST brings bytes, DELETE ends long polling. Each request is checked in
 # the same order: origin, user, connection, transport. Bodies and status codes
 # are those of the reference server, which clients and their tests know.
 
@@ -4808,7 +4907,7 @@ class Endpoint:
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def _sweep(self) -> None:
-        """Look at every connection once a second: no timers of their own."""
+        """See every second, if not oftener, to those whose time has come."""
         seconds = (
             self.options.keep_alive_interval,
             self.options.client_timeout_interval,
@@ -4870,6 +4969,7 @@ class Endpoint:
         self.dispatcher.workers.dismiss()
         if self._sweeper is not None:
             self._sweeper.cancel()
+        await asyncio.sleep(0)  # in which these tasks end
 
 
 def _query(request: web.Request) -> dict[str, str]:

@@ -58,6 +58,7 @@ import tomllib
 import types
 import urllib.parse
 import uuid
+import weakref
 import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -8516,12 +8517,29 @@ async def test_a_variable_of_one_client_is_not_seen_by_another(serve) -> None:
     await shouting
 
 
+whose: contextvars.ContextVar[str] = contextvars.ContextVar("whose", default="nobody's")
+
+
+class Letter(dict):
+    """Is written with what a context variable says meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(by="")
+
+    def items(self) -> Any:
+        return [("by", whose.get())]
+
+
 class Tasks(kestrun.Hub):
     """Methods that ask asyncio in whose name they run."""
 
     kept: ClassVar[list[asyncio.Task]] = []
+    over: ClassVar[list[str]] = []
+    order: ClassVar[list[int]] = []
+    notes: ClassVar[weakref.WeakKeyDictionary[asyncio.Task, str]]
     begun: ClassVar[asyncio.Event]
     gate: ClassVar[asyncio.Event]
+    shared: ClassVar[asyncio.Future[str]]
 
     async def soon(self, value: Any) -> Any:
         return value
@@ -8591,6 +8609,89 @@ class Tasks(kestrun.Hub):
         await self.gate.wait()
         return "waited"
 
+    async def await_shared(self) -> str:
+        return await self.shared
+
+    async def call_off_in_time(self, wait: bool) -> tuple[bool, int]:
+        """Cancel this very task and take it back, as a task group does."""
+        task, cancelled = asyncio.current_task(), False
+        task.cancel()
+        task.uncancel()
+        if wait:
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                cancelled = True
+        return cancelled, task.cancelling()
+
+    async def give_up_because(self, why: str) -> list[str]:
+        asyncio.current_task().cancel(why)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            asyncio.current_task().uncancel()
+            return list(error.args)
+        return []
+
+    async def turns_of_a_pause(self) -> int:
+        turns, loop = 0, asyncio.get_running_loop()
+
+        def count() -> None:
+            nonlocal turns, handle
+            turns += 1
+            handle = loop.call_soon(count)
+
+        handle = loop.call_soon(count)
+        await asyncio.sleep(0)
+        handle.cancel()
+        return turns
+
+    async def mark(self, how: str, name: str) -> list[Any]:
+        """Leave a trace at the task; tell those of others."""
+        task = asyncio.current_task()
+        found = [self.notes.get(task), task.get_name()]
+        if how == "note":
+            self.notes[task] = name
+        elif how == "name":
+            task.set_name(name)
+        else:
+            task.add_done_callback(lambda task: self.over.append(name))
+        return found
+
+    async def own_name(self) -> list[str]:
+        asyncio.current_task().set_name("my own")
+        await asyncio.sleep(0)
+        return asyncio.current_task().get_name()
+
+    async def break_off(self) -> None:
+        self.break_off_at_once()
+
+    async def break_off_later(self) -> None:
+        await asyncio.sleep(0)
+        self.break_off_at_once()
+
+    def break_off_at_once(self) -> None:
+        whose.set(self.context.connection_id)
+        raise ValueError("broken off")
+
+    async def letter(self, wait: bool) -> Any:
+        whose.set("the method's")
+        if wait:
+            await asyncio.sleep(0)
+        return Letter()
+
+    def plain(self, number: int) -> int:
+        self.order.append(number)
+        return number
+
+    async def in_order(self, number: int) -> int:
+        self.order.append(number)
+        await self.gate.wait()
+        return number
+
+    def in_disguise(self, number: int) -> Awaitable[int]:
+        return self.in_order(number)
+
     async def several(self, count: int) -> AsyncIterator[bool]:
         first = asyncio.current_task()
         for number in range(count):
@@ -8602,12 +8703,23 @@ class Tasks(kestrun.Hub):
 @pytest_asyncio.fixture
 async def serve_tasks(serve) -> Callable[[], Awaitable[Server]]:
     Tasks.kept, Tasks.begun, Tasks.gate = [], asyncio.Event(), asyncio.Event()
+    Tasks.over, Tasks.order, Tasks.notes = [], [], weakref.WeakKeyDictionary()
+    Tasks.shared = asyncio.get_running_loop().create_future()
     return functools.partial(serve, Tasks)
 
 
 @pytest_asyncio.fixture
 async def tasks(serve_tasks) -> Client:
     return await (await serve_tasks()).connect()
+
+
+def workers() -> list[asyncio.Task]:
+    """The tasks in which methods run, or will."""
+    return [
+        task
+        for task in asyncio.all_tasks()
+        if task.get_coro().__qualname__ == "Worker._work"
+    ]
 
 
 async def test_a_method_runs_in_one_task_from_its_first_step_on(tasks) -> None:
@@ -8667,6 +8779,161 @@ async def test_a_task_kept_from_a_call_that_is_over_cancels_no_other(
     assert await other.finish(waiting) == "waited"
 
 
+async def test_any_number_of_calls_may_await_one_future_in_one_turn(
+    serve_tasks,
+) -> None:
+    server = await serve_tasks(maximum_parallel_invocations_per_client=None)
+    clients = [await server.connect() for _ in range(5)]
+    for client in clients:
+        await client.send(*(call("AwaitShared", invocationId=str(n)) for n in range(9)))
+    outside = asyncio.ensure_future(Tasks.shared)
+    asyncio.get_running_loop().call_later(0.05, Tasks.shared.set_result, "shared")
+    for client in clients:
+        for n in range(9):
+            assert await client.finish(str(n)) == "shared"
+    assert await outside == "shared"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_a_task_that_takes_its_cancellation_back_goes_on(tasks, wait) -> None:
+    wanted: list[tuple[bool, int]] = []
+
+    async def model() -> None:
+        wanted.append(await Tasks.call_off_in_time(None, wait))
+
+    await asyncio.wait([asyncio.create_task(model())])
+    for _ in range(2):
+        assert await tasks.invoke("CallOffInTime", wait) == list(*wanted)
+        assert await tasks.invoke("SameTask") is True
+
+
+async def test_whoever_cancels_all_idle_tasks_stops_no_later_call(tasks) -> None:
+    assert await tasks.invoke("Soon", 1) == 1
+    idle = workers()
+    assert idle
+    for task in idle:
+        task.cancel("everyone")
+        task.cancel("once more")
+    assert await tasks.invoke("SameTask") is True
+    assert all(task.cancelled() for task in idle)
+    assert await tasks.invoke("SameTask") is True
+
+
+async def test_a_cancellation_says_why_before_the_first_wait(tasks) -> None:
+    assert await tasks.invoke("GiveUpBecause", "enough") == ["enough"]
+
+
+async def test_the_first_pause_of_a_method_takes_one_turn(tasks) -> None:
+    async def model() -> int:
+        return await Tasks.turns_of_a_pause(None)
+
+    wanted = await asyncio.create_task(model())
+    assert await tasks.invoke("TurnsOfAPause") == wanted
+
+
+@pytest.mark.parametrize("how", ["note", "name", "callback"])
+async def test_what_a_call_leaves_at_its_task_meets_no_other_call(
+    serve_tasks, how
+) -> None:
+    server = await serve_tasks()
+    one, other = await server.connect(), await server.connect()
+    assert await one.invoke("Mark", how, "one") == [None, "Tasks.mark"]
+    if how == "callback":
+        await until(lambda: Tasks.over == ["one"])
+    assert await other.invoke("Mark", how, "other") == [None, "Tasks.mark"]
+    assert await one.invoke("OwnName") == "my own"
+
+
+@pytest.mark.parametrize("method", ["BreakOff", "BreakOffLater", "BreakOffAtOnce"])
+async def test_a_failure_is_logged_where_the_method_ran(
+    serve_tasks, method, caplog
+) -> None:
+    class Noting(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            record.whose = whose.get()
+            return True
+
+    server, noting = await serve_tasks(), Noting()
+    clients = [await server.connect() for _ in range(2)]
+    logging.getLogger("kestrun").addFilter(noting)
+    try:
+        for client in clients:
+            await client.error(method)
+    finally:
+        logging.getLogger("kestrun").removeFilter(noting)
+    failures = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(failures) == 2
+    assert [record.whose for record in failures] == [
+        record.getMessage().split()[-1] for record in failures
+    ]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_a_result_is_written_where_the_method_ran(tasks, wait) -> None:
+    assert await tasks.invoke("Letter", wait) == {"by": "the method's"}
+
+
+@pytest.mark.parametrize("method", ["InOrder", "InDisguise"])
+async def test_calls_begin_in_order_when_many_wait_at_once(serve_tasks, method) -> None:
+    server = await serve_tasks(maximum_parallel_invocations_per_client=None)
+    client, numbers = await server.connect(), list(range(100))
+    calls = [(method, "Plain")[n % 3 == 2] for n in numbers]
+    await client.send(
+        *(call(calls[n], n, invocationId=str(n)) for n in numbers),
+    )
+    await until(lambda: len(Tasks.order) == len(numbers))
+    assert Tasks.order == numbers
+    Tasks.gate.set()
+    assert [await client.finish(str(n)) for n in numbers] == numbers
+    await until(lambda: len(workers()) == 1)
+
+
+async def test_many_clients_may_begin_a_call_that_waits_in_one_turn(
+    serve_tasks,
+) -> None:
+    server = await serve_tasks()
+    clients = [await server.connect() for _ in range(40)]
+    for number, client in enumerate(clients):
+        await client.send(call("InOrder", number, invocationId="1"))
+    await until(lambda: len(Tasks.order) == len(clients))
+    Tasks.gate.set()
+    for number, client in enumerate(clients):
+        assert await client.finish("1") == number
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("end", ["leave", "cut", "cancel"])
+async def test_calls_in_line_for_a_task_are_given_up_in_good_order(
+    serve_tasks, end
+) -> None:
+    outside = asyncio.all_tasks()
+    server = await serve_tasks(maximum_parallel_invocations_per_client=None)
+    client = await server.connect()
+    calls = [call("InOrder", n, invocationId=str(n)) for n in range(50)]
+    if end == "cancel":
+        calls += [{"type": 5, "invocationId": str(n)} for n in range(50)]
+    await client.send(*calls)
+    if end == "cancel":
+        for n in range(50):
+            assert "error" in await client.next(3, str(n))
+    if end == "cut":
+        await client.cut()
+    await client.leave()
+    await server.runner.cleanup()
+    await until(lambda: asyncio.all_tasks() == outside)
+    gc.collect()
+
+
+@pytest.mark.parametrize("method", ["Soon", "Wait"])
+async def test_a_client_that_left_is_remembered_by_no_task(serve_tasks, method) -> None:
+    client = await (await serve_tasks()).connect()
+    Tasks.gate.set()
+    await client.invoke(method, *([1] if method == "Soon" else []))
+    (hub,) = [weakref.ref(h) for h in gc.get_objects() if type(h) is Tasks]
+    await client.leave()
+    await until(lambda: gc.collect() >= 0 and hub() is None)
+
+
 async def test_calls_leave_no_task_behind(serve_tasks) -> None:
     outside = asyncio.all_tasks()
     server = await serve_tasks()
@@ -8681,7 +8948,7 @@ async def test_calls_leave_no_task_behind(serve_tasks) -> None:
     await client.leave()
     await until(lambda: len(asyncio.all_tasks()) == idle)
     await server.runner.cleanup()
-    await until(lambda: asyncio.all_tasks() == outside)
+    assert asyncio.all_tasks() == outside
 
 
 @everywhere
