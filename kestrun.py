@@ -3522,7 +3522,7 @@ class Workers:
         worker = self.idle.pop()
         task, worker.call, worker.context = worker.task, call, context
         task.set_name(call.method.name)
-        holders = _references(task), _weak_references(task)
+        strong, weak = _references(task), _weak_references(task)
         wake, worker.wake = worker.wake, None
         assert wake is not None
         current = asyncio.current_task()
@@ -3536,7 +3536,8 @@ class Workers:
                 asyncio._enter_task(current.get_loop(), current)
         del wake
         if worker.wake is not None and (
-            holders != (_references(task), _weak_references(task))
+            strong != _references(task)
+            or weak != _weak_references(task)
             or getattr(task, "_callbacks", None)
         ):
             worker.dismiss()  # who kept hold of the task would meet another's call
@@ -3930,7 +3931,9 @@ class Session:
             case MadeCall(_, call, context):
                 started = time.perf_counter()
                 rest = self._follow(call, context)
-                self._look_at_clock(call.method, started)
+                self._clock = time.perf_counter()
+                if self._clock - started > _BLOCKING:
+                    _warn_blocking(call.method.name, started)
                 return rest
             case StreamItem(invocation_id, value):
                 if (stream := self._uploads.get(invocation_id)) is not None:
@@ -4033,14 +4036,10 @@ class Session:
                 rest = self._follow(call, context)
             else:
                 self.complete(message, method, result)
-        self._look_at_clock(method, started)
-        return rest
-
-    def _look_at_clock(self, method: HubMethod, started: float) -> None:
-        """Name a method that held the event loop for too long."""
         self._clock = time.perf_counter()
         if self._clock - started > _BLOCKING:
             _warn_blocking(method.name, started)
+        return rest
 
     def _follow(self, call: Call, context: contextvars.Context) -> MadeCall | None:
         """Begin what a method returned; return the call if no worker stands by."""
