@@ -1376,8 +1376,8 @@ class Connection:
         "inbox",
         "last_seen",
         "link",
+        "on_change",
         "on_data",
-        "on_gone",
         "on_lost",
         "options",
         "outbox",
@@ -1442,7 +1442,8 @@ class Connection:
         self._waiters: list[asyncio.Future[None]] | None = None
         self.on_data: Callable[[], None] = _nothing
         self.on_lost: Callable[[Exception | None], None] = _nothing
-        self.on_gone: Callable[[], object] = _nothing
+        #: Told when it gets a link, loses it, or is gone.
+        self.on_change: Callable[[Connection], object] = _nothing
 
     # The hub's end
 
@@ -1566,6 +1567,7 @@ class Connection:
         """Give the pipe to a transport. A stateful one first gets the replay."""
         other, self.link = self.link, link
         self.look_for_shortcut()
+        self.on_change(self)
         if other is not None:  # two came back at once: the later one is real
             other.abort()
         if self.replay is not None and self.wire is not None:
@@ -1580,6 +1582,7 @@ class Connection:
         self.link = self.shortcut = None
         self.reading_paused = False
         self.last_seen = time.monotonic()
+        self.on_change(self)
         if self.replay is not None:
             self.outbox.clear()
             self.queued = 0
@@ -1644,7 +1647,7 @@ class Connection:
             self.wake()
             self.on_data()
             self.on_lost(error)
-            self.on_gone()
+            self.on_change(self)
 
     def stalled(self, now: float) -> bool:
         """Tell whether bytes wait and the client has taken none for too long."""
@@ -3512,7 +3515,7 @@ class Workers:
     def begin(self, call: Call, context: contextvars.Context, waiting: int) -> bool:
         """Make a call, as far as it goes without waiting.
 
-        context: that of the call, and what it answers.
+        context: where the method runs and its answer is written.
         waiting: how many may be next, and need a worker each if they wait.
         Returns False if nobody stands by; in the next turn somebody will.
         """
@@ -3540,12 +3543,13 @@ class Workers:
             or weak != _weak_references(task)
             or getattr(task, "_callbacks", None)
         ):
-            worker.dismiss()  # who kept hold of the task would meet another's call
+            worker.dismiss()  # or what the call left at its task would meet another
         if not self.idle:
             self.stand_by()
         return True
 
     def stand_by(self, count: int = 1) -> None:
+        """Have more workers from the next turn of the event loop on."""
         for _ in range(min(count, _MOST_WORKERS)):
             Worker(self)
 
@@ -4686,6 +4690,8 @@ class Endpoint:
             self.dispatcher.registry, options, self.dispatcher.contexts
         )
         self._connections: dict[str, Connection] = {}
+        #: Those of them that no WebSocket speaks for: their going must be noticed.
+        self._watched: dict[str, Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
         self._sweeper: asyncio.Task[None] | None = None
@@ -4882,9 +4888,20 @@ class Endpoint:
         token = _new_id()
         connection = Connection(self.options, registry.turn, registry.traffic, token)
         connection.user_id = user_id
-        connection.on_gone = functools.partial(self._connections.pop, token, None)
-        self._connections[token] = connection
+        connection.on_change = self._track
+        self._connections[token] = self._watched[token] = connection
         return connection
+
+    def _track(self, connection: Connection) -> None:
+        """Keep a connection for as long as it lives, and watch it while need be."""
+        token = connection.token
+        if connection.gone:
+            self._connections.pop(token, None)
+        watched = connection.link is None or connection.transport != WEBSOCKETS
+        if watched and not connection.gone:
+            self._watched[token] = connection
+        else:
+            self._watched.pop(token, None)
 
     def _run(self, connection: Connection) -> None:
         task = asyncio.create_task(self.dispatcher.run(connection))
@@ -4926,12 +4943,7 @@ class Endpoint:
 
     def _look_after(self, now: float) -> None:
         timeout = _or_forever(self.options.disconnect_timeout)
-        watched = [  # WebSockets tell by themselves
-            connection
-            for connection in self._connections.values()
-            if connection.link is None or connection.transport != WEBSOCKETS
-        ]
-        for connection in watched:
+        for connection in list(self._watched.values()):
             if connection.link is not None:
                 connection.link.alive()
             elif now - connection.last_seen > timeout:
