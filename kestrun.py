@@ -1212,7 +1212,7 @@ class Batch:
 
     def spill(self) -> None:
         """Move everyone's share to their outboxes."""
-        for name, connection in self._receivers.items():
+        for name, connection in list(self._receivers.items()):
             if name not in self._apart:
                 self._queue(connection)
 
@@ -1237,7 +1237,7 @@ class Batch:
             connection.shortcut = None  # it has its share already
         writes = {wire: self._writes(wire) for wire in self._frames}
         if sum(map(len, writes.values())) + len(apart) < len(self._receivers):
-            for name, connection in self._receivers.items():
+            for name, connection in list(self._receivers.items()):
                 if connection.shortcut is None and name not in self._apart:
                     self._queue(connection)
         for wire in self._frames:
@@ -1644,10 +1644,10 @@ class Connection:
             self.shut()
             self.outbox.clear()
             self.queued = 0
-            self.wake()
-            self.on_data()
-            self.on_lost(error)
             self.on_change(self)
+            self.on_lost(error)  # first, or what waits would begin in here
+            self.on_data()
+            self.wake()
 
     def stalled(self, now: float) -> bool:
         """Tell whether bytes wait and the client has taken none for too long."""
@@ -3594,6 +3594,7 @@ class Call:
         "holds_slot",
         "message",
         "method",
+        "returned",
         "session",
         "task",
         "uploads",
@@ -3610,7 +3611,8 @@ class Call:
         self.session = session
         self.message = message
         self.method = method
-        #: What is left to do after the method was called.
+        #: What the method returned, and what is left to do with it.
+        self.returned = result
         self.work: Coroutine[Any, Any, Any]
         if method.streaming:
             self.work = self._stream(result)
@@ -4137,6 +4139,8 @@ class Session:
     def _drop(self, call: Call) -> None:
         """Give up a call that no worker has begun."""
         call.work.close()
+        if inspect.iscoroutine(call.returned):
+            call.returned.close()
         if call.uploads:
             self._close_uploads(call.uploads)
 
@@ -4253,6 +4257,8 @@ class Session:
             return
         if closing is not None:
             self.connection.send(self.wire.encode(closing), counted=False)
+            if self.ended.done():  # that was more than the client may owe
+                return
             self._messages = None  # nothing counts behind a Close
         self._left = by_client
         if not by_client:
@@ -4312,15 +4318,21 @@ class Session:
 
         Nobody takes their answers, so they are cancelled where they wait.
         """
-        stuck = False
-        while self._waiting and not stuck:
-            waiting = len(self._waiting)
+        while self._waiting:
+            first = self._waiting[0]
             await self._advance_a_little()
-            if len(self._waiting) == waiting:
+            if self._waiting and self._waiting[0] is first:
                 await self._cancel_tasks()
                 await self._advance_a_little()
-                stuck = len(self._waiting) == waiting
+                if self._waiting and self._waiting[0] is first:
+                    break
         await self._cancel_tasks()
+
+    def abandon(self) -> None:
+        """Give up what is left, as when the connection's own task was cancelled."""
+        self._drop_line()
+        for task in self.tasks:
+            task.cancel()
 
     async def _advance_a_little(self) -> None:
         self._clock = time.perf_counter()
@@ -4525,6 +4537,7 @@ class Dispatcher:
     def _unregister(self, session: Session) -> None:
         connection = session.connection
         connection.on_data = connection.on_lost = _nothing
+        session.abandon()
         self.registry.remove(connection)
         self.contexts.pop(connection.connection_id, None)
         self.sessions.pop(connection.connection_id, None)
@@ -4911,6 +4924,8 @@ class Endpoint:
 
     def _ran(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if self._stopping and not self._tasks:
+            self.dispatcher.workers.dismiss()  # the last calls may have had some come
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection failed", exc_info=error)
 

@@ -3746,6 +3746,56 @@ async def test_a_line_without_progress_is_cut_after_its_timeout(serve) -> None:
     raw.writer.close()
 
 
+async def crowded(server: Server, room: Any) -> RawSocket:
+    """A client that owes more than it may, which the next message will judge."""
+    raw = await RawSocket.open(server, receive_buffer=4096, limit=4096)
+    await until(lambda: len(server.hub.connections) == len(server.clients) + 1)
+    for size in (20_000_000, 300_000):
+        await room.send("Note", size, "x" * size)
+        for _ in range(3):
+            await asyncio.sleep(0)
+    assert server.hub.stats()["queued_bytes"] > 200_000
+    return raw
+
+
+class Regrouping(Plain):
+    begun: ClassVar[list[str]] = []
+
+    async def on_connected(self) -> None:
+        await self.groups.add(self.context.connection_id, "g")
+
+    async def regroup(self) -> None:
+        self.begun.append(self.context.connection_id)
+        await self.groups.remove(self.context.connection_id, "g")
+
+
+async def test_calls_of_a_client_that_a_broadcast_cuts_begin_no_more(serve) -> None:
+    server = await serve(Regrouping, outbox_limit=200_000)
+    clients, room = [await server.connect() for _ in range(2)], server.hub.clients
+    raw = await crowded(server, room.group("g"))
+    clients.append(await server.connect())
+    heard = server.hub.stats()["messages_in"]
+    for _ in range(3):
+        raw.send(1, encode("json", call("Regroup")))
+    await until(lambda: server.hub.stats()["messages_in"] == heard + 3)
+    await room.group("g").send("Note", "last")
+    for client in clients:
+        while (await client.received("Note"))[0] != "last":
+            pass
+    await until(lambda: len(server.hub.connections) == len(clients))
+    assert Regrouping.begun == []
+    assert server.hub.stats()["cuts"] == {"slow client": 1}
+
+
+async def test_a_close_that_is_too_much_for_a_slow_client_ends_it_once(serve) -> None:
+    server = await serve(Plain, outbox_limit=200_000)
+    raw = await crowded(server, server.hub.clients.all)
+    client = await server.connect()
+    await server.runner.cleanup()
+    assert (await client.next(7)) == {"type": 7, "allowReconnect": True}
+    raw.writer.close()
+
+
 async def test_a_burst_for_a_client_that_reads_is_not_cut(serve) -> None:
     server = await serve(Plain)
     client = await server.connect()
@@ -8540,6 +8590,10 @@ class Tasks(kestrun.Hub):
     begun: ClassVar[asyncio.Event]
     gate: ClassVar[asyncio.Event]
     shared: ClassVar[asyncio.Future[str]]
+    latest: ClassVar[weakref.ref]
+
+    async def on_connected(self) -> None:
+        Tasks.latest = weakref.ref(self)
 
     async def soon(self, value: Any) -> Any:
         return value
@@ -8688,6 +8742,21 @@ class Tasks(kestrun.Hub):
         self.order.append(number)
         await self.gate.wait()
         return number
+
+    async def open_later(self, number: int) -> AsyncIterator[int]:
+        return self.several(number)
+
+    async def kill(self) -> None:
+        for task in asyncio.all_tasks():
+            if task.get_coro().__qualname__ == "Dispatcher.run":
+                task.cancel()
+        await self.gate.wait()
+
+    async def hold_out(self) -> None:
+        self.begun.set()
+        while not self.gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.gate.wait()
 
     def in_disguise(self, number: int) -> Awaitable[int]:
         return self.in_order(number)
@@ -8902,7 +8971,7 @@ async def test_many_clients_may_begin_a_call_that_waits_in_one_turn(
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("end", ["leave", "cut", "cancel"])
+@pytest.mark.parametrize("end", ["leave", "cut", "cancel", "kill"])
 async def test_calls_in_line_for_a_task_are_given_up_in_good_order(
     serve_tasks, end
 ) -> None:
@@ -8910,18 +8979,53 @@ async def test_calls_in_line_for_a_task_are_given_up_in_good_order(
     server = await serve_tasks(maximum_parallel_invocations_per_client=None)
     client = await server.connect()
     calls = [call("InOrder", n, invocationId=str(n)) for n in range(50)]
+    calls[1::2] = [dict(c, type=4, target="OpenLater") for c in calls[1::2]]
+    if end == "kill":
+        calls[0] = call("Kill")
     if end == "cancel":
         calls += [{"type": 5, "invocationId": str(n)} for n in range(50)]
     await client.send(*calls)
     if end == "cancel":
         for n in range(50):
-            assert "error" in await client.next(3, str(n))
+            assert ("error" in await client.next(3, str(n))) is (n % 2 == 0)
     if end == "cut":
         await client.cut()
+    if end == "kill":
+        await until(lambda: client.ended)
+        assert Tasks.order == []
     await client.leave()
     await server.runner.cleanup()
     await until(lambda: asyncio.all_tasks() == outside)
     gc.collect()
+
+
+@pytest.mark.filterwarnings("error")
+async def test_calls_of_clients_that_leave_together_all_begin(serve_tasks) -> None:
+    server = await serve_tasks()
+    clients = [await server.connect() for _ in range(20)]
+    for client in clients:
+        await client.send(*(call("InOrder", n, invocationId=str(n)) for n in range(4)))
+    await until(lambda: len(Tasks.order) == len(clients))
+    await asyncio.gather(*(client.leave() for client in clients))
+    await until(lambda: len(Tasks.order) == 4 * len(clients))
+    gc.collect()
+
+
+async def test_calls_that_begin_after_shutdown_leave_no_task_behind(
+    serve_tasks, monkeypatch
+) -> None:
+    monkeypatch.setattr(kestrun, "_SHUTDOWN", 0.05)
+    outside = asyncio.all_tasks()
+    server = await serve_tasks(close_timeout=5)
+    client = await server.connect()
+    await client.send(call("HoldOut"), call("InOrder", 1), call("InOrder", 2))
+    await Tasks.begun.wait()
+    await client.leave()
+    await server.runner.cleanup()
+    assert Tasks.order == []
+    Tasks.gate.set()
+    await until(lambda: asyncio.all_tasks() == outside)
+    assert Tasks.order == [1, 2]
 
 
 @pytest.mark.parametrize("method", ["Soon", "Wait"])
@@ -8929,9 +9033,9 @@ async def test_a_client_that_left_is_remembered_by_no_task(serve_tasks, method) 
     client = await (await serve_tasks()).connect()
     Tasks.gate.set()
     await client.invoke(method, *([1] if method == "Soon" else []))
-    (hub,) = [weakref.ref(h) for h in gc.get_objects() if type(h) is Tasks]
+    assert Tasks.latest() is not None
     await client.leave()
-    await until(lambda: gc.collect() >= 0 and hub() is None)
+    await until(lambda: gc.collect() >= 0 and Tasks.latest() is None)
 
 
 async def test_calls_leave_no_task_behind(serve_tasks) -> None:
@@ -9769,6 +9873,8 @@ def main(arguments: list[str]) -> int:
     """Run the tests on two processes; further arguments are pytest's."""
     options = ["asyncio_default_fixture_loop_scope=function", "faulthandler_timeout=60"]
     settings = [word for option in options for word in ("-o", option)]
+    # This module has imported the plug-in already, to be started as a program.
+    settings += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     return pytest.main([__file__, "-q", "-n", "2", *settings, *arguments])
 
 
