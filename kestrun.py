@@ -3266,8 +3266,8 @@ def _to_dataclass(kind: type) -> Converter:
 # `Dispatcher.run` is the life of a connection on one screen. Between connected
 # and disconnected it sleeps: messages are dispatched straight from the bytes
 # that bring them (`Session.pump`), so an idle client costs no work. A method is
-# called right there, too: an async one begins in the name of a task that stands by
-# (`Workers`) and goes on in it only if it has to wait. Most never need one.
+# called right there, too: an async one begins in a task that stands by (`Workers`),
+# and keeps it only if it has to wait. Most never do.
 #
 # Calls and stream items have their turn in the order of their arrival. One that
 # may not begin yet, for want of a slot or of room, waits, and so do those behind
@@ -3435,6 +3435,7 @@ class Worker:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+        # The task looks at these two, as at those of any future.
         self._loop = loop = asyncio.get_running_loop()
         self._asyncio_future_blocking = False  # marks a future: `asyncio.isfuture`
         #: What the task shall do, and where; without a call it ends.
@@ -3475,9 +3476,8 @@ class Worker:
                 return
             del call, context  # nothing of a client's outlives its calls
 
-    def dismiss(self) -> None:
-        """Let the task that stands by end."""
-        self._workers.idle.remove(self)
+    def end(self) -> None:
+        """Let the task end, which nobody will give a call any more."""
         wake, self.wake = self.wake, None
         assert wake is not None
         self._loop.call_soon(wake, self.go)
@@ -3494,9 +3494,10 @@ class Worker:
         """End cancelled, if nobody has a call for it: see `asyncio.all_tasks`."""
         if self.wake is None:
             return False
+        self._workers.idle.remove(self)
         self.go = self._loop.create_future()
         self.go.cancel(msg)
-        self.dismiss()
+        self.end()
         return True
 
 
@@ -3512,11 +3513,11 @@ class Workers:
     def __init__(self) -> None:
         self.idle: list[Worker] = []
 
-    def begin(self, call: Call, context: contextvars.Context, waiting: int) -> bool:
+    def begin(self, call: Call, context: contextvars.Context, waiting: float) -> bool:
         """Make a call, as far as it goes without waiting.
 
         context: where the method runs and its answer is written.
-        waiting: how many may be next, and need a worker each if they wait.
+        waiting: how many may begin next, and need a worker each if they wait.
         Returns False if nobody stands by; in the next turn somebody will.
         """
         if not self.idle:
@@ -3543,20 +3544,22 @@ class Workers:
             or weak != _weak_references(task)
             or getattr(task, "_callbacks", None)
         ):
-            worker.dismiss()  # or what the call left at its task would meet another
+            self.idle.remove(worker)
+            worker.end()  # or what the call left at its task would meet another
         if not self.idle:
             self.stand_by()
         return True
 
-    def stand_by(self, count: int = 1) -> None:
+    def stand_by(self, count: float = 1) -> None:
         """Have more workers from the next turn of the event loop on."""
-        for _ in range(min(count, _MOST_WORKERS)):
+        for _ in range(int(min(count, _MOST_WORKERS))):
             Worker(self)
 
     def dismiss(self, keep: int = 0) -> None:
         """Let those who stand by end, all but some that are kept."""
-        for worker in self.idle[keep:]:
-            worker.dismiss()
+        self.idle, dismissed = self.idle[:keep], self.idle[keep:]
+        for worker in dismissed:
+            worker.end()
 
 
 class BoundCall(NamedTuple):
@@ -4049,7 +4052,8 @@ class Session:
 
     def _follow(self, call: Call, context: contextvars.Context) -> MadeCall | None:
         """Begin what a method returned; return the call if no worker stands by."""
-        if not self._workers.begin(call, context, len(self._waiting)):
+        room = max(self._slots - self._running - call.holds_slot, 0)
+        if not self._workers.begin(call, context, min(len(self._waiting), room)):
             asyncio.get_running_loop().call_soon(self.go_on)
             return MadeCall(call.message, call, context)
         if call.uploads and call.task is None:  # it is over
@@ -4332,7 +4336,8 @@ class Session:
         """Give up what is left, as when the connection's own task was cancelled."""
         self._drop_line()
         for task in self.tasks:
-            task.cancel()
+            if not task.cancelling():  # its cleanup may take a while
+                task.cancel()
 
     async def _advance_a_little(self) -> None:
         self._clock = time.perf_counter()

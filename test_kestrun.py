@@ -8752,6 +8752,14 @@ class Tasks(kestrun.Hub):
                 task.cancel()
         await self.gate.wait()
 
+    async def tidy_up(self) -> None:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.gate.wait()
+            self.over.append("tidied up")
+
     async def hold_out(self) -> None:
         self.begun.set()
         while not self.gate.is_set():
@@ -8968,6 +8976,42 @@ async def test_many_clients_may_begin_a_call_that_waits_in_one_turn(
     Tasks.gate.set()
     for number, client in enumerate(clients):
         assert await client.finish("1") == number
+
+
+async def test_calls_that_may_not_begin_yet_have_no_tasks_come(serve_tasks) -> None:
+    server = await serve_tasks(maximum_parallel_invocations_per_client=3)
+    clients = [await server.connect() for _ in range(20)]
+    queue = [call("InOrder", n, invocationId=str(n)) for n in range(60)]
+    await asyncio.gather(*(client.send(*queue) for client in clients))
+    await until(lambda: len(Tasks.order) == 3 * len(clients))
+    assert len(workers()) <= 4 * len(clients)
+
+
+async def test_a_rush_for_tasks_is_over_soon(serve_tasks) -> None:
+    server = await serve_tasks(maximum_parallel_invocations_per_client=None)
+    clients = [await server.connect() for _ in range(5)]
+    Tasks.gate.set()
+    for _ in range(3):
+        for client in clients:
+            await client.send(*(call("HurryATurn") for _ in range(200)))
+    for client in clients:
+        assert await client.invoke("SameTask") is True
+    await until(lambda: len(workers()) == 1)
+    assert await clients[0].invoke("SameTask") is True
+
+
+async def test_a_cleanup_that_takes_its_time_is_not_cancelled_again(
+    serve_tasks,
+) -> None:
+    server = await serve_tasks(close_timeout=0.01)
+    client = await server.connect()
+    await client.send(call("TidyUp"))
+    await Tasks.begun.wait()
+    await client.leave()
+    await until(lambda: not server.hub.connections)
+    await asyncio.sleep(0)
+    Tasks.gate.set()
+    await until(lambda: Tasks.over == ["tidied up"])
 
 
 @pytest.mark.filterwarnings("error")
