@@ -3513,15 +3513,13 @@ class Workers:
     def __init__(self) -> None:
         self.idle: list[Worker] = []
 
-    def begin(self, call: Call, context: contextvars.Context, waiting: float) -> bool:
+    def begin(self, call: Call, context: contextvars.Context) -> bool:
         """Make a call, as far as it goes without waiting.
 
         context: where the method runs and its answer is written.
-        waiting: how many may begin next, and need a worker each if they wait.
-        Returns False if nobody stands by; in the next turn somebody will.
+        Returns False if nobody stands by.
         """
         if not self.idle:
-            self.stand_by(1 + waiting)
             return False
         worker = self.idle.pop()
         task, worker.call, worker.context = worker.task, call, context
@@ -4052,8 +4050,9 @@ class Session:
 
     def _follow(self, call: Call, context: contextvars.Context) -> MadeCall | None:
         """Begin what a method returned; return the call if no worker stands by."""
-        room = max(self._slots - self._running - call.holds_slot, 0)
-        if not self._workers.begin(call, context, min(len(self._waiting), room)):
+        if not self._workers.begin(call, context):
+            room = max(self._slots - self._running - call.holds_slot, 0)
+            self._workers.stand_by(1 + min(len(self._waiting), room))
             asyncio.get_running_loop().call_soon(self.go_on)
             return MadeCall(call.message, call, context)
         if call.uploads and call.task is None:  # it is over
