@@ -1037,9 +1037,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 # what goes out never does (a full outbox cuts the peer as slow). Only a sender
 # with a single receiver may wait, for `room`.
 #
-# Everything sent to one connection within one turn of the event loop leaves in
-# one write. There are no locks: one thread, and no await between a look and an
-# act, is the lock.
+# Both happen in turns (`Turn`): what came for the hub's connections is heard, then
+# what goes to each leaves in one write. There are no locks: one thread, and no
+# await between a look and an act, is the lock.
 
 #: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
 _HIGH_WATER = 65_536
@@ -1091,19 +1091,29 @@ class Traffic:
 
 
 class Turn:
-    """What leaves at the end of this turn of the event loop, joined and in order.
+    """One turn of the event loop: what came is heard, then what goes leaves.
 
-    Messages for one connection wait in its outbox. Broadcasts to one set of
-    receivers wait once for all of them, as a `Batch`, until another set is
-    addressed or this one changes. A receiver who is sent something alone goes
-    on apart from the others.
+    All sockets are read before the first client is heard, and all are heard before
+    the first byte is written. That keeps each step's code in the processor's cache,
+    and it joins what leaves: messages for one connection wait in its outbox, in order.
+    Broadcasts to one set of receivers wait once for all of them, as a `Batch`, until
+    another set is addressed or this one changes. A receiver who is sent something
+    alone goes on apart from the others.
     """
 
-    __slots__ = ("_scheduled", "_traffic", "_waiting", "batch", "published")
+    __slots__ = (
+        "_arrived",
+        "_leaving",
+        "_scheduled",
+        "_traffic",
+        "batch",
+        "published",
+    )
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
-        self._waiting: list[Connection] = []
+        self._arrived: deque[Connection] = deque()
+        self._leaving: list[Connection] = []
         #: What many will get at the end of the turn, if anything.
         self.batch: Batch | None = None
         self._scheduled = False
@@ -1111,9 +1121,14 @@ class Turn:
         #: `ClientProxy.send`).
         self.published = 0
 
-    def add(self, connection: Connection) -> None:
+    def hear(self, connection: Connection) -> None:
+        """Tell the hub of this connection as the turn begins, now or next time."""
+        self._arrived.append(connection)
+        self._schedule()
+
+    def flush(self, connection: Connection) -> None:
         """Flush this connection's outbox at the end of the turn."""
-        self._waiting.append(connection)
+        self._leaving.append(connection)
         self._schedule()
 
     def begin_batch(
@@ -1141,15 +1156,34 @@ class Turn:
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._run)
 
-    def _flush(self) -> None:
-        self._scheduled, self.published = False, 0
+    def _run(self) -> None:
+        try:
+            self._hear_all()
+        finally:  # a hub method may end the program
+            self._scheduled = False
+            if self._arrived:
+                self._schedule()
+            self._flush_all()
+
+    def _hear_all(self) -> None:
+        for _ in range(len(self._arrived)):  # who comes meanwhile, comes next time
+            connection = self._arrived.popleft()
+            connection.announced = False
+            try:
+                connection.on_data()
+            except Exception:  # one client's fault must not hold up the others
+                log.exception("connection %s", connection.connection_id)
+                connection.cut("internal error")
+
+    def _flush_all(self) -> None:
+        self.published = 0
         batch, self.batch = self.batch, None
         if batch is not None:
             batch.deliver()
-        waiting, self._waiting = self._waiting, []
-        for connection in waiting:
+        leaving, self._leaving = self._leaving, []
+        for connection in leaving:
             try:
                 if connection.outbox and connection.link is not None:
                     connection.link.flush()
@@ -1368,6 +1402,7 @@ class Connection:
         "_crowd",
         "_turn",
         "_waiters",
+        "announced",
         "busy",
         "closing",
         "connection_id",
@@ -1440,7 +1475,9 @@ class Connection:
         #: Keeps the bytes of two POSTs apart.
         self.posting: asyncio.Lock | None = None
         self._waiters: list[asyncio.Future[None]] | None = None
+        #: Called in the turn that follows each `announce`; it is due if announced.
         self.on_data: Callable[[], None] = _nothing
+        self.announced = False
         self.on_lost: Callable[[Exception | None], None] = _nothing
         #: Told when it gets a link, loses it, or is gone.
         self.on_change: Callable[[Connection], object] = _nothing
@@ -1471,7 +1508,7 @@ class Connection:
         if self.queued > self._crowd:
             self._crowded()  # what waits is judged without what comes now
         if not self.outbox:
-            self._turn.add(self)
+            self._turn.flush(self)
             self.shortcut = None
         self.outbox.append(frame)
         self.queued += len(frame)
@@ -1594,7 +1631,7 @@ class Connection:
         self.traffic.bytes_in += len(data)
         self.fed += len(data)
         self.inbox += data
-        self.on_data()
+        self.announce()
         if self.busy and len(self.inbox) > _HIGH_WATER and self.link:
             self.reading_paused = True
             self.link.pause_reading()
@@ -1630,7 +1667,7 @@ class Connection:
         outbox.clear()
         if self.queued > _HIGH_WATER:
             # Calls wait while a client does not take the answers: they may go on.
-            asyncio.get_running_loop().call_soon(self.on_data)
+            self.announce()
         self.queued = 0
         self.look_for_shortcut()
         if self._waiters:
@@ -1645,8 +1682,8 @@ class Connection:
             self.outbox.clear()
             self.queued = 0
             self.on_change(self)
-            self.on_lost(error)  # first, or what waits would begin in here
-            self.on_data()
+            self.on_lost(error)
+            self.announce()
             self.wake()
 
     def stalled(self, now: float) -> bool:
@@ -1663,6 +1700,12 @@ class Connection:
         return now - self.stall[1] > _or_forever(self.options.transport_send_timeout)
 
     # Both ends
+
+    def announce(self) -> None:
+        """Have the hub look at the inbox, or at what waits, in the turn to come."""
+        if not self.announced:
+            self.announced = True
+            self._turn.hear(self)
 
     def shut(self) -> None:
         """Take nothing more, from either side."""
@@ -1939,7 +1982,7 @@ class WebSocket(FrameReader, asyncio.Protocol):
         self._answer_ping()
         self._connection.flush()
         self._connection.wake()
-        self._connection.on_data()
+        self._connection.announce()
 
     # From the connection (see Link)
 
@@ -3264,10 +3307,10 @@ def _to_dataclass(kind: type) -> Converter:
 # --------------------------------------------------------------- dispatcher
 #
 # `Dispatcher.run` is the life of a connection on one screen. Between connected
-# and disconnected it sleeps: messages are dispatched straight from the bytes
-# that bring them (`Session.pump`), so an idle client costs no work. A method is
-# called right there, too: an async one begins in a task that stands by (`Workers`),
-# and keeps it only if it has to wait. Most never do.
+# and disconnected it sleeps: messages are dispatched in the turn that follows the
+# bytes (`Session._pump`), outside of any task, so an idle client costs no work. A
+# method is called right there, too: an async one begins in a task that stands by
+# (`Workers`), and keeps it only if it has to wait. Most never do.
 #
 # Calls and stream items have their turn in the order of their arrival. One that
 # may not begin yet, for want of a slot or of room, waits, and so do those behind
@@ -3314,7 +3357,7 @@ class UploadStream:
         name: str,
         convert: Converter | None,
         options: HubOptions,
-        on_room: Callable[[], None],
+        on_room: Callable[[], object],
     ) -> None:
         self._name = name
         self._convert = convert
@@ -3527,15 +3570,7 @@ class Workers:
         strong, weak = _references(task), _weak_references(task)
         wake, worker.wake = worker.wake, None
         assert wake is not None
-        current = asyncio.current_task()
-        if current is None:
-            context.run(wake, worker.go)
-        else:  # one task steps aside for the other (see "Extending" in asyncio)
-            asyncio._leave_task(current.get_loop(), current)
-            try:
-                context.run(wake, worker.go)
-            finally:
-                asyncio._enter_task(current.get_loop(), current)
+        context.run(wake, worker.go)
         del wake
         if worker.wake is not None and (
             strong != _references(task)
@@ -3698,7 +3733,8 @@ class Call:
                     in_a_row = 0
                     await asyncio.sleep(0)  # also where the generator never waits
                     await connection.room()
-                    self.session.go_on()  # before the next item fills the outbox
+                    if self.session.go_on():  # before the next item fills the outbox
+                        await asyncio.sleep(0)
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
@@ -3737,8 +3773,6 @@ class Session:
         "_methods",
         "_next_ping",
         "_pinged",
-        "_pumping",
-        "_resuming",
         "_running",
         "_slots",
         "_uploads",
@@ -3786,7 +3820,7 @@ class Session:
         self._messages: Iterator[Message | None] | None = None
         #: When the last method gave the event loop back, for `_PATIENCE`.
         self._clock = 0.0
-        self._pumping = self._resuming = self._left = False
+        self._left = False
         self._heard = self._pinged = False
         self._last_heard = now = time.monotonic()
         self._next_ping = now + _or_forever(self.options.keep_alive_interval)
@@ -3801,24 +3835,20 @@ class Session:
         """Begin to dispatch; what arrived before has been waiting."""
         limit = self.options.maximum_receive_message_size
         self._messages = self.wire.protocol.decode(self.connection.inbox, limit)
-        self.connection.on_data = self.pump
-        self.pump()
+        self.connection.on_data = self._pump
+        self.connection.announce()
 
-    def pump(self) -> None:
+    def _pump(self) -> None:
         """Dispatch what has arrived, as far as the client may go on just now."""
-        if self._pumping or self._resuming or self._messages is None:
+        if self._messages is None or self.ended.done():
             return
-        if self.ended.done():
-            return
-        self._pumping, busy, connection = True, False, self.connection
+        busy, connection = False, self.connection
         try:
             busy = self._read(self._messages)
         except ProtocolError as error:
             text = _one_line(str(error), 200)
             log.warning("connection %s: %s", connection.connection_id, text)
             self.end(error, self._farewell(error))
-        finally:
-            self._pumping = False
         if busy or connection.busy:
             connection.taken_in(busy)
 
@@ -3844,8 +3874,7 @@ class Session:
                 self._queue(message)  # the usual one, without detours
             else:
                 self._dispatch(message)
-        self._resuming = True  # others first
-        asyncio.get_running_loop().call_soon(self._resume)
+        connection.announce()  # others first
         return True
 
     def _has_enough(self) -> bool:
@@ -3861,14 +3890,11 @@ class Session:
             return 0
         return sum(stream.excess() for stream in self._uploads.values())
 
-    def _resume(self) -> None:
-        self._resuming = False
-        self.pump()
-
-    def go_on(self) -> None:
-        """Let what waited for a slot or for room have its turn, and read on."""
-        if self._waiting or self.connection.busy:
-            self.pump()
+    def go_on(self) -> bool:
+        """Let what waits for a slot or for room have its turn, if anything does."""
+        if waits := bool(self._waiting or self.connection.busy):
+            self.connection.announce()
+        return waits
 
     def _dispatch(self, message: Message) -> None:
         replay = self.connection.replay
@@ -4053,7 +4079,7 @@ class Session:
         if not self._workers.begin(call, context):
             room = max(self._slots - self._running - call.holds_slot, 0)
             self._workers.stand_by(1 + min(len(self._waiting), room))
-            asyncio.get_running_loop().call_soon(self.go_on)
+            self.connection.announce()
             return MadeCall(call.message, call, context)
         if call.uploads and call.task is None:  # it is over
             self._close_uploads(call.uploads)
@@ -4085,7 +4111,7 @@ class Session:
         places = zip(message.stream_ids, method.uploads, strict=True)
         for stream_id, (position, name, convert) in places:
             name = f"{method.name}: an item of {name!r}"
-            stream = UploadStream(name, convert, self.options, self.look_again)
+            stream = UploadStream(name, convert, self.options, self.go_on)
             self._uploads[stream_id] = uploads[stream_id] = stream
             arguments.insert(position, stream)
         line, self._waiting = self._waiting, []
@@ -4104,11 +4130,6 @@ class Session:
         if call.message.invocation_id is not None:
             self._calls.setdefault(call.message.invocation_id, call)
 
-    def look_again(self) -> None:
-        """See soon whether what waits may begin: there is room, or one less waits."""
-        if self._waiting or self.connection.busy:
-            asyncio.get_running_loop().call_soon(self.go_on)
-
     def _cancel(self, invocation_id: str) -> None:
         """Call off a call, or one that waits; an id that is unknown is ignored."""
         if (call := self._calls.get(invocation_id)) is not None:
@@ -4124,7 +4145,7 @@ class Session:
                 if isinstance(item, MadeCall):
                     self._drop(item.call)
                 self.answer_canceled(message)
-                self.look_again()
+                self.go_on()
                 return
 
     def call_ended(self, call: Call) -> None:
@@ -4160,7 +4181,7 @@ class Session:
             stream.end()
             if self._uploads.get(stream_id) is stream:
                 del self._uploads[stream_id]
-        self.look_again()
+        self.go_on()
 
     def free_slot(self, call: Call) -> None:
         call.holds_slot = False
@@ -4339,9 +4360,12 @@ class Session:
                 task.cancel()
 
     async def _advance_a_little(self) -> None:
+        """Let some of what waits begin: outside of this task, each in its own."""
         self._clock = time.perf_counter()
-        self._advance(self._clock + _PATIENCE)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._advance, self._clock + _PATIENCE)
         await asyncio.sleep(0)
+        await asyncio.sleep(0)  # in which workers come
 
     async def _cancel_tasks(self) -> None:
         for count, task in enumerate(list(self.tasks), 1):
@@ -4981,7 +5005,7 @@ class Endpoint:
             elif connection.wire is None:
                 self.dispatcher.refuse_handshake(connection, "Handshake was canceled.")
                 connection.shut()
-                connection.on_data()  # the handshake need not be waited for
+                connection.announce()  # the handshake need not be waited for
         begun = time.monotonic()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_SHUTDOWN)
