@@ -3452,60 +3452,57 @@ def _warn_blocking(name: str, started: float) -> None:
     )
 
 
-#: Counts who keeps hold of a task, where Python can tell.
-_references = getattr(sys, "getrefcount", lambda task: math.nan)
-_weak_references = weakref.getweakrefcount
-
-
 class Worker:
     """A task that stands by, to make whatever call comes next (see `Workers`).
 
-    It is itself the future for which its task waits meanwhile. A future is told what
-    wakes who waits for it, and for a task that is to take its next step. So a call can
-    begin here and now, in a task like any other, at hardly any cost.
+    It waits for a future that nobody resolves. What would wake it then is called by
+    hand when there is a call: this begins here and now, in a true step of a task, and
+    costs hardly more than a function.
     """
 
-    __slots__ = (
-        "_asyncio_future_blocking",
-        "_loop",
-        "_workers",
-        "call",
-        "context",
-        "go",
-        "task",
-        "wake",
-    )
+    __slots__ = ("_workers", "call", "door", "task", "wake")
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, loop: asyncio.AbstractEventLoop) -> None:
         self._workers = workers
-        # The task looks at these two, as at those of any future.
-        self._loop = loop = asyncio.get_running_loop()
-        self._asyncio_future_blocking = False  # marks a future: `asyncio.isfuture`
-        #: What the task shall do, and where; without a call it ends.
+        #: What the task shall do, or is at; without a call it ends.
         self.call: Call | None = None
-        self.context: contextvars.Context | None = None
-        #: What makes the task do it, called with `go`.
-        self.wake: Callable[[asyncio.Future[None]], object] | None = None
-        self.go: asyncio.Future[None] = loop.create_future()
-        self.go.set_result(None)
+        #: What the task waits for. It is done only if the task was cancelled.
+        self.door: asyncio.Future[None] = loop.create_future()
+        #: Lets the task make its call, or end; never called within another task.
+        self.wake: Callable[[asyncio.Future[None]], object] = _nothing
         self.task = asyncio.Task(
             self._work(),
             loop=loop,
             name="kestrun worker",
             context=contextvars.Context(),
         )
+        loop.call_soon(self._stand_by)  # when it has come to the door
+
+    def _stand_by(self) -> None:
+        if self.door._callbacks:  # or it was cancelled before
+            self.wake = self.door._callbacks[0][0]
+            # One step in vain: it adds a reference to the task, later ones do not.
+            self.wake(self._workers.done)
+            self._workers.idle.append(self)
 
     async def _work(self) -> None:
-        await self._make_calls()
+        try:
+            await self._make_calls()
+        finally:
+            if self in self._workers.idle:  # cancelled, as by `asyncio.all_tasks`
+                self._workers.idle.remove(self)
 
     @types.coroutine
     def _make_calls(self) -> Generator[Any, Any, None]:
         """Make calls that need not wait, and then one that does."""
+        door = self.door
+        door._asyncio_future_blocking = True  # as `await` says it to a task
+        yield door
         while True:
-            self._asyncio_future_blocking = True  # as `await` says it to a task
-            yield self
-            call, context, self.call, self.context = self.call, self.context, None, None
-            if call is None or context is None:
+            door.remove_done_callback(self.wake)
+            door._asyncio_future_blocking = True
+            yield door
+            if (call := self.call) is None:
                 return
             _current_call.set(call)
             try:
@@ -3515,33 +3512,17 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 (user code)
                 call.session.fail(call.message, call.method, error)
             else:
-                yield from call.go_on(self.task, context, awaited)
+                yield from call.go_on(self.task, awaited)
                 return
-            del call, context  # nothing of a client's outlives its calls
+            if call.uploads:
+                call.session.close_uploads(call.uploads)
+            del call.context
+            self.call = call = None  # nothing of a client's outlives its calls
 
-    def end(self) -> None:
-        """Let the task end, which nobody will give a call any more."""
-        wake, self.wake = self.wake, None
-        assert wake is not None
-        self._loop.call_soon(wake, self.go)
 
-    # What the task asks of a future
-
-    def add_done_callback(
-        self, wake: Callable[[asyncio.Future[None]], object], *, context: Any
-    ) -> None:
-        self.wake = wake
-        self._workers.idle.append(self)
-
-    def cancel(self, msg: Any = None) -> bool:
-        """End cancelled, if nobody has a call for it: see `asyncio.all_tasks`."""
-        if self.wake is None:
-            return False
-        self._workers.idle.remove(self)
-        self.go = self._loop.create_future()
-        self.go.cancel(msg)
-        self.end()
-        return True
+#: Counts who keeps hold of a task, where Python can tell.
+_references = getattr(sys, "getrefcount", lambda task: math.nan)
+_weak_references = weakref.getweakrefcount
 
 
 class Workers:
@@ -3551,48 +3532,53 @@ class Workers:
     of calls, until one of them has to wait; that one keeps the worker's task.
     """
 
-    __slots__ = ("idle",)
+    __slots__ = ("done", "idle")
 
     def __init__(self) -> None:
         self.idle: list[Worker] = []
+        #: What a worker is told to have waited for.
+        self.done: asyncio.Future[None]
 
-    def begin(self, call: Call, context: contextvars.Context) -> bool:
-        """Make a call, as far as it goes without waiting.
+    def begin(self, call: Call) -> bool:
+        """Make a call, as far as it goes without waiting; never from within a task.
 
-        context: where the method runs and its answer is written.
         Returns False if nobody stands by.
         """
         if not self.idle:
             return False
         worker = self.idle.pop()
-        task, worker.call, worker.context = worker.task, call, context
+        if worker.door.done():
+            return self.begin(call)
+        task, worker.call = worker.task, call
         task.set_name(call.method.name)
         strong, weak = _references(task), _weak_references(task)
-        wake, worker.wake = worker.wake, None
-        assert wake is not None
-        context.run(wake, worker.go)
-        del wake
-        if worker.wake is not None and (
-            strong != _references(task)
-            or weak != _weak_references(task)
-            or getattr(task, "_callbacks", None)
-        ):
-            self.idle.remove(worker)
-            worker.end()  # or what the call left at its task would meet another
+        call.context.run(worker.wake, self.done)
+        if call.task is None:  # it is over
+            if (
+                strong == _references(task)
+                and weak == _weak_references(task)
+                and not getattr(task, "_callbacks", None)
+            ):
+                self.idle.append(worker)
+            else:  # what the call left at its task must not meet another
+                asyncio.get_running_loop().call_soon(worker.wake, self.done)
         if not self.idle:
             self.stand_by()
         return True
 
     def stand_by(self, count: float = 1) -> None:
         """Have more workers from the next turn of the event loop on."""
+        loop = asyncio.get_running_loop()
+        self.done = loop.create_future()
+        self.done.set_result(None)
         for _ in range(int(min(count, _MOST_WORKERS))):
-            Worker(self)
+            Worker(self, loop)
 
     def dismiss(self, keep: int = 0) -> None:
         """Let those who stand by end, all but some that are kept."""
         self.idle, dismissed = self.idle[:keep], self.idle[keep:]
         for worker in dismissed:
-            worker.end()
+            asyncio.get_running_loop().call_soon(worker.wake, self.done)
 
 
 class BoundCall(NamedTuple):
@@ -3601,14 +3587,6 @@ class BoundCall(NamedTuple):
     message: Invocation | StreamInvocation
     method: HubMethod
     arguments: list[Any]
-
-
-class MadeCall(NamedTuple):
-    """A call whose method was called, and that waits for a worker."""
-
-    message: Invocation | StreamInvocation
-    call: Call
-    context: contextvars.Context
 
 
 class _Pending:
@@ -3627,6 +3605,7 @@ class Call:
 
     __slots__ = (
         "canceled",
+        "context",
         "holds_slot",
         "message",
         "method",
@@ -3643,10 +3622,17 @@ class Call:
         message: Invocation | StreamInvocation,
         method: HubMethod,
         result: Any,
+        context: contextvars.Context,
+        uploads: dict[str, UploadStream] | None,
     ) -> None:
         self.session = session
         self.message = message
         self.method = method
+        #: Where the method runs and its answer is written. It knows the call, and
+        #: once the call is over it does not know the context, or both would linger.
+        self.context = context
+        #: The client's streams among the arguments.
+        self.uploads = uploads
         #: What the method returned, and what is left to do with it.
         self.returned = result
         self.work: Coroutine[Any, Any, Any]
@@ -3659,16 +3645,12 @@ class Call:
         #: A call that waits takes one of the client's slots, until it lets others in.
         self.holds_slot = method.takes_turns
         self.canceled = False
-        #: The client's streams among the arguments.
-        self.uploads: dict[str, UploadStream] | None = None
         #: What it goes on in, once it has to wait.
         self.task: asyncio.Task[None] | None = None
 
-    async def go_on(
-        self, task: asyncio.Task[None], context: contextvars.Context, awaited: Any
-    ) -> None:
+    async def go_on(self, task: asyncio.Task[None], awaited: Any) -> None:
         """Make what is left of a call that waits, in the task that began it."""
-        session, self.task = self.session, task
+        session, context, self.task = self.session, self.context, task
         session.call_goes_on(self)
         try:
             result = await _perform(self.work, self.method.name, context, awaited)
@@ -3679,6 +3661,7 @@ class Call:
         else:
             context.run(session.complete, self.message, self.method, result)
         finally:
+            del self.context
             session.call_ended(self)
             session.go_on()
 
@@ -3811,7 +3794,7 @@ class Session:
         self._uploads: dict[str, UploadStream] = {}
         self.tasks: dict[asyncio.Task[None], Call] = {}
         #: What may not begin yet, in order; its first is what the rest waits for.
-        self._waiting: list[Message | BoundCall | MadeCall] = []
+        self._waiting: list[Message | BoundCall | Call] = []
         self._mark = 0  # what had been fed when the waiting began
         #: Slots that are taken.
         self._running = 0
@@ -3870,10 +3853,12 @@ class Session:
                 return False
             traffic.messages_in += 1
             self._heard = True
-            if type(message) is Invocation and connection.replay is None:
-                self._queue(message)  # the usual one, without detours
-            else:
+            if type(message) is not Invocation or connection.replay is not None:
                 self._dispatch(message)
+            elif self._waiting:  # the usual message, without detours
+                self._waiting.append(message)
+            elif (rest := self._begin_call(message)) is not None:
+                self._wait(rest)
         connection.announce()  # others first
         return True
 
@@ -3930,11 +3915,14 @@ class Session:
         if self._waiting and not self._is_of_open_stream(message):
             self._waiting.append(message)
         elif (rest := self._begin(message)) is not None:
-            if not self._waiting:
-                self._mark = self.connection.fed
-            self._waiting.append(rest)
+            self._wait(rest)
 
-    def _is_of_open_stream(self, message: Message | BoundCall | MadeCall) -> bool:
+    def _wait(self, item: Message | BoundCall | Call) -> None:
+        if not self._waiting:
+            self._mark = self.connection.fed
+        self._waiting.append(item)
+
+    def _is_of_open_stream(self, message: Message | BoundCall | Call) -> bool:
         """Tell whether it is an item, or the end, of a stream that a method reads."""
         return (
             isinstance(message, (StreamItem, Completion))
@@ -3951,22 +3939,22 @@ class Session:
                 return
 
     def _begin(
-        self, item: Message | BoundCall | MadeCall
-    ) -> Message | BoundCall | MadeCall | None:
+        self, item: Message | BoundCall | Call
+    ) -> Message | BoundCall | Call | None:
         """Act on a message whose turn has come; return what still has to wait."""
         match item:
             case Invocation() | StreamInvocation():
-                return item if self._must_wait() else self._begin_call(item)
+                return self._begin_call(item)
             case BoundCall():
                 if self._running >= self._slots or self._must_wait():
                     return item
                 return self._call(*item)
-            case MadeCall(_, call, context):
+            case Call():
                 started = time.perf_counter()
-                rest = self._follow(call, context)
+                rest = self._follow(item)
                 self._clock = time.perf_counter()
                 if self._clock - started > _BLOCKING:
-                    _warn_blocking(call.method.name, started)
+                    _warn_blocking(item.method.name, started)
                 return rest
             case StreamItem(invocation_id, value):
                 if (stream := self._uploads.get(invocation_id)) is not None:
@@ -3986,8 +3974,11 @@ class Session:
 
     def _begin_call(
         self, message: Invocation | StreamInvocation
-    ) -> BoundCall | MadeCall | None:
+    ) -> Message | BoundCall | Call | None:
         """Check a call in the reference's order, then make it or let it wait."""
+        crowded = self.connection.queued > _HIGH_WATER
+        if (crowded or self._uploads) and self._must_wait():
+            return message
         method = self._methods.get(_fold(message.target))
         try:
             if method is None:
@@ -4047,7 +4038,7 @@ class Session:
         message: Invocation | StreamInvocation,
         method: HubMethod,
         arguments: list[Any],
-    ) -> MadeCall | None:
+    ) -> Call | None:
         """Call a method; return the call if what it returned still has to wait."""
         started, context = time.perf_counter(), self._variables.copy()
         uploads, rest = None, None
@@ -4061,12 +4052,11 @@ class Session:
         except BaseException as error:  # noqa: BLE001 (user code)
             context.run(self.fail, message, method, error)
             if uploads:
-                self._close_uploads(uploads)
+                self.close_uploads(uploads)
         else:
             if method.streaming or hasattr(result, "__await__"):
-                call = Call(self, message, method, result)
-                call.uploads = uploads
-                rest = self._follow(call, context)
+                call = Call(self, message, method, result, context, uploads)
+                rest = self._follow(call)
             else:
                 self.complete(message, method, result)
         self._clock = time.perf_counter()
@@ -4074,16 +4064,14 @@ class Session:
             _warn_blocking(method.name, started)
         return rest
 
-    def _follow(self, call: Call, context: contextvars.Context) -> MadeCall | None:
+    def _follow(self, call: Call) -> Call | None:
         """Begin what a method returned; return the call if no worker stands by."""
-        if not self._workers.begin(call, context):
-            room = max(self._slots - self._running - call.holds_slot, 0)
-            self._workers.stand_by(1 + min(len(self._waiting), room))
-            self.connection.announce()
-            return MadeCall(call.message, call, context)
-        if call.uploads and call.task is None:  # it is over
-            self._close_uploads(call.uploads)
-        return None
+        if self._workers.begin(call):
+            return None
+        room = max(self._slots - self._running - call.holds_slot, 0)
+        self._workers.stand_by(1 + min(len(self._waiting), room))
+        self.connection.announce()
+        return call
 
     def _intercept(
         self,
@@ -4136,14 +4124,14 @@ class Session:
             call.cancel()
             return
         for position, item in enumerate(self._waiting):
-            message = item.message if isinstance(item, (BoundCall, MadeCall)) else item
+            message = item.message if isinstance(item, (BoundCall, Call)) else item
             if (
                 isinstance(message, (Invocation, StreamInvocation))
                 and message.invocation_id == invocation_id
             ):
                 del self._waiting[position]
-                if isinstance(item, MadeCall):
-                    self._drop(item.call)
+                if isinstance(item, Call):
+                    self._drop(item)
                 self.answer_canceled(message)
                 self.go_on()
                 return
@@ -4158,24 +4146,25 @@ class Session:
         if call.holds_slot:
             self.free_slot(call)
         if call.uploads:
-            self._close_uploads(call.uploads)
+            self.close_uploads(call.uploads)
 
     def _drop(self, call: Call) -> None:
         """Give up a call that no worker has begun."""
+        del call.context
         call.work.close()
         if inspect.iscoroutine(call.returned):
             call.returned.close()
         if call.uploads:
-            self._close_uploads(call.uploads)
+            self.close_uploads(call.uploads)
 
     def _drop_line(self) -> None:
         """Let nothing that waits begin any more."""
         line, self._waiting = self._waiting, []
         for item in line:
-            if isinstance(item, MadeCall):
-                self._drop(item.call)
+            if isinstance(item, Call):
+                self._drop(item)
 
-    def _close_uploads(self, uploads: dict[str, UploadStream]) -> None:
+    def close_uploads(self, uploads: dict[str, UploadStream]) -> None:
         """Take no more items for a call that has ended."""
         for stream_id, stream in uploads.items():
             stream.end()
@@ -5020,10 +5009,11 @@ class Endpoint:
                     connection.lost(None)
         for connection in list(self._connections.values()):
             connection.cut("shutdown")
-        self.dispatcher.workers.dismiss()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await asyncio.sleep(0)  # in which these tasks end
+        for _ in range(2):  # the last may come only in the turn in which the others end
+            self.dispatcher.workers.dismiss()
+            await asyncio.sleep(0)
 
 
 def _query(request: web.Request) -> dict[str, str]:
