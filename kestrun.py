@@ -39,7 +39,7 @@ The file reads from top to bottom; each section uses only what stands above it.
 
     options        every limit and interval, in one place
     wire protocol  hub messages, and how JSON and MessagePack write them
-    connection     a duplex pipe between one client and one hub
+    connection     a duplex pipe between one client and one hub; turns
     transports     WebSocket (RFC 6455), Server-Sent Events, long polling
     registry       who is connected and in which group; publish
     hub            what user code sees: Hub, clients, groups, context
@@ -371,8 +371,8 @@ class HandshakeError(ProtocolError):
 def _detail(message: str, error: BaseException, options: HubOptions) -> str:
     """Word an error for the client: its own text only where it may be told."""
     if isinstance(error, HubException) or options.enable_detailed_errors:
-        name = getattr(error, "reported_as", type(error).__name__)
-        with contextlib.suppress(Exception):  # its __str__ is user code
+        with contextlib.suppress(Exception):  # it is user code
+            name = getattr(error, "reported_as", type(error).__name__)
             return f"{message} {name}: {error}"
     return message
 
@@ -1044,6 +1044,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
 _HIGH_WATER = 65_536
 
+#: Seconds that one client's messages may take before others have their turn.
+_PATIENCE = 0.01
+
 #: A connected stateful client may owe acknowledgements for so many outboxes.
 _REPLAY_SURPLUS = 8
 
@@ -1088,219 +1091,6 @@ class Traffic:
 
     def count_cut(self, reason: str) -> None:
         self.cuts[reason] = self.cuts.get(reason, 0) + 1
-
-
-class Turn:
-    """One turn of the event loop: what came is heard, then what goes leaves.
-
-    All sockets are read before the first client is heard, and all are heard before
-    the first byte is written. That keeps each step's code in the processor's cache,
-    and it joins what leaves: messages for one connection wait in its outbox, in order.
-    Broadcasts to one set of receivers wait once for all of them, as a `Batch`, until
-    another set is addressed or this one changes. A receiver who is sent something
-    alone goes on apart from the others.
-    """
-
-    __slots__ = (
-        "_arrived",
-        "_leaving",
-        "_scheduled",
-        "_traffic",
-        "batch",
-        "published",
-    )
-
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
-        self._arrived: deque[Connection] = deque()
-        self._leaving: list[Connection] = []
-        #: What many will get at the end of the turn, if anything.
-        self.batch: Batch | None = None
-        self._scheduled = False
-        #: Bytes published since the last flush, counted once for all receivers (see
-        #: `ClientProxy.send`).
-        self.published = 0
-
-    def hear(self, connection: Connection) -> None:
-        """Tell the hub of this connection as the turn begins, now or next time."""
-        self._arrived.append(connection)
-        self._schedule()
-
-    def flush(self, connection: Connection) -> None:
-        """Flush this connection's outbox at the end of the turn."""
-        self._leaving.append(connection)
-        self._schedule()
-
-    def begin_batch(
-        self,
-        address: object,
-        receivers: dict[str, Connection],
-        wires: Collection[Wire],
-    ) -> Batch:
-        """Let messages to one address wait together from here on.
-
-        address: where the messages go; one to another address ends the batch.
-        wires: those of all connections, of which the receivers use some or all.
-        """
-        self.settle()
-        self.batch = Batch(address, receivers, wires, self._traffic)
-        self._schedule()
-        return self.batch
-
-    def settle(self) -> None:
-        """Put the batch into its receivers' outboxes, before anything changes."""
-        batch, self.batch = self.batch, None
-        if batch is not None:
-            batch.spill()
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._run)
-
-    def _run(self) -> None:
-        try:
-            self._hear_all()
-        finally:  # a hub method may end the program
-            self._scheduled = False
-            if self._arrived:
-                self._schedule()
-            self._flush_all()
-
-    def _hear_all(self) -> None:
-        for _ in range(len(self._arrived)):  # who comes meanwhile, comes next time
-            connection = self._arrived.popleft()
-            connection.announced = False
-            try:
-                connection.on_data()
-            except Exception:  # one client's fault must not hold up the others
-                log.exception("connection %s", connection.connection_id)
-                connection.cut("internal error")
-
-    def _flush_all(self) -> None:
-        self.published = 0
-        batch, self.batch = self.batch, None
-        if batch is not None:
-            batch.deliver()
-        leaving, self._leaving = self._leaving, []
-        for connection in leaving:
-            try:
-                if connection.outbox and connection.link is not None:
-                    connection.link.flush()
-            except Exception:  # one broken transport must not hold up the others
-                log.exception("connection %s", connection.connection_id)
-                connection.cut("transport error")
-
-
-class Batch:
-    """Messages that wait for the same receivers, kept once for all of them."""
-
-    __slots__ = (
-        "_apart",
-        "_count",
-        "_frames",
-        "_receivers",
-        "_shares",
-        "_traffic",
-        "address",
-    )
-
-    def __init__(
-        self,
-        address: object,
-        receivers: dict[str, Connection],
-        wires: Collection[Wire],
-        traffic: Traffic,
-    ) -> None:
-        self.address = address
-        # By connection id. The batch is settled before these ever change.
-        self._receivers = receivers
-        if len(wires) > 1:
-            wires = {c.wire for c in receivers.values() if c.wire is not None}
-        self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
-        self._shares: dict[Wire | None, bytes] = {}
-        self._count = 0
-        self._traffic = traffic
-        self._apart: dict[str, Connection] = {}
-
-    @property
-    def wires(self) -> Collection[Wire | None]:
-        """How the messages have to be encoded."""
-        return self._frames.keys()
-
-    def add(self, frames: dict[Wire | None, bytes]) -> None:
-        """Add one message, encoded for every wire in use."""
-        for wire, frame in frames.items():
-            self._frames[wire].append(frame)
-        self._count += 1
-        self._shares.clear()
-        for connection in self._apart.values():
-            connection.send(frames[connection.wire])
-
-    def part(self, connection: Connection) -> None:
-        """Move one receiver's share to its outbox, from where it goes on alone."""
-        name = connection.connection_id
-        if name in self._receivers and name not in self._apart:
-            self._apart[name] = connection
-            self._queue(connection)
-
-    def spill(self) -> None:
-        """Move everyone's share to their outboxes."""
-        for name, connection in list(self._receivers.items()):
-            if name not in self._apart:
-                self._queue(connection)
-
-    def _queue(self, connection: Connection) -> None:
-        if connection.replay is None:
-            connection.send(self._share(connection.wire), messages=self._count)
-            return
-        for frame in self._frames[connection.wire]:  # each has a number of its own
-            connection.send(frame)
-
-    def _share(self, wire: Wire | None) -> bytes:
-        """Join the messages for one wire: the same bytes for all who get them."""
-        share = self._shares.get(wire)
-        if share is None:
-            share = self._shares[wire] = b"".join(self._frames[wire])
-        return share
-
-    def deliver(self) -> None:
-        """Write everyone's share at once; who cannot take it gets it queued."""
-        apart = self._apart.values()
-        for connection in apart:
-            connection.shortcut = None  # it has its share already
-        writes = {wire: self._writes(wire) for wire in self._frames}
-        if sum(map(len, writes.values())) + len(apart) < len(self._receivers):
-            for name, connection in list(self._receivers.items()):
-                if connection.shortcut is None and name not in self._apart:
-                    self._queue(connection)
-        for wire in self._frames:
-            self._write_all(self._share(wire), writes[wire])
-        for connection in apart:
-            connection.look_for_shortcut()
-
-    def _writes(self, wire: Wire | None) -> list[Callable[[bytes], None]]:
-        """List the shortcuts of one wire: a loop over nothing else is a tenth faster."""
-        return [
-            write
-            for connection in self._receivers.values()
-            if (write := connection.shortcut) is not None and connection.wire is wire
-        ]
-
-    def _write_all(self, data: bytes, writes: list[Callable[[bytes], None]]) -> None:
-        for write in writes:
-            try:
-                write(data)
-            except Exception as error:  # noqa: BLE001 (it must not hold up the others)
-                self._give_up(write, error)
-        self._traffic.messages_out += self._count * len(writes)
-        self._traffic.bytes_out += len(data) * len(writes)
-
-    def _give_up(self, write: Callable[[bytes], None], error: Exception) -> None:
-        for connection in self._receivers.values():
-            if connection.shortcut is write:
-                log.error("connection %s", connection.connection_id, exc_info=error)
-                connection.cut("transport error")
 
 
 class Wire:
@@ -1433,11 +1223,9 @@ class Connection:
         "wire",
     )
 
-    def __init__(
-        self, options: HubOptions, turn: Turn, traffic: Traffic, token: str
-    ) -> None:
+    def __init__(self, options: HubOptions, turn: Turn, token: str) -> None:
         self.options = options
-        self.traffic = traffic
+        self.traffic = turn.traffic
         self._turn = turn
         limit = options.outbox_limit
         self._crowd = _HIGH_WATER if limit is None else min(limit, _HIGH_WATER)
@@ -1508,7 +1296,7 @@ class Connection:
         if self.queued > self._crowd:
             self._crowded()  # what waits is judged without what comes now
         if not self.outbox:
-            self._turn.flush(self)
+            self._turn.flush_later(self)
             self.shortcut = None
         self.outbox.append(frame)
         self.queued += len(frame)
@@ -1655,8 +1443,13 @@ class Connection:
             await self._wait()
 
     def flush(self) -> None:
-        if self.outbox and self.link is not None:
-            self.link.flush()
+        """Hand what waits to the transport; a broken one must not hold up others."""
+        try:
+            if self.outbox and self.link is not None:
+                self.link.flush()
+        except Exception:
+            log.exception("connection %s", self.connection_id)
+            self.cut("transport error")
 
     def take(self) -> bytes:
         """Take all that waits, whole messages, in order."""
@@ -1701,11 +1494,14 @@ class Connection:
 
     # Both ends
 
-    def announce(self) -> None:
-        """Have the hub look at the inbox, or at what waits, in the turn to come."""
+    def announce(self, again: bool = False) -> None:
+        """Have the hub look at the inbox, or at what waits, in the turn to come.
+
+        again: it just did, and ran out of time.
+        """
         if not self.announced:
             self.announced = True
-            self._turn.hear(self)
+            self._turn.hear_later(self, again)
 
     def shut(self) -> None:
         """Take nothing more, from either side."""
@@ -1732,6 +1528,226 @@ class Connection:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+
+class Batch:
+    """Messages that wait for the same receivers, kept once for all of them.
+
+    address: where the messages go; one to another address ends the batch.
+    wires: those of all connections, of which the receivers use some or all.
+    """
+
+    __slots__ = (
+        "_apart",
+        "_count",
+        "_frames",
+        "_receivers",
+        "_shares",
+        "_traffic",
+        "address",
+    )
+
+    def __init__(
+        self,
+        address: object,
+        receivers: dict[str, Connection],
+        wires: Collection[Wire],
+        traffic: Traffic,
+    ) -> None:
+        self.address = address
+        # By connection id. The batch is settled before these ever change.
+        self._receivers = receivers
+        if len(wires) > 1:
+            wires = {c.wire for c in receivers.values() if c.wire is not None}
+        self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
+        self._shares: dict[Wire | None, bytes] = {}
+        self._count = 0
+        self._traffic = traffic
+        self._apart: dict[str, Connection] = {}
+
+    @property
+    def wires(self) -> Collection[Wire | None]:
+        """How the messages have to be encoded."""
+        return self._frames.keys()
+
+    def add(self, frames: dict[Wire | None, bytes]) -> None:
+        """Add one message, encoded for every wire in use."""
+        for wire, frame in frames.items():
+            self._frames[wire].append(frame)
+        self._count += 1
+        self._shares.clear()
+        for connection in self._apart.values():
+            connection.send(frames[connection.wire])
+
+    def part(self, connection: Connection) -> None:
+        """Move one receiver's share to its outbox, from where it goes on alone."""
+        name = connection.connection_id
+        if name in self._receivers and name not in self._apart:
+            self._apart[name] = connection
+            self._queue(connection)
+
+    def spill(self) -> None:
+        """Move everyone's share to their outboxes."""
+        for name, connection in list(self._receivers.items()):
+            if name not in self._apart:
+                self._queue(connection)
+
+    def _queue(self, connection: Connection) -> None:
+        if connection.replay is None:
+            connection.send(self._share(connection.wire), messages=self._count)
+            return
+        for frame in self._frames[connection.wire]:  # each has a number of its own
+            connection.send(frame)
+
+    def _share(self, wire: Wire | None) -> bytes:
+        """Join the messages for one wire: the same bytes for all who get them."""
+        share = self._shares.get(wire)
+        if share is None:
+            share = self._shares[wire] = b"".join(self._frames[wire])
+        return share
+
+    def deliver(self) -> None:
+        """Write everyone's share at once; who cannot take it gets it queued."""
+        apart = self._apart.values()
+        for connection in apart:
+            connection.shortcut = None  # it has its share already
+        writes = {wire: self._writes(wire) for wire in self._frames}
+        if sum(map(len, writes.values())) + len(apart) < len(self._receivers):
+            for name, connection in list(self._receivers.items()):
+                if connection.shortcut is None and name not in self._apart:
+                    self._queue(connection)
+        for wire in self._frames:
+            self._write_all(self._share(wire), writes[wire])
+        for connection in apart:
+            connection.look_for_shortcut()
+
+    def _writes(self, wire: Wire | None) -> list[Callable[[bytes], None]]:
+        """List the shortcuts of one wire: a loop over nothing else is a tenth faster."""
+        return [
+            write
+            for connection in self._receivers.values()
+            if (write := connection.shortcut) is not None and connection.wire is wire
+        ]
+
+    def _write_all(self, data: bytes, writes: list[Callable[[bytes], None]]) -> None:
+        for write in writes:
+            try:
+                write(data)
+            except Exception as error:  # noqa: BLE001 (it must not hold up the others)
+                self._give_up(write, error)
+        self._traffic.messages_out += self._count * len(writes)
+        self._traffic.bytes_out += len(data) * len(writes)
+
+    def _give_up(self, write: Callable[[bytes], None], error: Exception) -> None:
+        for connection in self._receivers.values():
+            if connection.shortcut is write:
+                log.error("connection %s", connection.connection_id, exc_info=error)
+                connection.cut("transport error")
+
+
+class Turn:
+    """One turn of the event loop: what came is heard, then what goes leaves.
+
+    All sockets are read before the first client is heard, and all are heard before
+    messages are written. That keeps each step's code in the processor's cache, and it
+    joins what leaves: messages for one connection wait in its outbox, in order.
+    Broadcasts to one set of receivers wait once for all of them, as a `Batch`, until
+    another set is addressed or this one changes. A receiver who is sent something
+    alone goes on apart from the others. Only pings, goodbyes, answers to frames, and
+    what an outbox cannot hold, leave at once.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_context",
+        "_leaving",
+        "_scheduled",
+        "_unfinished",
+        "batch",
+        "published",
+        "traffic",
+    )
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+        #: That of nobody in particular, whoever has something to say first.
+        self._context = contextvars.copy_context()
+        self._arrived: deque[Connection] = deque()
+        self._unfinished: deque[Connection] = deque()
+        self._leaving: list[Connection] = []
+        #: What many will get at the end of the turn, if anything.
+        self.batch: Batch | None = None
+        self._scheduled = False
+        #: Bytes published since the last flush, counted once for all receivers (see
+        #: `ClientProxy.send`).
+        self.published = 0
+
+    def hear_later(self, connection: Connection, again: bool = False) -> None:
+        """Tell the hub of this connection as a turn begins.
+
+        again: it had more to say than fits into a turn, and others go before it.
+        """
+        (self._unfinished if again else self._arrived).append(connection)
+        self._schedule()
+
+    def flush_later(self, connection: Connection) -> None:
+        """Flush this connection's outbox at the end of the turn."""
+        self._leaving.append(connection)
+        self._schedule()
+
+    def begin(self, batch: Batch) -> None:
+        """Let messages wait in this batch from here on; another one ends."""
+        if batch is not self.batch:
+            self.settle()
+            self.batch = batch
+            self._schedule()
+
+    def settle(self) -> None:
+        """Put the batch into its receivers' outboxes, before anything changes."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.spill()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._run, context=self._context)
+
+    def _run(self) -> None:
+        try:
+            self._hear_all()
+        finally:  # a hub method may end the program
+            self._scheduled = False
+            if self._arrived or self._unfinished:
+                self._schedule()
+            self._flush_all()
+
+    def _hear_all(self) -> None:
+        until = time.perf_counter() + _PATIENCE
+        for _ in range(len(self._arrived)):  # who comes meanwhile, comes next time
+            self._hear(self._arrived.popleft())
+        for _ in range(len(self._unfinished)):
+            self._hear(self._unfinished.popleft())
+            if time.perf_counter() > until:
+                break
+
+    def _hear(self, connection: Connection) -> None:
+        connection.announced = False
+        try:
+            connection.on_data()
+        except Exception:  # one client's fault must not hold up the others
+            log.exception("connection %s", connection.connection_id)
+            connection.cut("internal error")
+
+    def _flush_all(self) -> None:
+        self.published = 0
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.deliver()
+        leaving, self._leaving = self._leaving, []
+        for connection in leaving:
+            connection.flush()
 
 
 # --------------------------------------------------------------- transports
@@ -1900,9 +1916,9 @@ class FrameReader:
 
     def _take(self, piece: bytes) -> bytes:
         """Unmask the next piece of a frame; text must be text."""
-        payload, turn = _unmask(piece, self._mask), len(piece) % 4
+        payload, shift = _unmask(piece, self._mask), len(piece) % 4
         self._left -= len(piece)
-        self._mask = self._mask[turn:] + self._mask[:turn]
+        self._mask = self._mask[shift:] + self._mask[:shift]
         if self._decoder is not None:
             self._decoder.decode(payload, self._final and not self._left)
         return payload
@@ -1953,8 +1969,8 @@ class WebSocket(FrameReader, asyncio.Protocol):
             self._connection.feed(payload)
         if self.ping is not None:
             self._answer_ping()
-        if self.error is not None:
-            self._fail(self.error)
+        if self.error is not None:  # what came before it is heard first
+            asyncio.get_running_loop().call_soon(self._fail, self.error)
         elif self.goodbye is not None:
             self._send_close(self.goodbye[:2])
             self._transport.close()  # once everything is sent, or the timer runs out
@@ -1981,8 +1997,6 @@ class WebSocket(FrameReader, asyncio.Protocol):
         self._set_writable(not self._sent_close)
         self._answer_ping()
         self._connection.flush()
-        self._connection.wake()
-        self._connection.announce()
 
     # From the connection (see Link)
 
@@ -2024,6 +2038,8 @@ class WebSocket(FrameReader, asyncio.Protocol):
     def _fail(self, error: FrameError) -> None:
         """Answer a broken frame with its close code, then hang up."""
         connection = self._connection
+        if connection.link is not self:
+            return
         log.warning("connection %s broke RFC 6455: %s", connection.connection_id, error)
         self._send_close(error.code.to_bytes(2, "big"))
         connection.detach()
@@ -2400,11 +2416,12 @@ class Registry:
                 if not receivers:  # a mistake shows, whoever happens to be there
                     _write_json(message.arguments)
                 return
-            batch = self.turn.begin_batch(address, receivers, self._wires)
+            batch = Batch(address, receivers, self._wires, self.traffic)
         # No await in here, so nobody joins or leaves meanwhile.
         frames: dict[Wire | None, bytes] = {
             wire: wire.encode(message) for wire in batch.wires if wire is not None
         }
+        self.turn.begin(batch)
         batch.add(frames)
         self.turn.published += max(map(len, frames.values()))
 
@@ -2931,6 +2948,10 @@ def _fold(name: str) -> str:
     return name.replace("_", "").lower()
 
 
+#: What user code raises to end more than itself.
+_EXITS = (KeyboardInterrupt, SystemExit)
+
+
 class BindingError(Exception):
     """The arguments of a call do not fit the method."""
 
@@ -3013,7 +3034,9 @@ class HubMethod:
             bound = list(map(operator.call, converters, values))
             if len(bound) < count:  # `map` takes a StopIteration for its own end
                 raise ValueError("a converter stopped")
-        except Exception as error:
+        except _EXITS:
+            raise
+        except BaseException as error:
             self._log_misfit(converters, values)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
@@ -3029,7 +3052,7 @@ class HubMethod:
         for name, convert, value in zip(names, converters, values, strict=False):
             try:
                 convert(value)
-            except Exception as error:  # noqa: BLE001 (user code may check it)
+            except BaseException as error:  # noqa: BLE001 (user code may check it)
                 log.warning("%s: argument %r does not fit: %s", self.name, name, error)
                 return
 
@@ -3327,9 +3350,6 @@ _WAITING_MESSAGES, _READ_AHEAD = 32, 131_072
 #: calls that are cancelled before they do.
 _PORTION = 500
 
-#: Seconds that one client's messages may take before others have their turn.
-_PATIENCE = 0.01
-
 #: Streams of one client that may be under way, and calls that await its answers.
 _RUNNING_CALLS = 1000
 
@@ -3338,9 +3358,6 @@ _MOST_WORKERS = 32
 
 #: Seconds that a hub method may hold the event loop before it is named.
 _BLOCKING = 0.1
-
-#: What user code raises to end more than itself.
-_EXITS = (KeyboardInterrupt, SystemExit)
 
 
 class OperationCanceled(Exception):
@@ -3379,7 +3396,9 @@ class UploadStream:
             return
         try:
             self._items.append(self._convert(item) if self._convert else item)
-        except Exception as error:  # noqa: BLE001 (user code may check it)
+        except _EXITS:
+            raise
+        except BaseException as error:  # noqa: BLE001 (user code may check it)
             log.warning("%s does not fit: %s", self._name, error)
             message = "Failed to bind Stream message."
             self.end(HubException(_detail(message, error, self._options)))
@@ -3439,6 +3458,7 @@ def _perform(
         except StopIteration as end:
             return end.value
         finally:
+            value = None  # an error holds this frame by its traceback, and so the call
             if time.perf_counter() - started > _BLOCKING:
                 _warn_blocking(name, started)
 
@@ -3457,18 +3477,18 @@ class Worker:
 
     It waits for a future that nobody resolves. What would wake it then is called by
     hand when there is a call: this begins here and now, in a true step of a task, and
-    costs hardly more than a function.
+    costs hardly more than a function. The task bears the name of its latest call.
     """
 
     __slots__ = ("_workers", "call", "door", "task", "wake")
 
     def __init__(self, workers: Workers, loop: asyncio.AbstractEventLoop) -> None:
         self._workers = workers
-        #: What the task shall do, or is at; without a call it ends.
+        #: What the task shall do, or is at. Woken without a call, it ends.
         self.call: Call | None = None
         #: What the task waits for. It is done only if the task was cancelled.
         self.door: asyncio.Future[None] = loop.create_future()
-        #: Lets the task make its call, or end; never called within another task.
+        #: Lets the task take `call`, or end, at once; never within another task.
         self.wake: Callable[[asyncio.Future[None]], object] = _nothing
         self.task = asyncio.Task(
             self._work(),
@@ -3479,18 +3499,20 @@ class Worker:
         loop.call_soon(self._stand_by)  # when it has come to the door
 
     def _stand_by(self) -> None:
+        # asyncio's own name, in C and in Python, up to 3.14 at least: what the future
+        # would call, with itself, once it is done. Here it is the task's next step.
         if self.door._callbacks:  # or it was cancelled before
             self.wake = self.door._callbacks[0][0]
-            # One step in vain: it adds a reference to the task, later ones do not.
             self.wake(self._workers.done)
             self._workers.idle.append(self)
 
+    def end(self) -> None:
+        """Let the task end, which nobody will give a call any more."""
+        if not self.door.done():
+            self.wake(self._workers.done)
+
     async def _work(self) -> None:
-        try:
-            await self._make_calls()
-        finally:
-            if self in self._workers.idle:  # cancelled, as by `asyncio.all_tasks`
-                self._workers.idle.remove(self)
+        await self._make_calls()
 
     @types.coroutine
     def _make_calls(self) -> Generator[Any, Any, None]:
@@ -3498,6 +3520,8 @@ class Worker:
         door = self.door
         door._asyncio_future_blocking = True  # as `await` says it to a task
         yield door
+        # From the second wait on, the task is held by one reference more than before,
+        # and by no more than that: `Workers.begin` can compare.
         while True:
             door.remove_done_callback(self.wake)
             door._asyncio_future_blocking = True
@@ -3520,7 +3544,8 @@ class Worker:
             self.call = call = None  # nothing of a client's outlives its calls
 
 
-#: Counts who keeps hold of a task, where Python can tell.
+#: Counts who keeps hold of a task. Where Python cannot tell, no count equals another,
+#: and each call gets a task of its own.
 _references = getattr(sys, "getrefcount", lambda task: math.nan)
 _weak_references = weakref.getweakrefcount
 
@@ -3536,7 +3561,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.idle: list[Worker] = []
-        #: What a worker is told to have waited for.
+        #: What a worker is told to have waited for, of the loop that runs now.
         self.done: asyncio.Future[None]
 
     def begin(self, call: Call) -> bool:
@@ -3544,16 +3569,17 @@ class Workers:
 
         Returns False if nobody stands by.
         """
-        if not self.idle:
+        while self.idle:
+            worker = self.idle.pop()
+            if not worker.door.done():  # as by `asyncio.all_tasks`
+                break
+        else:
             return False
-        worker = self.idle.pop()
-        if worker.door.done():
-            return self.begin(call)
         task, worker.call = worker.task, call
         task.set_name(call.method.name)
         strong, weak = _references(task), _weak_references(task)
         call.context.run(worker.wake, self.done)
-        if call.task is None:  # it is over
+        if worker.call is None:  # it stands by again
             if (
                 strong == _references(task)
                 and weak == _weak_references(task)
@@ -3561,7 +3587,7 @@ class Workers:
             ):
                 self.idle.append(worker)
             else:  # what the call left at its task must not meet another
-                asyncio.get_running_loop().call_soon(worker.wake, self.done)
+                asyncio.get_running_loop().call_soon(worker.end)
         if not self.idle:
             self.stand_by()
         return True
@@ -3578,7 +3604,7 @@ class Workers:
         """Let those who stand by end, all but some that are kept."""
         self.idle, dismissed = self.idle[:keep], self.idle[keep:]
         for worker in dismissed:
-            asyncio.get_running_loop().call_soon(worker.wake, self.done)
+            asyncio.get_running_loop().call_soon(worker.end)
 
 
 class BoundCall(NamedTuple):
@@ -3589,14 +3615,11 @@ class BoundCall(NamedTuple):
     arguments: list[Any]
 
 
-class _Pending:
-    """Stands for the result of a call that goes on, or has said everything."""
+#: Stands for the result of a stream that has answered already.
+_ANSWERED = object()
 
 
-_PENDING = _Pending()
-
-
-async def _wait_for(awaitable: Awaitable[Any]) -> Any:
+async def _await(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
@@ -3628,8 +3651,8 @@ class Call:
         self.session = session
         self.message = message
         self.method = method
-        #: Where the method runs and its answer is written. It knows the call, and
-        #: once the call is over it does not know the context, or both would linger.
+        #: Where the method runs and its answer is written. The context knows the call,
+        #: so the call drops it in the end, or the two would keep each other alive.
         self.context = context
         #: The client's streams among the arguments.
         self.uploads = uploads
@@ -3641,7 +3664,7 @@ class Call:
         elif type(result) is types.CoroutineType:
             self.work = result
         else:
-            self.work = _wait_for(result)
+            self.work = _await(result)
         #: A call that waits takes one of the client's slots, until it lets others in.
         self.holds_slot = method.takes_turns
         self.canceled = False
@@ -3690,7 +3713,7 @@ class Call:
             session.reply(
                 self.message, Completion(session.id_of(self.message), VOID, text)
             )
-            return _PENDING
+            return _ANSWERED
         try:
             await self._send_items(items)
         except GeneratorExit:
@@ -3698,7 +3721,7 @@ class Call:
         except BaseException as error:  # noqa: BLE001 (user code)
             problem = "An error occurred on the server while streaming results."
             session.fail(self.message, self.method, error, problem)
-            return _PENDING
+            return _ANSWERED
         return VOID
 
     async def _send_items(self, items: AsyncIterable[Any]) -> None:
@@ -3853,13 +3876,14 @@ class Session:
                 return False
             traffic.messages_in += 1
             self._heard = True
+            # The usual message goes without detours.
             if type(message) is not Invocation or connection.replay is not None:
                 self._dispatch(message)
-            elif self._waiting:  # the usual message, without detours
+            elif self._waiting:
                 self._waiting.append(message)
             elif (rest := self._begin_call(message)) is not None:
                 self._wait(rest)
-        connection.announce()  # others first
+        connection.announce(again=True)
         return True
 
     def _has_enough(self) -> bool:
@@ -3908,7 +3932,7 @@ class Session:
         name = message.invocation_id
         return name not in self._uploads and self._dispatcher.registry.expects(name)
 
-    # Turns
+    # The line
 
     def _queue(self, message: Message) -> None:
         """Let a message begin, or wait behind those that came before it."""
@@ -3970,14 +3994,14 @@ class Session:
         connection = self.connection  # who takes no answers gets no more of them
         if connection.queued > _HIGH_WATER and not connection.closing:
             return True
-        return bool(self._uploads) and self._excess() > 0
+        return self._excess() > 0
 
     def _begin_call(
         self, message: Invocation | StreamInvocation
     ) -> Message | BoundCall | Call | None:
         """Check a call in the reference's order, then make it or let it wait."""
         crowded = self.connection.queued > _HIGH_WATER
-        if (crowded or self._uploads) and self._must_wait():
+        if (crowded or self._uploads) and self._must_wait():  # usually neither
             return message
         method = self._methods.get(_fold(message.target))
         try:
@@ -4111,7 +4135,7 @@ class Session:
         return arguments, uploads
 
     def call_goes_on(self, call: Call) -> None:
-        """Let a call that waits be found, by its id and by its task."""
+        """Record a call that waits: its slot, its task, its id."""
         assert call.task is not None
         self.tasks[call.task] = call
         self._running += call.holds_slot
@@ -4197,11 +4221,11 @@ class Session:
         result: Any,
     ) -> None:
         """Answer with a result; one that cannot be written becomes an error."""
-        if message.invocation_id is None or result is _PENDING:
+        if message.invocation_id is None or result is _ANSWERED:
             return
         try:
             frame = self.wire.encode_result(message.invocation_id, result)
-        except Exception as error:  # noqa: BLE001 (reading it may run user code)
+        except BaseException as error:  # noqa: BLE001 (reading it may run user code)
             self.fail(message, method, error)
         else:
             self.connection.send(frame)
@@ -4223,10 +4247,10 @@ class Session:
         if isinstance(error, asyncio.CancelledError):
             self.answer_canceled(message)
             return
-        self._log_failure(method, error)
         problem = problem or _failed_invoking(message.target)
         text = _detail(problem, error, self.options)
         self.reply(message, Completion(self.id_of(message), VOID, text))
+        self._log_failure(method, error)
 
     def answer_canceled(self, message: Invocation | StreamInvocation) -> None:
         """Complete a call that was called off, as its caller still expects."""
@@ -4338,6 +4362,9 @@ class Session:
                 await self._cancel_tasks()
                 await self._advance_a_little()
                 if self._waiting and self._waiting[0] is first:
+                    name = self.connection.connection_id
+                    count = len(self._waiting)
+                    log.error("connection %s: %d calls never began", name, count)
                     break
         await self._cancel_tasks()
 
@@ -4350,11 +4377,11 @@ class Session:
 
     async def _advance_a_little(self) -> None:
         """Let some of what waits begin: outside of this task, each in its own."""
-        self._clock = time.perf_counter()
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._advance, self._clock + _PATIENCE)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)  # in which workers come
+        for _ in range(2):  # first to ask for workers, then before others get them
+            self._clock = time.perf_counter()
+            loop.call_soon(self._advance, self._clock + _PATIENCE)
+            await asyncio.sleep(0)
 
     async def _cancel_tasks(self) -> None:
         for count, task in enumerate(list(self.tasks), 1):
@@ -4916,7 +4943,7 @@ class Endpoint:
             raise _Refused(503, "The server is shutting down.")
         registry = self.dispatcher.registry
         token = _new_id()
-        connection = Connection(self.options, registry.turn, registry.traffic, token)
+        connection = Connection(self.options, registry.turn, token)
         connection.user_id = user_id
         connection.on_change = self._track
         self._connections[token] = self._watched[token] = connection

@@ -8273,6 +8273,22 @@ class OddError(BaseException):
     """What no `except Exception` sees."""
 
 
+@dataclasses.dataclass
+class OddlyPicky:
+    number: int
+
+    def __post_init__(self) -> None:
+        raise OddError if self.number else asyncio.CancelledError
+
+
+@dataclasses.dataclass
+class Watched:
+    number: int
+
+    def __post_init__(self) -> None:
+        Victim.notes.append(SETTING.get())
+
+
 class Permission(enum.IntFlag):
     READ = 1
     WRITE = 2
@@ -8370,6 +8386,21 @@ class Victim(kestrun.Hub):
     def half_a_letter(self) -> None:
         raise kestrun.HubException("no \ud800")
 
+    def oddly_picky(self, value: OddlyPicky) -> None:
+        self.notes.append(value)
+
+    async def oddly_picky_stream(self, values: AsyncIterator[OddlyPicky]) -> int:
+        return len([value async for value in values])
+
+    def watched(self, value: Watched) -> int:
+        return value.number
+
+    async def set_and_tell(self) -> None:
+        SETTING.set("another client's")
+        for _ in range(100):
+            await self.clients.caller.send("Tick")
+            await asyncio.sleep(0)
+
     def odd(self) -> None:
         raise OddError
 
@@ -8461,6 +8492,15 @@ async def test_what_comes_together_with_a_close_frame_still_counts(serve) -> Non
     assert Victim.notes == [7, ("gone", "bye")]
 
 
+async def test_what_comes_together_with_a_broken_frame_still_counts(serve) -> None:
+    raw = await RawSocket.open(await serve(Victim))
+    last = masked_frame(1, encode("json", call("Note", 7)))
+    raw.writer.write(last + masked_frame(3, b""))
+    await until(lambda: len(Victim.notes) == 2)
+    assert Victim.notes == [7, ("gone", "a frame that begins 83 80")]
+    assert await raw.close_code() == 1002
+
+
 def masked_frame(opcode: int, payload: bytes) -> bytes:
     assert len(payload) < 126
     return bytes([0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0]) + payload
@@ -8488,6 +8528,45 @@ async def test_a_call_cancelled_at_once_is_completed(serve, protocol) -> None:
     assert "error" in await client.next(3, "1")
     assert await client.invoke("Echo", 1) == 1
     assert Victim.notes == ["begun", "cleaned up"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+async def test_a_conversion_may_raise_what_no_exception_is(serve, number) -> None:
+    client = await (await serve(Victim)).connect()
+    refused = "Failed to invoke 'OddlyPicky' due to an error on the server."
+    assert await client.error("OddlyPicky", {"number": number}) == refused
+    id = await client.begin("OddlyPickyStream", streamIds=["u"])
+    await upload(client, "u", {"number": number})
+    assert "error" in await client.next(3, id)
+    assert await client.invoke("Echo", 1) == 1
+
+
+async def test_conversions_do_not_see_what_another_client_set(serve) -> None:
+    server = await serve(Victim)
+    one, other = await server.connect(), await server.connect()
+    for _ in range(5):
+        telling = await one.begin("SetAndTell")
+        await one.next(1)
+        assert await other.invoke("Watched", {"number": 1}) == 1
+        await one.finish(telling)
+    assert set(Victim.notes) == {"clean"}
+
+
+async def test_a_broadcast_that_cannot_be_written_reaches_nobody(serve) -> None:
+    server = await serve(Victim)
+    events = await server.connect(("ServerSentEvents", "json"))
+    polls = await server.connect(("LongPolling", "json"))
+    other = await server.connect()
+    await server.hub.clients.all.send("First", 1)
+    with pytest.raises(TypeError):
+        await server.hub.clients.all.send("Bad", object())
+    await server.hub.clients.all.send("Last", 2)
+    for client in (events, polls, other):
+        assert (await client.next(1))["target"] == "First"
+        assert (await client.next(1))["target"] == "Last"
+    with pytest.raises(TypeError):
+        await server.hub.clients.all.send("Bad", object())
+    assert server.hub._registry.turn.batch is None
 
 
 @both_protocols
@@ -8581,6 +8660,11 @@ class Letter(dict):
         return [("by", whose.get())]
 
 
+class Nowhere(datetime.tzinfo):
+    def utcoffset(self, moment: datetime.datetime | None) -> None:
+        raise asyncio.CancelledError
+
+
 class Tasks(kestrun.Hub):
     """Methods that ask asyncio in whose name they run."""
 
@@ -8663,6 +8747,16 @@ class Tasks(kestrun.Hub):
         self.begun.set()
         await self.gate.wait()
         return "waited"
+
+    async def give_way(self, number: int | None = None) -> None:
+        self.order.append(number)
+        await asyncio.sleep(0)
+
+    async def elsewhere(self) -> datetime.datetime:
+        return datetime.datetime(2026, 1, 1, tzinfo=Nowhere())
+
+    def cancel_workers(self) -> int:
+        return sum(task.cancel() for task in workers())
 
     async def await_shared(self) -> str:
         return await self.shared
@@ -9056,6 +9150,38 @@ async def test_calls_of_clients_that_leave_together_all_begin(serve_tasks) -> No
     gc.collect()
 
 
+async def test_calls_of_a_client_that_left_begin_while_others_are_busy(
+    serve_tasks,
+) -> None:
+    server = await serve_tasks()
+    busy = [await server.connect() for _ in range(5)]
+    client = await server.connect()
+    for other in busy:
+        await other.send(*[call("GiveWay")] * 500)
+    await client.send(*(call("GiveWay", number) for number in range(50)))
+    await client.leave()
+    await until(lambda: Tasks.order.count(None) == 2500)
+    assert [number for number in Tasks.order if number is not None] == [*range(50)]
+
+
+async def test_a_worker_that_broke_gets_no_other_call(serve_tasks, request) -> None:
+    def break_too(record: logging.LogRecord) -> bool:
+        raise OSError("the disk is full")
+
+    server = await serve_tasks()
+    one, other = await server.connect(), await server.connect()
+    kestrun.log.addFilter(break_too)
+    request.addfinalizer(lambda: kestrun.log.removeFilter(break_too))
+    assert "unexpected" in await one.error("BreakOff")
+    assert await other.invoke("SameTask") is True
+    assert await one.invoke("SameTask") is True
+
+
+async def test_an_answer_whose_writing_is_cancelled_becomes_an_error(tasks) -> None:
+    assert "unexpected" in await tasks.error("Elsewhere")
+    assert await tasks.invoke("SameTask") is True
+
+
 async def test_calls_that_begin_after_shutdown_leave_no_task_behind(
     serve_tasks, monkeypatch
 ) -> None:
@@ -9071,6 +9197,33 @@ async def test_calls_that_begin_after_shutdown_leave_no_task_behind(
     Tasks.gate.set()
     await until(lambda: asyncio.all_tasks() == outside)
     assert Tasks.order == [1, 2]
+
+
+async def test_no_call_is_given_to_a_worker_that_was_cancelled(tasks) -> None:
+    await tasks.send(
+        call("CancelWorkers", invocationId="1"), call("SameTask", invocationId="2")
+    )
+    assert (await tasks.next(3, "1"))["result"] > 0
+    assert (await tasks.next(3, "2"))["result"] is True
+
+
+@pytest.mark.parametrize("method", ["Soon", "HurryATurn", "ThinkAgain"])
+async def test_a_call_that_is_over_is_not_left_to_the_garbage_collector(
+    tasks, method
+) -> None:
+    def calls() -> set[int]:
+        return {id(c) for c in gc.get_objects() if type(c) is kestrun.Call}
+
+    gc.collect()
+    gc.disable()
+    try:
+        others = calls()
+        for _ in range(3):
+            name = await tasks.begin(method, *([1] if method == "Soon" else []))
+            await tasks.next(3, name)
+        assert calls() <= others
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["Soon", "Wait"])
@@ -9190,6 +9343,19 @@ async def test_many_cheap_calls_of_one_client_do_not_hold_up_others(serve) -> No
         await other.invoke("Echo", 1)
         longest = max(longest, time.monotonic() - asked)
     assert longest < 0.3
+
+
+async def test_many_clients_with_many_calls_do_not_hold_up_another(serve) -> None:
+    server = await serve(Victim, maximum_receive_message_size=None)
+    busy = [await RawSocket.open(server) for _ in range(20)]
+    other, waited = await server.connect(), []
+    for raw in busy:
+        raw.send(1, encode("json", call("Work")) * 100)
+    for _ in range(10):
+        asked = time.monotonic()
+        await other.invoke("Echo", 1)
+        waited.append(time.monotonic() - asked)
+    assert sum(waited) < 1.2  # the busy ones want two seconds
 
 
 async def test_a_stream_as_fast_as_it_can_does_not_hold_up_its_cancel(serve) -> None:
