@@ -1044,6 +1044,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait, either way, before somebody has to: SignalR's 64 KiB.
 _HIGH_WATER = 65_536
 
+#: Bytes for many that gain nothing by waiting for more.
+_LARGE = 8192
+
 #: Seconds that one client's messages may take before others have their turn.
 _PATIENCE = 0.01
 
@@ -1543,7 +1546,9 @@ class Batch:
         "_frames",
         "_receivers",
         "_shares",
+        "_size",
         "_traffic",
+        "_wires",
         "address",
     )
 
@@ -1559,25 +1564,29 @@ class Batch:
         self._receivers = receivers
         if len(wires) > 1:
             wires = {c.wire for c in receivers.values() if c.wire is not None}
+        self._wires = wires
         self._frames: dict[Wire | None, list[bytes]] = {wire: [] for wire in wires}
         self._shares: dict[Wire | None, bytes] = {}
-        self._count = 0
+        self._count = self._size = 0
         self._traffic = traffic
         self._apart: dict[str, Connection] = {}
 
-    @property
-    def wires(self) -> Collection[Wire | None]:
-        """How the messages have to be encoded."""
-        return self._frames.keys()
+    def add(self, message: Message) -> int:
+        """Add a message, encoded once for each wire in use; return its size in bytes.
 
-    def add(self, frames: dict[Wire | None, bytes]) -> None:
-        """Add one message, encoded for every wire in use."""
+        Raises TypeError or ValueError, and adds nothing, if it cannot be written.
+        """
+        frames: dict[Wire | None, bytes] = {w: w.encode(message) for w in self._wires}
+        size = 0
         for wire, frame in frames.items():
             self._frames[wire].append(frame)
+            size = len(frame)  # another wire's is about the same
         self._count += 1
+        self._size += size
         self._shares.clear()
         for connection in self._apart.values():
             connection.send(frames[connection.wire])
+        return size
 
     def part(self, connection: Connection) -> None:
         """Move one receiver's share to its outbox, from where it goes on alone."""
@@ -1587,7 +1596,10 @@ class Batch:
             self._queue(connection)
 
     def spill(self) -> None:
-        """Move everyone's share to their outboxes."""
+        """Move everyone's share to their outboxes, or what is large to the sockets."""
+        if self._size > _LARGE:
+            self.deliver()
+            return
         for name, connection in list(self._receivers.items()):
             if name not in self._apart:
                 self._queue(connection)
@@ -2418,12 +2430,9 @@ class Registry:
                 return
             batch = Batch(address, receivers, self._wires, self.traffic)
         # No await in here, so nobody joins or leaves meanwhile.
-        frames: dict[Wire | None, bytes] = {
-            wire: wire.encode(message) for wire in batch.wires if wire is not None
-        }
+        size = batch.add(message)
         self.turn.begin(batch)
-        batch.add(frames)
-        self.turn.published += max(map(len, frames.values()))
+        self.turn.published += size
 
     def _send(self, connection: Connection, message: Invocation) -> None:
         assert connection.wire is not None

@@ -8184,18 +8184,19 @@ async def test_the_demo_works_inside_another_application(driver: int) -> None:
 class Mixer(kestrun.Hub):
     """Sends to all, to a group and to one, with nothing to wait for in between."""
 
-    async def mix(self, count: int) -> None:
+    async def mix(self, count: int, size: int) -> None:
         own, number = self.context.connection_id, itertools.count()
+        text = "x" * size
         for turn in range(count):
-            await self.clients.all.send("Note", next(number))
-            await self.clients.all.send("Note", next(number))
-            await self.clients.caller.send("Note", next(number))
-            await self.clients.all.send("Note", next(number))
+            await self.clients.all.send("Note", next(number), text)
+            await self.clients.all.send("Note", next(number), text)
+            await self.clients.caller.send("Note", next(number), text)
+            await self.clients.all.send("Note", next(number), text)
             change = self.groups.remove if turn % 2 else self.groups.add
             await change(own, "some")
-            await self.clients.group("some").send("Note", next(number))
-            await self.clients.others.send("Note", next(number))
-            await self.clients.client(own).send("Note", next(number))
+            await self.clients.group("some").send("Note", next(number), text)
+            await self.clients.others.send("Note", next(number), text)
+            await self.clients.client(own).send("Note", next(number), text)
 
     async def enter(self) -> None:
         await self.groups.add(self.context.connection_id, "some")
@@ -8210,11 +8211,12 @@ class Mixer(kestrun.Hub):
 
 
 @everywhere
-async def test_messages_to_many_and_to_one_keep_their_order(serve, wire) -> None:
+@pytest.mark.parametrize("size", [0, 10_000])
+async def test_messages_to_many_and_to_one_keep_their_order(serve, wire, size) -> None:
     server = await serve(Mixer, maximum_receive_message_size=None)
     caller, member, other = [await server.connect(wire) for _ in range(3)]
     await member.invoke("Enter")
-    await caller.invoke("Mix", 20)
+    await caller.invoke("Mix", 20, size)
     caller_gets = {0: (0, 1, 2, 3, 4, 6), 1: (0, 1, 2, 3, 6)}  # by parity of the turn
     wanted = {
         caller: [7 * t + n for t in range(20) for n in caller_gets[t % 2]],
