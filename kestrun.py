@@ -1571,12 +1571,15 @@ class Batch:
         self._traffic = traffic
         self._apart: dict[str, Connection] = {}
 
-    def add(self, message: Message) -> int:
-        """Add a message, encoded once for each wire in use; return its size in bytes.
+    def encode(self, message: Message) -> dict[Wire | None, bytes]:
+        """Write a message once for each wire in use.
 
-        Raises TypeError or ValueError, and adds nothing, if it cannot be written.
+        Raises TypeError or ValueError if it cannot be written.
         """
-        frames: dict[Wire | None, bytes] = {w: w.encode(message) for w in self._wires}
+        return {wire: wire.encode(message) for wire in self._wires}
+
+    def add(self, frames: dict[Wire | None, bytes]) -> int:
+        """Add an encoded message; return its size in bytes."""
         size = 0
         for wire, frame in frames.items():
             self._frames[wire].append(frame)
@@ -1584,7 +1587,7 @@ class Batch:
         self._count += 1
         self._size += size
         self._shares.clear()
-        for connection in self._apart.values():
+        for connection in list(self._apart.values()):
             connection.send(frames[connection.wire])
         return size
 
@@ -2057,7 +2060,8 @@ class WebSocket(FrameReader, asyncio.Protocol):
         connection.detach()
         connection.lost(ProtocolError(str(error)))
         if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer left without a word
+                self._transport.write_eof()
 
     def _set_writable(self, writable: bool) -> None:
         self.writable = writable
@@ -2429,10 +2433,12 @@ class Registry:
                     _write_json(message.arguments)
                 return
             batch = Batch(address, receivers, self._wires, self.traffic)
-        # No await in here, so nobody joins or leaves meanwhile.
-        size = batch.add(message)
+        waits = batch is self.turn.batch
+        frames = batch.encode(message)
+        if waits and batch is not self.turn.batch:  # reading an argument published, too
+            batch = Batch(address, self._receivers(address), self._wires, self.traffic)
         self.turn.begin(batch)
-        self.turn.published += size
+        self.turn.published += batch.add(frames)
 
     def _send(self, connection: Connection, message: Invocation) -> None:
         assert connection.wire is not None
@@ -4708,7 +4714,7 @@ def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
         log.warning(
-            "refused %s %s for origin %r: allowed_origins (--allow-origin) allows it",
+            "refused %s %s for origin %r: allowed_origins (--allow-origin) may name it",
             request.method,
             request.rel_url.raw_path,
             origin,

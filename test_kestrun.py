@@ -8184,6 +8184,8 @@ async def test_the_demo_works_inside_another_application(driver: int) -> None:
 class Mixer(kestrun.Hub):
     """Sends to all, to a group and to one, with nothing to wait for in between."""
 
+    tell: ClassVar[Callable[..., Any]]
+
     async def mix(self, count: int, size: int) -> None:
         own, number = self.context.connection_id, itertools.count()
         text = "x" * size
@@ -8248,6 +8250,32 @@ async def test_a_broadcast_reaches_every_wire_at_once_in_order(serve) -> None:
     for client in clients:
         numbers = [(await client.received("Note"))[0] for _ in range(50)]
         assert numbers == list(range(50))
+
+
+class Tattle(enum.Enum):
+    """Tells a group whenever it is written."""
+
+    LOUD = 1
+
+    @property
+    def value(self) -> str:
+        with contextlib.suppress(StopIteration):
+            Mixer.tell("Note", "inner").send(None)
+        return "outer"
+
+
+async def test_a_broadcast_within_the_writing_of_another_is_sent_once(serve) -> None:
+    server = await serve(Mixer)
+    clients = [await server.connect() for _ in range(2)]
+    for client in clients:
+        await server.hub.groups.add(client.id, "some")
+    Mixer.tell = server.hub.clients.group("some").send
+    for text in ("a", Tattle.LOUD, "b"):
+        await server.hub.clients.all.send("Note", text)
+    for client in clients:
+        notes = [(await client.received("Note"))[0] for _ in range(4)]
+        assert notes == ["a", "inner", "outer", "b"]
+        assert await client.invoke("Enter") is None
 
 
 async def test_who_leaves_amid_broadcasts_takes_nothing_from_the_others(serve) -> None:
