@@ -1718,7 +1718,7 @@ class Turn:
             self._schedule()
 
     def settle(self) -> None:
-        """Put the batch into its receivers' outboxes, before anything changes."""
+        """Give the batch to its receivers, before anything changes (see `Batch.spill`)."""
         batch, self.batch = self.batch, None
         if batch is not None:
             batch.spill()
@@ -3586,7 +3586,7 @@ class Workers:
         """
         while self.idle:
             worker = self.idle.pop()
-            if not worker.door.done():  # as by `asyncio.all_tasks`
+            if not worker.door.done():  # or somebody cancelled its task
                 break
         else:
             return False
