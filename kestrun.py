@@ -742,10 +742,10 @@ class MessagePackProtocol:
         import msgpack  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
         # Invalid text is replaced when read, as .NET does.
-        self._unpack = functools.partial(
+        self._unpack: Any = functools.partial(
             msgpack.unpackb, strict_map_key=False, unicode_errors="replace"
         )
-        self._pack = functools.partial(
+        self._pack: Any = functools.partial(
             msgpack.packb, datetime=True, default=self._to_plain
         )
 

@@ -1553,6 +1553,67 @@ async def test_a_burst_arrives_though_others_leave(serve, wire) -> None:
     assert await notes(stays, 200) == list(range(200))
 
 
+# What a client that is gone leaves behind
+
+
+class Held(Plain):
+    """One call waits for a gate; notes queue behind it."""
+
+    gate: asyncio.Event
+    log: list[int]
+
+    @classmethod
+    def fresh(cls) -> type["Held"]:
+        return type("Held", (cls,), {"gate": asyncio.Event(), "log": []})
+
+    async def wait(self) -> None:
+        await self.gate.wait()
+
+    def note(self, number: int) -> None:
+        self.log.append(number)
+
+
+async def test_calls_that_wait_do_not_begin_after_an_abort(serve) -> None:
+    hub = Held.fresh()
+    server = await serve(hub)
+    client = await server.connect()
+    await client.send(call("Wait"), *(call("Note", n) for n in range(5)))
+    await until(lambda: server.hub.stats()["messages_in"] >= 6)
+    server.hub.connections[client.id].abort()
+    hub.gate.set()
+    await client.end()
+    await until(lambda: not server.hub.connections)
+    assert hub.log == []
+
+
+async def test_a_lost_socket_is_noticed_while_the_server_does_not_read(serve) -> None:
+    hub = Held.fresh()
+    server = await serve(hub, receive_buffer_limit=1000, **BRISK)
+    raw = await RawSocket.open(server)
+    raw.send(1, encode("json", call("Wait")))
+    raw.send(1, encode("json", call("Note", 1)) * 100)
+    await until(lambda: server.hub.stats()["messages_in"] > 100)
+    raw.writer.transport.abort()
+    await until(lambda: not server.hub.connections)
+    hub.gate.set()
+
+
+async def test_sends_that_reach_nobody_let_others_run(serve) -> None:
+    server, turns = await serve(Plain), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counter = asyncio.create_task(count())
+    for _ in range(500):
+        await server.hub.clients.client("nobody").send("Note", "x" * 1000)
+    counter.cancel()
+    assert turns > 5
+
+
 # --------------------------------------------------------------- long polling
 
 NO_STORE = {
