@@ -3167,10 +3167,9 @@ class HubConnection:
     async def run(self) -> None:
         """Serve a client from its handshake to its end."""
         connection = self._connection
-        if not await _shake_hands(self._mapped, connection):
-            connection.close(End(ENDED))
-            return
         try:
+            if not await _shake_hands(self._mapped, connection):
+                return
             calls = self._create_hub()
             if calls is not None and await self._connect():
                 self._calls = calls
@@ -3542,7 +3541,10 @@ class ConnectionManager:
             # If the whole process stood still, first read what came meanwhile.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            self._check_all(time.monotonic())
+            try:
+                self._check_all(time.monotonic())
+            except Exception:  # one broken transport must not stop the heartbeat
+                log.exception("the heartbeat failed and goes on")
 
     def _check_all(self, now: float) -> None:
         # A method of its own: a sleeping loop would keep the last connection alive.
