@@ -96,7 +96,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -107,23 +106,19 @@ from enum import Enum, Flag
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-_NEEDS_AIOHTTP = "kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp"
 try:
     import aiohttp
     from aiohttp import web
     from aiohttp.abc import AbstractAccessLogger
+    from aiohttp.web import Request, Response, StreamResponse
 
     # Older releases let a request pass that was smuggled behind an upgrade.
     if [int(n) for n in re.findall(r"\d+", aiohttp.__version__)[:3]] < [3, 14, 3]:
-        raise ImportError(f"{_NEEDS_AIOHTTP} (found {aiohttp.__version__})")
-except ModuleNotFoundError:
-    if __name__ == "__main__":
-        sys.exit(_NEEDS_AIOHTTP)
-    raise
+        raise ImportError(f"aiohttp {aiohttp.__version__} is too old")
 except ImportError as error:
-    if __name__ == "__main__":
-        sys.exit(str(error))
-    raise
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp ({error})")
 
 __version__ = "1.0.0"
 __all__ = [
@@ -146,7 +141,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("kestrun")
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -167,7 +161,7 @@ _ORIGIN = re.compile(
     re.IGNORECASE,
 )
 
-Authenticate = Callable[[web.Request], Awaitable["str | None"]]
+Authenticate = Callable[[Request], Awaitable["str | None"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,12 +198,11 @@ class HubOptions:
     close_timeout: float | None = 5
     #: Let clients resume a lost WebSocket without losing messages.
     allow_stateful_reconnects: bool = False
-    #: Unacknowledged bytes above which senders with this one receiver wait.
+    #: Unacknowledged bytes above which code that sends to this client alone waits.
     stateful_reconnect_buffer_size: int | None = 100_000
     #: Bytes waiting for one client, above which it is dropped as too slow.
     outbox_limit: int | None = 1_048_576
-    #: Seconds in which a client takes none of its waiting bytes before it is
-    #: dropped.
+    #: Seconds without progress before a client with waiting bytes is dropped.
     transport_send_timeout: float | None = 10
     #: Origins, such as "https://example.com", besides the server's own.
     allowed_origins: Collection[str] = ()
@@ -256,7 +249,7 @@ def _or_infinite(limit: float | None) -> float:
 # ----------------------------------------------------------------- messages
 #
 # A hub message is a small value; a protocol turns messages into bytes and bytes
-# into messages. No sockets and no asyncio here. The wire's own spelling
+# into messages. No sockets here. The wire's own spelling
 # (invocationId) stays inside the protocol classes. Follows HubProtocol.md of
 # ASP.NET Core SignalR, and the shipped clients where they differ from it.
 
@@ -334,10 +327,6 @@ class ProtocolError(Exception):
     reported_as = "InvalidDataException"
 
 
-class HandshakeError(ProtocolError):
-    """The handshake is refused with this text."""
-
-
 def error_text(message: str, error: BaseException, options: HubOptions) -> str:
     """Describe an error to the client; add its own text only if that is public."""
     if isinstance(error, HubException) or options.enable_detailed_errors:
@@ -353,9 +342,6 @@ def _one_line(text: str, longest: int | None = None) -> str:
         c if c.isprintable() else c.encode("unicode_escape").decode()
         for c in text[:longest]
     )
-
-
-# Values that the encoders do not know
 
 
 def _camel_case(name: str) -> str:
@@ -391,58 +377,41 @@ def _to_plain(value: Any) -> Any:
     )
 
 
-# The protocols
-
-
-@dataclass(slots=True, eq=False)
-class Inbox:
+class Inbox(bytearray):
     """Bytes from the client that are not decoded yet, and the size of what waits.
 
     It remembers how far it was searched, so a message that arrives in many pieces
     is read in linear time.
     """
 
-    #: Bytes that may wait for user code.
-    limit: float = math.inf
-    #: Bytes of decoded calls and stream items that wait for user code.
-    held: int = 0
-    #: Too much waits: true from above the limit until half of it is used.
-    full: bool = False
-    #: Whole messages are left to decode, in the next iteration of the loop.
-    unfinished: bool = False
-    #: Keeps the bytes of two POSTs apart.
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _data: bytearray = field(default_factory=bytearray)
-    _searched: int = 0
+    __slots__ = ("_searched", "full", "held", "limit", "lock", "unfinished")
 
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def add(self, data: bytes) -> None:
-        self._data += data
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self._searched = 0
+        #: Bytes that may wait for user code.
+        self.limit = limit
+        #: Bytes of decoded calls and stream items that wait for user code.
+        self.held = 0
+        #: Too much waits: true from above the limit until half of it is used.
+        self.full = False
+        #: Whole messages are left to decode, in the next iteration of the loop.
+        self.unfinished = False
+        #: Keeps the bytes of two POSTs apart.
+        self.lock = asyncio.Lock()
 
     def clear(self) -> None:
-        self._data.clear()
+        super().clear()
         self._searched = 0
-
-    def peek(self, count: int) -> bytes:
-        """Return up to `count` bytes without removing them."""
-        return bytes(self._data[:count])
-
-    def read(self, start: int, end: int) -> bytes:
-        """Remove everything before `end`; return it from `start` on."""
-        data = bytes(self._data[start:end])
-        del self._data[:end]
-        return data
 
     def read_until(self, separator: bytes) -> bytearray | None:
         """Remove the next record and its separator; None if it is incomplete."""
-        end = self._data.find(separator, self._searched)
+        end = self.find(separator, self._searched)
         if end < 0:
-            self._searched = len(self._data)
+            self._searched = len(self)
             return None
-        record = self._data[:end]
-        del self._data[: end + 1]
+        record = self[:end]
+        del self[: end + 1]
         self._searched = 0
         return record
 
@@ -473,46 +442,48 @@ class HubProtocol(Protocol):
     binary: ClassVar[bool]
 
     def encode(self, message: Message) -> bytes: ...
-    def decode(
-        self, inbox: Inbox, limit: int | None
-    ) -> Iterator[tuple[Message, int]]: ...
+    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]: ...
 
 
-def _check_size(size: int, limit: int | None) -> None:
-    if limit is not None and size > limit:
-        raise ProtocolError(
-            f"The maximum message size of {limit}B was exceeded. "
-            "The message size can be configured in AddHubOptions."
-        )
+def _too_large(limit: float) -> ProtocolError:
+    return ProtocolError(
+        f"The maximum message size of {limit}B was exceeded. "
+        "The message size can be configured in AddHubOptions."
+    )
 
 
-#: The types of fields, and how .NET names them in its errors.
-_FIELD_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "type": ((int,), "of type Number"),
-    "headers": ((dict, types.NoneType), "of type StartObject"),
-    "invocationId": ((str,), "of type String"),
-    "target": ((str,), "of type String"),
-    "arguments": ((list,), "of type Array"),
-    "streamIds": ((list, types.NoneType), "of type Array"),
-    "error": ((str, types.NoneType), "of type String"),
-    "allowReconnect": ((bool,), "true or false"),
-    "sequenceId": ((int,), "of type Number"),
-    "protocol": ((str,), "of type String"),
-    "version": ((int,), "of type Number"),
+#: The types of fields.
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "type": (int,),
+    "headers": (dict, types.NoneType),
+    "invocationId": (str,),
+    "target": (str,),
+    "arguments": (list,),
+    "streamIds": (list, types.NoneType),
+    "error": (str, types.NoneType),
+    "allowReconnect": (bool,),
+    "sequenceId": (int,),
+    "protocol": (str,),
+    "version": (int,),
 }
 
-#: The fields without which a message of each type is refused.
-_REQUIRED: dict[int, tuple[str, ...]] = {
-    1: ("target", "arguments"),
-    2: ("invocationId", "item"),
-    3: ("invocationId",),
-    4: ("target", "arguments", "invocationId"),
-    5: ("invocationId",),
-    6: (),
-    7: (),
-    8: ("sequenceId",),
-    9: ("sequenceId",),
+#: How .NET names the types in its errors.
+_EXPECTED = {int: "of type Number", str: "of type String", list: "of type Array"}
+_EXPECTED |= {dict: "of type StartObject", bool: "true or false"}
+
+#: For each type on the wire the message, and the fields without which it is refused.
+_MESSAGES: dict[int, tuple[Callable[..., Message], tuple[str, ...]]] = {
+    1: (Invocation, ("target", "arguments")),
+    2: (StreamItem, ("invocationId", "item")),
+    3: (Completion, ("invocationId",)),
+    4: (Invocation, ("target", "arguments", "invocationId")),
+    5: (CancelInvocation, ("invocationId",)),
+    6: (Ping, ()),
+    7: (Close, ()),
+    8: (Ack, ("sequenceId",)),
+    9: (Sequence, ("sequenceId",)),
 }
+_TYPES = {message: number for number, (message, _) in _MESSAGES.items()}
 
 
 def _check_fields(
@@ -523,10 +494,10 @@ def _check_fields(
     Unknown fields may have any type.
     """
     for name, value in fields.items():
-        if name in _FIELD_TYPES:
-            kind, (kinds, expected) = type(value), _FIELD_TYPES[name]
+        if (kinds := _FIELD_TYPES.get(name)) is not None:
+            kind = type(value)
             if kind not in kinds:
-                raise ProtocolError(f"Expected '{name}' to be {expected}.")
+                raise ProtocolError(f"Expected '{name}' to be {_EXPECTED[kinds[0]]}.")
             if kind is str and not value.isascii():
                 _check_text(value, name)
     for name in required:
@@ -535,7 +506,7 @@ def _check_fields(
 
 
 def _check_text(text: str, name: str) -> None:
-    """Raise ProtocolError for half of a surrogate pair: no answer could name it."""
+    """Raise ProtocolError for a lone surrogate, which no answer could repeat."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -544,8 +515,6 @@ def _check_text(text: str, name: str) -> None:
 
 def _stream_ids(stream_ids: list[Any]) -> tuple[str, ...]:
     for stream_id in stream_ids:
-        if stream_id is None:
-            raise ProtocolError("Null value for 'streamIds' is not valid.")
         if type(stream_id) is not str:
             raise ProtocolError("Expected 'streamIds' to be of type String.")
         _check_text(stream_id, "streamIds")
@@ -555,9 +524,11 @@ def _stream_ids(stream_ids: list[Any]) -> tuple[str, ...]:
 def _build(fields: dict[str, Any]) -> Message | None:
     """Make a message of its fields; None for a type of a later version."""
     kind = fields.get("type")
-    required = _REQUIRED.get(kind) if type(kind) is int else ("type",)
-    if required is None:
+    if type(kind) is not int:
+        _check_fields(fields, ("type",))
+    if kind not in _MESSAGES:
         return None
+    message, required = _MESSAGES[kind]
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
     _check_fields(fields, required)
@@ -571,25 +542,16 @@ def _build(fields: dict[str, Any]) -> Message | None:
             invocation_id, ids = fields.get("invocationId"), fields.get("streamIds")
             stream_ids = _stream_ids(ids) if ids else ()
             return Invocation(target, arguments, invocation_id, stream_ids, kind == 4)
-        case 2:
-            return StreamItem(fields["invocationId"], fields["item"])
         case 3:
             result, error = fields.get("result", NO_RESULT), fields.get("error")
             if error is not None and result is not NO_RESULT:
-                raise ProtocolError(
-                    "The 'error' and 'result' properties are mutually exclusive."
-                )
+                text = "The 'error' and 'result' properties are mutually exclusive."
+                raise ProtocolError(text)
             return Completion(fields["invocationId"], result, error)
-        case 5:
-            return CancelInvocation(fields["invocationId"])
-        case 6:
-            return Ping()
         case 7:
             return Close(fields.get("error"), fields.get("allowReconnect", False))
-        case 8:
-            return Ack(fields["sequenceId"])
-        case _:
-            return Sequence(fields["sequenceId"])
+        case _:  # its required fields are all that it has
+            return message(*(fields[name] for name in required))
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
@@ -601,24 +563,18 @@ def _to_fields(message: Message) -> dict[str, Any]:
                 fields["invocationId"] = invocation_id
             fields |= {"target": target, "arguments": arguments}
             return fields | ({"streamIds": list(stream_ids)} if stream_ids else {})
-        case StreamItem(invocation_id, item):
-            return {"type": 2, "invocationId": invocation_id, "item": item}
         case Completion(invocation_id, result, error):
             fields = {"type": 3, "invocationId": invocation_id}
             if error is not None:
                 return fields | {"error": error}
             return fields if result is NO_RESULT else fields | {"result": result}
-        case CancelInvocation(invocation_id):
-            return {"type": 5, "invocationId": invocation_id}
-        case Ping():
-            return {"type": 6}
         case Close(error, allow_reconnect):
             fields = {"type": 7} if error is None else {"type": 7, "error": error}
             return fields | ({"allowReconnect": True} if allow_reconnect else {})
-        case Ack(sequence_id):
-            return {"type": 8, "sequenceId": sequence_id}
-        case Sequence(sequence_id):
-            return {"type": 9, "sequenceId": sequence_id}
+        case _:
+            number = _TYPES[type(message)]
+            _, names = _MESSAGES[number]
+            return {"type": number, **dict(zip(names, message, strict=True))}
 
 
 RECORD_SEPARATOR = b"\x1e"
@@ -684,23 +640,23 @@ class JsonProtocol:
         # The most frequent two as text: the encoder has a fast path for a lone
         # string, while a dict costs it three times as much.
         match message:
-            case Completion(invocation_id, result, None) if result is not NO_RESULT:
-                name, value = _dumps(invocation_id), _dumps(result)
-                text = f'{{"type":3,"invocationId":{name},"result":{value}}}\x1e'
-            case StreamItem(invocation_id, item):
-                name, value = _dumps(invocation_id), _dumps(item)
-                text = f'{{"type":2,"invocationId":{name},"item":{value}}}\x1e'
+            case Completion(id, result, None) if result is not NO_RESULT:
+                text = f'3,"invocationId":{_dumps(id)},"result":{_dumps(result)}'
+            case StreamItem(id, item):
+                text = f'2,"invocationId":{_dumps(id)},"item":{_dumps(item)}'
             case _:
-                text = _dumps(_to_fields(message)) + "\x1e"
-        return text.encode()
+                return f"{_dumps(_to_fields(message))}\x1e".encode()
+        return f'{{"type":{text}}}\x1e'.encode()
 
-    def decode(self, inbox: Inbox, limit: int | None) -> Iterator[tuple[Message, int]]:
+    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]:
         while (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
             size = len(record) + 1
-            _check_size(size, limit)
+            if size > limit:
+                raise _too_large(limit)
             if (message := _build(_json_object(record))) is not None:
                 yield message, size
-        _check_size(len(inbox), limit)
+        if len(inbox) > limit:
+            raise _too_large(limit)
 
 
 def _check_keys(value: Any) -> None:
@@ -785,18 +741,21 @@ class MessagePackProtocol:
         elements = cls._ELEMENTS[fields["type"]]
         return [fields.get(name, empty.get(name)) for name in elements]
 
-    def decode(self, inbox: Inbox, limit: int | None) -> Iterator[tuple[Message, int]]:
+    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]:
         while True:
-            start, length = self._read_prefix(inbox.peek(5))
+            start, length = self._read_prefix(inbox[:5])
             size = start + length
-            _check_size(size, limit)
+            if size > limit:
+                raise _too_large(limit)
             if not start or len(inbox) < size:
                 return
-            if (message := _build(self._read(inbox.read(start, size)))) is not None:
+            body = inbox[start:size]
+            del inbox[:size]
+            if (message := _build(self._read(body))) is not None:
                 yield message, size
 
     @staticmethod
-    def _read_prefix(data: bytes) -> tuple[int, int]:
+    def _read_prefix(data: bytearray) -> tuple[int, int]:
         """Return the sizes of the length prefix (0: incomplete) and the body."""
         length = 0
         for position, byte in enumerate(data):
@@ -807,12 +766,12 @@ class MessagePackProtocol:
                 raise ProtocolError("Messages over 2GB in size are not supported.")
         return 0, 0
 
-    def _read(self, body: bytes) -> dict[str, Any]:
+    def _read(self, body: bytearray) -> dict[str, Any]:
         """Read one array; name its elements as JSON does."""
         try:
             try:
                 array = self._unpack(body, timestamp=3)  # as datetime
-            except (ValueError, OverflowError):  # a year that Python does not have?
+            except (ValueError, OverflowError):  # datetime cannot hold the year
                 array = self._unpack(body)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"Error reading MessagePack: {error}") from None
@@ -833,9 +792,13 @@ class MessagePackProtocol:
         return fields
 
 
+#: The protocol of the handshake, and of clients that do not choose another.
+JSON = JsonProtocol()
+
+
 def _load_protocols() -> dict[str, HubProtocol]:
     """Make the protocols that this installation supports, by name."""
-    protocols: dict[str, HubProtocol] = {"json": JsonProtocol()}
+    protocols: dict[str, HubProtocol] = {"json": JSON}
     with contextlib.suppress(ImportError):
         protocols["messagepack"] = MessagePackProtocol()
     return protocols
@@ -844,22 +807,11 @@ def _load_protocols() -> dict[str, HubProtocol]:
 # The handshake, which is JSON whatever protocol it asks for
 
 
-class HandshakeRequest(NamedTuple):
-    """The first message of a client."""
-
-    protocol: str
-    version: int
-
-
-#: The newest version of either protocol: 2 added stateful reconnect.
-PROTOCOL_VERSION = 2
-
-
-def _read_handshake(record: bytes | bytearray) -> HandshakeRequest:
-    """Read the handshake request without its separator. Raises ProtocolError."""
+def _read_handshake(record: bytes | bytearray) -> tuple[str, int]:
+    """Return the protocol and version that a client asks for. Raises ProtocolError."""
     fields, content = _json_object(record), record.decode(errors="replace")
     _check_fields(fields, ("protocol", "version"), f" Message content: {content}")
-    return HandshakeRequest(fields["protocol"], fields["version"])
+    return fields["protocol"], fields["version"]
 
 
 def _handshake_response(error: str | None = None) -> bytes:
@@ -872,44 +824,55 @@ def _handshake_response(error: str | None = None) -> bytes:
 # A connection is a duplex pipe between one client and one hub, and the only
 # thing that both sides know. Transports use one end: feed, readable, take, lost.
 # The hub uses the other: send, drain, close, drop. Sending never waits; a client
-# that does not take its bytes is dropped. Only a sender with one receiver waits,
-# in `drain`. There are no locks: everything runs in one thread, and nothing
-# awaits between a check and the action that relies on it.
+# that does not take its bytes is dropped. Only code that sends to one client
+# alone waits, in `drain`. State needs no locks: everything runs in one thread,
+# and nothing awaits between a check and the action that relies on it.
 
-#: High-water mark of the outbox, in bytes. SignalR uses 64 KiB.
+#: Bytes that may wait in one place before their sender waits. SignalR uses 64 KiB.
 _HIGH_WATER = 65_536
 
-#: Seconds of one iteration of the event loop for messages of all clients.
+#: Seconds per iteration of the event loop for the messages of all clients.
 _TIME_SLICE = 0.01
 
-#: The states of a connection, in order.
+#: The states of a connection, in order; OPEN from the handshake on.
 OPENING, OPEN, CLOSING, CLOSED = range(4)
-
-#: How a connection ended: the client left in good order, the hub closed it, the
-#: transport was lost, or the client was dropped.
-LEFT, ENDED, LOST, DROPPED = "left", "closed", "lost", "dropped"
 
 
 class End(NamedTuple):
-    """How a connection ended, and the error that caused it, if any."""
+    """How a connection ended."""
 
-    kind: str
+    #: What caused it, unless that was no fault.
     error: Exception | None = None
+    #: The client left in good order, so what it sent before still counts.
+    in_order: bool = False
 
 
-class Transport(Protocol):
-    """What a connection needs from the request that carries it."""
+@dataclass(slots=True, eq=False)
+class Transport:
+    """The HTTP request that carries a connection, and its socket."""
 
-    #: Send what is in the outbox, now or when the client takes it.
-    def flush(self) -> None: ...
-    #: Send what is left, then end the request.
-    def close(self) -> None: ...
-    #: Drop the client at once.
-    def abort(self) -> None: ...
-    #: Count the bytes taken from the outbox that the client has not taken.
-    def unsent(self) -> int: ...
-    #: Return True once the client is gone, as far as one can see.
-    def is_closing(self) -> bool: ...
+    _connection: Connection
+    _socket: asyncio.Transport
+
+    def flush(self) -> None:
+        """Send what is in the outbox, now or when the client takes it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Send what is left, then end the request."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Drop the client at once."""
+        self._socket.abort()
+
+    def unsent(self) -> int:
+        """Return the bytes taken from the outbox but not sent."""
+        return self._socket.get_write_buffer_size()
+
+    def is_closing(self) -> bool:
+        """Return True once the socket is closed or lost."""
+        return self._socket.is_closing()
 
 
 class Receiver(Protocol):
@@ -923,13 +886,12 @@ class Receiver(Protocol):
 
 @dataclass(slots=True)
 class Counters:
-    """Plain numbers of one hub, for `HubContext.stats`."""
+    """Plain numbers of one hub, drops by reason, for `HubContext.stats`."""
 
     messages_in: int = 0
     messages_out: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
-    #: By reason.
     drops: Counter[str] = field(default_factory=Counter)
 
 
@@ -974,6 +936,8 @@ class Outbox:
 
     #: Bytes above which the client is too slow.
     limit: float
+    #: Bytes above which code that sends to this client alone waits.
+    high_water: float
     #: Bytes that wait, and bytes ever taken.
     size: int = 0
     taken: int = 0
@@ -981,10 +945,6 @@ class Outbox:
     since: float = field(default_factory=time.monotonic)
     _delivered: int = 0
     _messages: list[bytes] = field(default_factory=list)
-
-    def is_full(self) -> bool:
-        """Return True if the client is behind."""
-        return self.size >= _HIGH_WATER or self.size > self.limit
 
     def add(self, data: bytes) -> None:
         self._messages.append(data)
@@ -1026,11 +986,11 @@ class ReconnectBuffer:
     _messages: deque[bytes] = field(default_factory=deque)
     _sent: int = 0
     #: The last message given up although it was not acknowledged.
-    _forgotten: int = 0
+    forgotten: int = 0
     #: The number of the peer's next message, the latest one received, and the
     #: latest one acknowledged to the peer.
-    _next: int = 1
-    _latest: int = 0
+    _peer_next: int = 1
+    _peer_latest: int = 0
     _acked: int = 0
 
     def keep(self, data: bytes, limit: float) -> None:
@@ -1040,23 +1000,19 @@ class ReconnectBuffer:
         self._sent += 1
         while self.size > limit:
             self.size -= len(self._messages.popleft())
-            self._forgotten = self._sent - len(self._messages)
+            self.forgotten = self._sent - len(self._messages)
 
     def acknowledge(self, number: int) -> None:
         """Forget what the peer has received; ignore a number never sent."""
         if number > self._sent:
             return
-        if number >= self._forgotten:
-            self._forgotten = 0
+        if number >= self.forgotten:
+            self.forgotten = 0
         while self._messages and self._first() <= number:
             self.size -= len(self._messages.popleft())
 
     def _first(self) -> int:
         return self._sent - len(self._messages) + 1
-
-    def can_resume(self) -> bool:
-        """Return True if nothing is forgotten that the peer may still need."""
-        return not self._forgotten
 
     def replay(self) -> tuple[Sequence, list[bytes]]:
         """Return what a client that resumes is sent first."""
@@ -1064,28 +1020,27 @@ class ReconnectBuffer:
 
     def accept(self) -> bool:
         """Number a message from the peer; return False for a repeated one."""
-        number = self._next
-        self._next += 1
-        if number <= self._latest:
+        number = self._peer_next
+        self._peer_next += 1
+        if number <= self._peer_latest:
             self._acked = 0  # the peer repeats it, so our last Ack was lost
             return False
-        self._latest = number
+        self._peer_latest = number
         return True
 
     def resume(self, number: int) -> None:
         """Continue at the number with which the peer's replay begins."""
-        if number > max(self._next, self._latest + 1):
-            raise ProtocolError(
-                "Sequence ID greater than amount of messages we've received."
-            )
-        self._next = number
+        if number > max(self._peer_next, self._peer_latest + 1):
+            text = "Sequence ID greater than amount of messages we've received."
+            raise ProtocolError(text)
+        self._peer_next = number
 
-    def ack_due(self) -> Ack | None:
-        """Return the acknowledgement that the peer should get, if any."""
-        return Ack(self._latest) if self._latest > self._acked else None
-
-    def ack_sent(self, ack: Ack) -> None:
-        self._acked = ack.sequence_id
+    def take_ack(self) -> Ack | None:
+        """Return the acknowledgement that the peer should get now, if any."""
+        if self._peer_latest <= self._acked:
+            return None
+        self._acked = self._peer_latest
+        return Ack(self._acked)
 
 
 class Shared(NamedTuple):
@@ -1111,23 +1066,25 @@ class Connection:
     #: Resolved as soon as it is CLOSING or CLOSED.
     ended: asyncio.Future[End] = field(default_factory=_new_future)
     #: When it last got or lost a transport, or began to end.
-    last_seen: float = field(default_factory=time.monotonic)
+    last_change: float = field(default_factory=time.monotonic)
     #: Fixed by the first GET.
     transport_name: str = ""
     transport: Transport | None = None
     #: Chosen by the handshake.
-    protocol: HubProtocol | None = None
+    protocol: HubProtocol = JSON
+    #: Made by negotiate; the handshake may take it away.
     reconnect: ReconnectBuffer | None = None
     inbox: Inbox = field(init=False)
     outbox: Outbox = field(init=False)
     #: The hub, once it is ready.
     receiver: Receiver | None = None
-    _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         options = self.shared.options
         self.inbox = Inbox(_or_infinite(options.receive_buffer_limit))
-        self.outbox = Outbox(_or_infinite(options.outbox_limit))
+        limit = _or_infinite(options.outbox_limit)
+        self.outbox = Outbox(limit, min(limit, _HIGH_WATER))
 
     # The hub's end
 
@@ -1146,10 +1103,10 @@ class Connection:
             if sequenced:
                 self.reconnect.keep(data, outbox.limit)
             if self.transport is None:  # the replay will bring it
-                if not self.reconnect.can_resume():
+                if self.reconnect.forgotten:
                     self.drop("missed too much while away")
                 return
-        if outbox.is_full():
+        if outbox.size > outbox.high_water:
             self.flush()
             if self.backlog() > outbox.limit:
                 self.drop("slow client")
@@ -1159,25 +1116,20 @@ class Connection:
             self.shared.flusher.add(self)
         outbox.add(data)
 
-    def send_if_writable(self, data: bytes) -> bool:
-        """Send a ping or an ack if the client can take it now; else return False."""
-        if self.transport is None or self.backlog() > _HIGH_WATER:
-            return False
-        self.send(data, sequenced=False)
-        return True
-
     def backlog(self) -> int:
         """Count the bytes that the client has not taken."""
         return self.outbox.size + (self.transport.unsent() if self.transport else 0)
 
     def writable(self) -> bool:
-        """Return True if a sender with this one receiver may go on."""
-        if self.state >= CLOSING or self.reconnect is None:
-            return self.state >= CLOSING or not self.outbox.is_full()
+        """Return True if code that sends to this client alone may go on."""
+        if self.state >= CLOSING:
+            return True
+        if self.outbox.size > self.outbox.high_water:
+            return False
         limit = _or_infinite(self.shared.options.stateful_reconnect_buffer_size)
-        # While reading has stopped, no acknowledgement can arrive.
-        waits_for_ack = self.reconnect.size > limit and self.can_read()
-        return not (waits_for_ack or self.outbox.is_full())
+        owes_acks = self.reconnect is not None and self.reconnect.size > limit
+        # Not while reading is paused: the acknowledgement could not arrive.
+        return not (owes_acks and self.can_read())
 
     async def drain(self) -> None:
         """Wait until the client has taken most of what was sent, or the end."""
@@ -1196,7 +1148,7 @@ class Connection:
         self._end(CLOSING, end)
         if self.transport is not None:
             self.transport.close()
-        elif self.transport_name != LONG_POLLING:  # no poll will fetch the rest
+        elif self.transport_name != LONG_POLLING:  # the next poll fetches the rest
             self.lost(end)
 
     def drop(self, reason: str) -> None:
@@ -1207,7 +1159,7 @@ class Connection:
         log.warning("connection %s dropped: %s", self.connection_id, reason)
         transport = self.transport
         error = ConnectionAbortedError(f"The client was dropped: {reason}.")
-        self.lost(End(DROPPED, error))
+        self.lost(End(error))
         if transport is not None:
             transport.abort()
 
@@ -1222,10 +1174,10 @@ class Connection:
             transport.abort()
             return
         older, self.transport = self.transport, transport
-        self.last_seen = self.outbox.since = time.monotonic()
+        self.last_change = self.outbox.since = time.monotonic()
         if older is not None:
             older.abort()
-        if self.reconnect is not None and self.protocol is not None:
+        if self.reconnect is not None and self.state == OPEN:
             self.inbox.clear()  # half a message, which the client will send again
             self.outbox.clear()
             sequence, messages = self.reconnect.replay()
@@ -1234,29 +1186,27 @@ class Connection:
         self.flush()
 
     def detach(self) -> None:
-        """Take the pipe back: the client may come again until it is too late."""
+        """Detach the transport; the client may return until `disconnect_timeout`."""
         self.transport = None
-        self.last_seen = time.monotonic()
+        self.last_change = time.monotonic()
         if self.reconnect is not None:
             self.outbox.clear()  # the replay will bring it
         self.wake()
 
     def can_resume(self) -> bool:
         """Return True if a new WebSocket may take over."""
-        reconnect = self.reconnect if self.protocol is not None else None
-        resumable = reconnect is not None and reconnect.can_resume()
-        return resumable and self.state < CLOSING
+        resumable = self.reconnect is not None and not self.reconnect.forgotten
+        return resumable and self.state == OPEN
 
     def feed(self, data: bytes) -> None:
         """Handle bytes from the client at once."""
         if self.state >= CLOSING:
             return
         self.shared.counters.bytes_in += len(data)
-        self.inbox.add(data)
+        self.inbox.extend(data)
         if self.receiver is not None:
             self.receiver.data_received()
-        else:
-            self.wake()
+        self.wake()
 
     def can_read(self) -> bool:
         """Return False while too much waits for user code."""
@@ -1269,9 +1219,13 @@ class Connection:
         """Return when the next bytes may be read, or when no more can come."""
         websocket = self.transport if self.transport_name == WEBSOCKETS else None
         while not self.can_read() and self.state < CLOSING:
-            if websocket is not None and websocket.is_closing():
+            if self.inbox.unfinished:
+                await asyncio.sleep(0)
+                self.feed(b"")
+            elif websocket is not None and websocket.is_closing():
                 return
-            await self.changed()
+            else:
+                await self.changed()
 
     def flush(self) -> None:
         """Hand the outbox to the transport, whose faults must not affect others."""
@@ -1284,9 +1238,10 @@ class Connection:
 
     def take(self) -> bytes:
         """Take all that is queued: whole messages, in order."""
-        if self.outbox.is_full() and self.receiver is not None:
+        outbox = self.outbox
+        if outbox.size > outbox.high_water and self.receiver is not None:
             asyncio.get_running_loop().call_soon(self.receiver.resume_writing)
-        data = self.outbox.take()
+        data = outbox.take()
         self.shared.counters.bytes_out += len(data)
         self.wake()
         return data
@@ -1302,24 +1257,19 @@ class Connection:
 
     def _end(self, state: int, end: End) -> None:
         self.state = state
-        self.last_seen = time.monotonic()
+        self.last_change = time.monotonic()
         if not self.ended.done():
             self.ended.set_result(end)
         self.wake()
 
     async def changed(self) -> None:
         """Wait until something has happened that waiters should look at."""
-        waiter = _new_future()
-        self._waiters.append(waiter)
-        await waiter
+        self._changed.clear()
+        await self._changed.wait()
 
     def wake(self) -> None:
         """Let everyone who waits check again."""
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._changed.set()
 
 
 # --------------------------------------------------------------- transports
@@ -1329,15 +1279,16 @@ class Connection:
 # with one exception: a server does not mask, so a frame is a head and the
 # payload, and is written straight to the socket while the socket keeps up.
 
-_TEXT, _BINARY, _CLOSE = (
-    int(web.WSMsgType.TEXT),
-    int(web.WSMsgType.BINARY),
-    int(web.WSMsgType.CLOSE),
-)
-
 #: aiohttp's limit for one WebSocket message, in bytes. It may hold many hub
 #: messages, so it is not lower than this.
 _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
+
+
+def _socket_of(request: Request) -> asyncio.Transport:
+    """Return the socket of a request. Raises ConnectionError if the client left."""
+    if request.transport is None:
+        raise ConnectionResetError("The client is gone.")
+    return request.transport
 
 
 def _frame(opcode: int, payload: bytes) -> bytes:
@@ -1351,12 +1302,10 @@ def _frame(opcode: int, payload: bytes) -> bytes:
 
 
 @dataclass(slots=True, eq=False)
-class WebSocketTransport:
+class WebSocketTransport(Transport):
     """The transport of one WebSocket."""
 
-    _connection: Connection
     _websocket: web.WebSocketResponse[bool]
-    _socket: asyncio.Transport
     #: Sends the outbox while the socket is full.
     _sender: asyncio.Task[None] | None = None
     #: A close frame follows the outbox.
@@ -1375,8 +1324,7 @@ class WebSocketTransport:
         connection = self._connection
         try:
             while connection.outbox.size and connection.transport is self:
-                opcode = web.WSMsgType(self._opcode())
-                await self._websocket.send_frame(connection.take(), opcode)
+                await self._websocket.send_frame(connection.take(), self._opcode())
         except ConnectionError:
             pass  # the client left, which the reader notices as well
         finally:
@@ -1384,9 +1332,9 @@ class WebSocketTransport:
         if self._closing:
             self._send_close_frame()
 
-    def _opcode(self) -> int:
-        protocol = self._connection.protocol
-        return _BINARY if protocol is not None and protocol.binary else _TEXT
+    def _opcode(self) -> web.WSMsgType:
+        binary = self._connection.protocol.binary
+        return web.WSMsgType.BINARY if binary else web.WSMsgType.TEXT
 
     def close(self) -> None:
         self._closing = True
@@ -1398,18 +1346,10 @@ class WebSocketTransport:
     def _send_close_frame(self) -> None:
         """Send the close frame; `serve_websocket` then reads the peer's."""
         if not self._socket.is_closing():
-            self._socket.write(_frame(_CLOSE, (1000).to_bytes(2, "big")))
+            payload = struct.pack("!H", aiohttp.WSCloseCode.OK)
+            self._socket.write(_frame(web.WSMsgType.CLOSE, payload))
 
-    def abort(self) -> None:
-        self._socket.abort()
-
-    def unsent(self) -> int:
-        return self._socket.get_write_buffer_size()
-
-    def is_closing(self) -> bool:
-        return self._socket.is_closing()
-
-    def hang_up(self, timeout: float | None) -> None:
+    def close_socket(self, timeout: float | None) -> None:
         """Close the socket; abort it if the peer has not read the rest in time."""
         if self._socket.is_closing():
             return
@@ -1421,9 +1361,7 @@ class WebSocketTransport:
             loop.call_later(timeout, self._socket.abort)
 
 
-async def serve_websocket(
-    request: web.Request, connection: Connection
-) -> web.StreamResponse:
+async def serve_websocket(request: Request, connection: Connection) -> StreamResponse:
     """Carry a connection over a WebSocket until the socket has ended."""
     options = connection.shared.options
     limit = options.maximum_receive_message_size
@@ -1438,54 +1376,46 @@ async def serve_websocket(
     transport: WebSocketTransport | None = None
     try:
         await websocket.prepare(request)
-        if (socket := request.transport) is not None:
-            transport = WebSocketTransport(connection, websocket, socket)
-            connection.attach(transport)
-            async for message in websocket:
-                if message.type is web.WSMsgType.ERROR:
-                    error = message.data
-                    break
-                connection.feed(message.data)
-                if not connection.can_read():
-                    await connection.readable()
-                if connection.transport is not transport:
-                    break  # a newer socket has taken over, or the client was dropped
+        transport = WebSocketTransport(connection, _socket_of(request), websocket)
+        connection.attach(transport)
+        async for message in websocket:
+            if message.type is web.WSMsgType.ERROR:
+                error = message.data
+                break
+            if connection.transport is not transport:
+                break  # a newer socket has taken over, or the client was dropped
+            connection.feed(message.data)
+            if not connection.can_read():
+                await connection.readable()
     except ConnectionError:
         pass  # the client did not wait for the upgrade
     finally:
-        if connection.transport is transport:
+        if connection.transport is transport:  # both are None after a failed upgrade
             _websocket_ended(connection, websocket.close_code, error)
         if transport is not None:
-            transport.hang_up(options.close_timeout)
+            transport.close_socket(options.close_timeout)
     return websocket
 
 
-def _websocket_ended(
-    connection: Connection, close_code: int | None, error: object
-) -> None:
-    """Tell the connection how its socket ended: violated, lost, or closed."""
+def _websocket_ended(connection: Connection, code: int | None, error: object) -> None:
+    """Tell the connection how its socket ended: violated, closed, or lost."""
     if isinstance(error, aiohttp.WebSocketError):
-        name = connection.connection_id
-        log.warning("connection %s violated RFC 6455: %s", name, error)
-        connection.lost(End(LOST, ProtocolError(str(error))))
-    elif close_code is not None and close_code != aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
-        connection.lost(End(LEFT))
+        log.warning("connection %s: %s", connection.connection_id, error)
+        connection.lost(End(ProtocolError(str(error))))
+    elif code is not None and code != aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+        connection.lost(End(in_order=True))
     elif connection.can_resume():
         connection.detach()
     else:
-        connection.lost(End(LOST))
+        connection.lost(End())
 
 
 @dataclass(slots=True, eq=False)
-class PendingResponse:
+class PendingResponse(Transport):
     """The transport of a response that waits for data: a poll or an event stream."""
 
-    _socket: asyncio.Transport | None
-    _connection: Connection
     #: A newer poll wants to take its place.
     replaced: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def ready(self) -> bool:
         """Wait for data or the end; return True if there is data to send."""
@@ -1495,59 +1425,13 @@ class PendingResponse:
                 return True
             if connection.state == CLOSING:
                 return False
-            self._changed.clear()
-            await self._changed.wait()
+            await connection.changed()
         return False
 
     def flush(self) -> None:
-        self._changed.set()
+        self._connection.wake()
 
-    def close(self) -> None:
-        self._changed.set()
-
-    def abort(self) -> None:
-        if self._socket is not None:
-            self._socket.abort()
-        self.flush()
-
-    def replace(self) -> None:
-        self.replaced = True
-        self.flush()
-
-    def unsent(self) -> int:
-        return 0 if self._socket is None else self._socket.get_write_buffer_size()
-
-    def is_closing(self) -> bool:
-        return self._socket is None or self._socket.is_closing()
-
-
-async def serve_events(
-    request: web.Request, connection: Connection
-) -> web.StreamResponse:
-    """Stream the outbox as Server-Sent Events until either side ends."""
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream",
-            "Cache-Control": "no-cache,no-store",
-            "Pragma": "no-cache",
-            "Content-Encoding": "identity",
-        }
-    )
-    transport = PendingResponse(request.transport, connection)
-    try:
-        await response.prepare(request)
-        await response.write(b":\r\n")  # some browsers wait for the first bytes
-        connection.attach(transport)
-        while await transport.ready():
-            # Encoded messages contain no line feed, so one data line is enough.
-            await response.write(b"data: " + connection.take() + b"\r\n\r\n")
-        if not transport.is_closing():
-            await response.write_eof()
-    except ConnectionError:
-        pass  # the client left while it was written to
-    finally:
-        connection.lost(End(LEFT))
-    return response
+    close = flush
 
 
 _NO_CACHE = {
@@ -1557,32 +1441,57 @@ _NO_CACHE = {
 }
 
 
+async def serve_events(request: Request, connection: Connection) -> StreamResponse:
+    """Stream the outbox as Server-Sent Events until either side ends."""
+    headers = {
+        "Content-Type": "text/event-stream",
+        "Cache-Control": "no-cache,no-store",
+        "Pragma": "no-cache",
+        "Content-Encoding": "identity",
+    }
+    response = StreamResponse(headers=headers)
+    try:
+        await response.prepare(request)
+        await response.write(b":\r\n")  # some browsers wait for the first bytes
+        transport = PendingResponse(connection, _socket_of(request))
+        connection.attach(transport)
+        while await transport.ready():
+            # Encoded messages contain no line feed, so one data line is enough.
+            await response.write(b"data: " + connection.take() + b"\r\n\r\n")
+        if not transport.is_closing():
+            await response.write_eof()
+    except ConnectionError:
+        pass  # the client left while it was written to
+    finally:
+        connection.lost(End(in_order=True))
+    return response
+
+
 def _poll_response(
-    status: int, body: bytes = b"", content_type: str = "text/plain"
-) -> web.Response:
-    return web.Response(
-        status=status, body=body, content_type=content_type, headers=_NO_CACHE
-    )
+    status: int, body: bytes = b"", kind: str = "text/plain"
+) -> Response:
+    return Response(status=status, body=body, content_type=kind, headers=_NO_CACHE)
 
 
 async def serve_poll(
-    request: web.Request, connection: Connection, first: bool
-) -> web.StreamResponse:
+    request: Request, connection: Connection, first: bool
+) -> StreamResponse:
     """Answer one long poll: with data, empty after a while, or 204 at the end.
 
     A newer poll takes the place of an older one only after that has ended: two
     readers of one outbox would lose messages between them.
     """
     while isinstance(connection.transport, PendingResponse):
-        connection.transport.replace()
-        await connection.transport.ended.wait()
-    if connection.state == CLOSED:
+        connection.transport.replaced = True
+        connection.wake()
+        await connection.changed()
+    if connection.state == CLOSED or request.transport is None:
         return _poll_response(404)
-    transport = PendingResponse(request.transport, connection)
+    transport = PendingResponse(connection, request.transport)
     connection.attach(transport)
     try:
         if first:
-            return _poll_response(200, content_type="application/octet-stream")
+            return _poll_response(200, kind="application/octet-stream")
         try:
             async with asyncio.timeout(connection.shared.options.poll_timeout):
                 has_data = await transport.ready()
@@ -1590,20 +1499,16 @@ async def serve_poll(
             return _poll_response(200)
         if has_data:
             return await _send_poll(request, connection)
-        if connection.state == CLOSING and not (
-            transport.replaced or connection.outbox.size
-        ):
-            connection.lost(End(LEFT))  # the client stops polling at this 204
+        keeps_polling = transport.replaced or connection.outbox.size
+        if connection.state == CLOSING and not keeps_polling:
+            connection.lost(End(in_order=True))  # the client stops polling at this 204
         return _poll_response(204)
     finally:
-        transport.ended.set()
         if connection.transport is transport:
             connection.detach()
 
 
-async def _send_poll(
-    request: web.Request, connection: Connection
-) -> web.StreamResponse:
+async def _send_poll(request: Request, connection: Connection) -> StreamResponse:
     """Send what is queued; if the client is gone, so are the messages."""
     kind = "application/octet-stream"
     response = _poll_response(200, connection.take(), kind)
@@ -1611,35 +1516,25 @@ async def _send_poll(
         await response.prepare(request)
         await response.write_eof()
     except ConnectionError as error:
-        connection.lost(End(LOST, error))
+        connection.lost(End(error))
     except asyncio.CancelledError:
-        connection.lost(End(LOST, ConnectionResetError("The poll was dropped.")))
+        connection.lost(End(ConnectionResetError("The poll was dropped.")))
         raise
     return response
 
 
-async def receive_post(request: web.Request, connection: Connection) -> None:
+async def receive_post(request: Request, connection: Connection) -> None:
     """Feed the body of a POST to the connection, as fast as the hub uses it.
 
     A body is not read beyond the end of the connection. Raises
     aiohttp.ClientPayloadError, ConnectionError or TimeoutError if the client
     stops in the middle.
     """
-    timeout, ended = connection.shared.options.disconnect_timeout, connection.ended
-    while not (ended.done() or request.content.at_eof()):
-        reading = asyncio.ensure_future(request.content.readany())
-        either: list[asyncio.Future[Any]] = [reading, ended]
-        try:
-            done, _ = await asyncio.wait(
-                either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            reading.cancel()
-        if not done:
-            raise TimeoutError
-        if reading in done:
-            connection.feed(reading.result())
-            await connection.readable()
+    while connection.state < CLOSING and not request.content.at_eof():
+        async with asyncio.timeout(connection.shared.options.disconnect_timeout):
+            data = await request.content.readany()
+        connection.feed(data)
+        await connection.readable()
     if not request.content.at_eof():
         request.protocol.keep_alive(False)  # the rest is not read
 
@@ -1679,16 +1574,7 @@ class GroupManager:
 
     async def remove(self, connection_id: str, name: str) -> None:
         """Remove a connection; do nothing if it is not a member."""
-        self._remove(connection_id, name)
-
-    def _remove(self, connection_id: str, name: str) -> None:
-        members, names = self.find(name), self._groups_of.get(connection_id, set())
-        members.pop(connection_id, None)
-        names.discard(name)
-        if not members:
-            self._groups.pop(name, None)
-        if not names:
-            self._groups_of.pop(connection_id, None)
+        self.forget(connection_id, [name])
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
@@ -1706,10 +1592,17 @@ class GroupManager:
         """Return the connections in a group."""
         return self._groups.get(name, {})
 
-    def forget(self, connection_id: str) -> None:
-        """Remove a connection from all its groups."""
-        for name in self.of(connection_id):
-            self._remove(connection_id, name)
+    def forget(self, connection_id: str, names: list[str]) -> None:
+        """Remove a connection from groups, and what is empty then."""
+        groups = self._groups_of.get(connection_id, set())
+        for name in names:
+            members = self.find(name)
+            members.pop(connection_id, None)
+            groups.discard(name)
+            if not members:
+                self._groups.pop(name, None)
+        if not groups:
+            self._groups_of.pop(connection_id, None)
 
 
 class Registry:
@@ -1735,7 +1628,7 @@ class Registry:
         """Forget a connection and its memberships."""
         connection_id, user_id = connection.connection_id, connection.user_id
         self.connections.pop(connection_id, None)
-        self.groups.forget(connection_id)
+        self.groups.forget(connection_id, self.groups.of(connection_id))
         if user_id is not None and user_id in self._users:
             self._users[user_id].pop(connection_id, None)
             if not self._users[user_id]:
@@ -1748,18 +1641,15 @@ class Registry:
         received it. Nothing here awaits, so membership cannot change meanwhile.
         """
         receivers = self._receivers(address)
-        protocols = {c.protocol for c in receivers if c.protocol is not None}
-        encoded = {protocol: protocol.encode(message) for protocol in protocols}
+        protocols = {connection.protocol for connection in receivers}
+        # A mistake must show, even if nobody happens to be connected.
+        encoded = {p: p.encode(message) for p in protocols or {JSON}}
         for connection in receivers:
-            if connection.protocol is not None:
-                connection.send(encoded[connection.protocol])
-        # A mistake must show, whoever happens to be connected.
-        sizes = map(len, encoded.values() or [_dumps(message.arguments).encode()])
-        self.published += sum(sizes)
+            connection.send(encoded[connection.protocol])
+        self.published += sum(map(len, encoded.values()))
 
     def _receivers(self, address: Address) -> list[Connection]:
         kind, names, excluding = address
-        tables: list[Members]
         if kind == "all":
             tables = [self.connections]
         elif kind == "connections":
@@ -1768,15 +1658,10 @@ class Registry:
             tables = [self.groups.find(name) for name in names]
         else:
             tables = [self._users.get(name, {}) for name in names]
-        found = tables[0] if len(tables) == 1 else {}
-        for table in tables:
-            if table is not found:
-                found.update(table)
-        if not excluding:
-            return list(found.values())
-        return [
-            connection for name, connection in found.items() if name not in excluding
-        ]
+        if len(tables) == 1 and not excluding:
+            return list(tables[0].values())
+        found = {id: connection for table in tables for id, connection in table.items()}
+        return [connection for id, connection in found.items() if id not in excluding]
 
     # Client results
 
@@ -1825,11 +1710,9 @@ class Registry:
 # `map_hub` returns.
 
 
-#: The call or hook in which user code runs; `slot_released` lets others run while
+#: The call or hook in which user code runs; `awaiting_result` lets others run while
 #: it waits for a client result.
-_current_call: contextvars.ContextVar[Any] = contextvars.ContextVar(
-    "kestrun_current_call", default=None
-)
+_current_call = contextvars.ContextVar[Any]("kestrun_current_call", default=None)
 
 
 def _invocation(method: str, args: tuple[Any, ...]) -> Invocation:
@@ -1847,13 +1730,10 @@ def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
 
 @dataclass(slots=True, eq=False, repr=False)
 class ClientProxy:
-    """The receivers of messages. Made anew by each access, at hardly any cost."""
+    """The receivers of messages."""
 
     _registry: Registry
     _address: Address
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._address}>"
 
     async def send(self, method: str, *args: Any) -> None:
         """Call `method` on every receiver, without waiting for any of them.
@@ -1886,8 +1766,7 @@ class SingleClientProxy(ClientProxy):
         are queued for it, this waits until it has taken some of them or is gone.
         """
         await super().send(method, *args)
-        connection = self._connection()
-        if connection is not None and not connection.writable():
+        if (connection := self._connection()) is not None:
             await connection.drain()
 
     async def invoke(
@@ -1904,11 +1783,10 @@ class SingleClientProxy(ClientProxy):
         HubException: the client does not listen yet.
         """
         call = _current_call.get()
-        async with contextlib.nullcontext() if call is None else call.slot_released():
+        async with contextlib.nullcontext() if call is None else call.awaiting_result():
             connection, name = self._connection(), self._address.names[0]
             if connection is None or connection.state >= CLOSING:
                 raise ConnectionError(f"Connection '{name}' does not exist.")
-            assert connection.protocol is not None
             with self._registry.result_from(connection) as (result_id, result):
                 message = _invocation(method, args)._replace(invocation_id=result_id)
                 connection.send(connection.protocol.encode(message))
@@ -2001,13 +1879,10 @@ class HubCallerContext:
 
     _connection: Connection
     #: The aiohttp request that opened the connection.
-    request: web.Request
+    request: Request
     _abort: Callable[[], None]
     #: Anything that user code wants to keep with the connection.
     items: dict[Any, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<HubCallerContext {self.connection_id} over {self.transport}>"
 
     @property
     def connection_id(self) -> str:
@@ -2027,8 +1902,7 @@ class HubCallerContext:
     @property
     def protocol(self) -> str:
         """ "json" or "messagepack"."""
-        protocol = self._connection.protocol
-        return "" if protocol is None else protocol.name
+        return self._connection.protocol.name
 
     def abort(self) -> None:
         """Close the connection, from any code; return at once.
@@ -2101,23 +1975,20 @@ class Hub:
         return await call_next()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class HubContext:
     """A hub seen from outside: from routes, operations and jobs."""
 
-    def __init__(
-        self, registry: Registry, shared: Shared, contexts: dict[str, HubCallerContext]
-    ) -> None:
-        self._registry = registry
-        self._counters = shared.counters
-        #: The receivers of messages.
-        self.clients = HubClients(registry)
-        #: Groups of connections.
-        self.groups = registry.groups
-        #: The connections, by id; a live read-only mapping.
-        self.connections: Mapping[str, HubCallerContext]
-        self.connections = types.MappingProxyType(contexts)
-        #: The options this hub was mapped with.
-        self.options = shared.options
+    _registry: Registry
+    _counters: Counters
+    #: The receivers of messages.
+    clients: HubClients
+    #: Groups of connections.
+    groups: GroupManager
+    #: The connections, by id; a live read-only mapping.
+    connections: Mapping[str, HubCallerContext]
+    #: The options this hub was mapped with.
+    options: HubOptions
 
     def stats(self) -> dict[str, Any]:
         """Count connections by transport and protocol, traffic, and drops by reason.
@@ -2173,11 +2044,6 @@ def normalize_name(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _wire_name(name: str) -> str:
-    """Spell the name of a Python method as .NET does: join_group -> JoinGroup."""
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-
-
 class BindingError(Exception):
     """The arguments of a call do not match the method's parameters."""
 
@@ -2188,15 +2054,16 @@ class HubMethod:
     """One method of a hub class that clients can call."""
 
     def __init__(self, hub_class: type[Hub], name: str) -> None:
-        static = inspect.getattr_static(hub_class, name)
         function = getattr(hub_class, name)
+        # As .NET spells it: join_group -> JoinGroup.
+        wire_name = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
         #: The one name that stands for the method on the wire: "JoinGroup".
-        self.name = getattr(function, "__kestrun_name__", _wire_name(name))
+        self.name = getattr(function, "__kestrun_name__", wire_name)
         #: Class and method, for logs and task names: "ChatHub.join_group".
         self.qualified_name = f"{hub_class.__name__}.{name}"
         #: Called with the hub and the arguments.
         self.function: Callable[..., Any] = function
-        takes_hub = inspect.isfunction(static)
+        takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         if not takes_hub:  # a static or class method
             self.function = lambda hub, *arguments: function(*arguments)
         #: For each upload stream its position among the arguments, the name of
@@ -2209,11 +2076,8 @@ class HubMethod:
         parameters = list(inspect.signature(function).parameters.values())
         for parameter in parameters[1:] if takes_hub else parameters:
             self._add(parameter, _annotation(function, parameter.name))
-        self.streaming = inspect.isasyncgenfunction(
-            inspect.unwrap(function)
-        ) or _is_stream(_annotation(function, "return", lenient=True))
-        #: Whether calling it only makes a coroutine.
-        self.is_async = inspect.iscoroutinefunction(function)
+        generates = inspect.isasyncgenfunction(inspect.unwrap(function))
+        self.streaming = generates or _is_stream(_annotation(function, "return"))
         #: Whether a running call counts against the client's parallel calls.
         self.needs_slot = not (self.streaming or self.uploads)
 
@@ -2244,33 +2108,25 @@ class HubMethod:
         Returns them without the upload streams, which the caller inserts at their
         positions. Raises BindingError; the log then names the parameter.
         """
-        count, most = len(values), len(self._parameters)
+        method, count, most = self.qualified_name, len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
             names = ", ".join(name for name, _ in self._parameters)
-            log.warning(
-                "%s: %d argument(s) do not fit (%s)", self.qualified_name, count, names
-            )
-            raise BindingError(
-                f"Invocation provides {count} argument(s) but target expects {most}."
-            )
-        parameters = self._parameters
-        if count > most:
-            parameters = parameters + self._rest * (count - most)
+            log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
+            text = f"Invocation provides {count} argument(s) but target expects {most}."
+            raise BindingError(text)
+        parameters = self._parameters + self._rest * (count - most)
         bound = []
-        try:
-            for (_, convert), value in zip(parameters, values, strict=False):
+        for (name, convert), value in zip(parameters, values, strict=False):
+            try:
                 bound.append(convert(value))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a converter may be user code
-            name, _ = parameters[len(bound)]
-            log.warning(
-                "%s: argument %r does not fit: %s", self.qualified_name, name, error
-            )
-            raise BindingError(
-                "Error binding arguments. Make sure that the types of the provided "
-                "values match the types of the hub method being invoked."
-            ) from error
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a converter may be user code
+                log.warning("%s: argument %r does not fit: %s", method, name, error)
+                raise BindingError(
+                    "Error binding arguments. Make sure that the types of the provided "
+                    "values match the types of the hub method being invoked."
+                ) from error
         if self.uploads:  # their positions count the parameters left out, too
             bound += self._defaults[count:]
         return bound
@@ -2284,8 +2140,8 @@ def _collect_methods(hub_class: type[Hub]) -> dict[str, HubMethod]:
     """
     methods: dict[str, HubMethod] = {}
     for name in dir(hub_class):
-        static = inspect.getattr_static(hub_class, name)
-        is_method = isinstance(static, (types.FunctionType, staticmethod, classmethod))
+        member = inspect.getattr_static(hub_class, name)
+        is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
         if name.startswith("_") or hasattr(Hub, name) or not is_method:
             continue
         if name in Hub.__annotations__:
@@ -2300,10 +2156,11 @@ def _collect_methods(hub_class: type[Hub]) -> dict[str, HubMethod]:
     return methods
 
 
-def _annotation(function: Callable[..., Any], name: str, lenient: bool = False) -> Any:
+def _annotation(function: Callable[..., Any], name: str) -> Any:
     """Evaluate one annotation of a function; Any where it has none.
 
-    Raises TypeError for one that cannot be evaluated; if lenient, returns Any.
+    name: of a parameter, or "return". Raises TypeError if it cannot be evaluated; a
+    return annotation is Any then, since results are not converted.
     """
     function = inspect.unwrap(function)
     annotation = function.__annotations__.get(name, Any)
@@ -2314,7 +2171,7 @@ def _annotation(function: Callable[..., Any], name: str, lenient: bool = False) 
     try:
         return typing.get_type_hints(holder, scope)[name]
     except Exception as error:  # an annotation may be any expression
-        if lenient:
+        if name == "return":
             return Any
         raise TypeError(
             f"{function.__qualname__}: the annotation {annotation!r} of {name!r} "
@@ -2386,6 +2243,10 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
     raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
 
 
+#: What did not fit, as ids of converter and value, while the outermost union converts.
+_failed: set[tuple[int, int]] = set()
+
+
 def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     """Convert to the member of the value's exact type, else to the first that fits."""
     passes = (True,) if exact else (True, False)
@@ -2395,42 +2256,27 @@ def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
 
     def convert(value: Any) -> Any:
-        for converter in converters:
-            try:
-                return converter(value)
-            except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
-                continue
-        raise ValueError(f"{names} expected, got {type(value).__name__}")
-
-    return functools.partial(_once, convert)
-
-
-#: What failed, as ids of converter and value, while the outermost union converts.
-_failed: contextvars.ContextVar[set[tuple[int, int]] | None] = contextvars.ContextVar(
-    "failed", default=None
-)
-
-
-def _once(convert: Converter, value: Any) -> Any:
-    """Convert by a union; fail at once if it failed with this list or dict before.
-
-    Otherwise unions of dataclasses that contain them would take exponential time.
-    """
-    if not isinstance(value, (list, dict)):
-        return convert(value)
-    failed, attempt = _failed.get(), (id(convert), id(value))
-    if failed is None:
-        token = _failed.set(set())
+        # A list or dict that did not fit once is not tried again: unions of
+        # dataclasses that contain them would take exponential time.
+        attempt, outermost = (id(convert), id(value)), not _failed
+        if attempt in _failed:
+            raise ValueError("the value does not fit")
+        if isinstance(value, (list, dict)):
+            _failed.add(attempt)
         try:
-            return convert(value)
+            for converter in converters:
+                try:
+                    result = converter(value)
+                except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
+                    continue
+                _failed.discard(attempt)
+                return result
+            raise ValueError(f"{names} expected, got {type(value).__name__}")
         finally:
-            _failed.reset(token)
-    if attempt in failed:
-        raise ValueError("the value does not fit")
-    failed.add(attempt)
-    result = convert(value)
-    failed.remove(attempt)
-    return result
+            if outermost:
+                _failed.clear()
+
+    return convert
 
 
 def _list(convert_item: Converter) -> Converter:
@@ -2473,10 +2319,8 @@ def _fields(kind: type, exact: bool) -> dict[str, tuple[str, Converter]]:
     Evaluated at the first use, so that a dataclass may contain itself.
     """
     hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    return {
-        normalize_name(name): (name, _converter(hints[name], exact)) for name in names
-    }
+    names = {normalize_name(f.name): f.name for f in dataclasses.fields(kind) if f.init}
+    return {key: (name, _converter(hints[name], exact)) for key, name in names.items()}
 
 
 def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
@@ -2532,6 +2376,13 @@ class MappedHub:
         #: The calls that run; those of clients that have left are among them.
         self.tasks: set[asyncio.Task[None]] = set()
 
+    def make_context(self) -> HubContext:
+        registry, contexts = self.registry, types.MappingProxyType(self.contexts)
+        clients, groups = HubClients(registry), registry.groups
+        return HubContext(
+            registry, self.shared.counters, clients, groups, contexts, self.options
+        )
+
     def make_hub(self, context: HubCallerContext) -> Hub:
         hub = self.hub_class()
         hub.context = context
@@ -2542,12 +2393,13 @@ class MappedHub:
     def add(self, connection: Connection, context: HubCallerContext) -> None:
         self.contexts[connection.connection_id] = context
         self.registry.add(connection)
-        log.debug("connection %s opened: %r", connection.connection_id, context)
+        log.debug("connection %s opened", connection.connection_id)
 
     def remove(self, connection: Connection) -> None:
-        self.registry.remove(connection)
-        self.contexts.pop(connection.connection_id, None)
-        log.debug("connection %s closed", connection.connection_id)
+        """Forget a connection, if it was added."""
+        if self.contexts.pop(connection.connection_id, None) is not None:
+            self.registry.remove(connection)
+            log.debug("connection %s closed", connection.connection_id)
 
 
 @dataclass(slots=True, eq=False)
@@ -2555,20 +2407,19 @@ class UploadStream:
     """The items that a client streams to a method; `async for` reads them."""
 
     _name: str
-    _convert: Converter | None
+    _convert: Converter
     _connection: Connection
     #: Items with the size of their messages.
     _items: deque[tuple[Any, int]] = field(default_factory=deque)
-    _ended: bool = False
-    _error: Exception | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    #: What the reader gets after the last item, once the stream has ended.
+    _end: Exception | None = None
 
     def put(self, item: Any, size: int) -> None:
         """Convert an item and keep it until the method reads it."""
-        if self._ended:
+        if self._end is not None:
             return
         try:
-            value = self._convert(item) if self._convert else item
+            value = self._convert(item)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 (a converter may be user code)
@@ -2579,13 +2430,13 @@ class UploadStream:
             return
         self._items.append((value, size))
         self._connection.inbox.hold(size)
-        self._changed.set()
+        self._connection.wake()
 
     def end(self, error: Exception | None = None) -> None:
         """Take no more items: the reader gets those it has, then stops or `error`."""
-        if not self._ended:
-            self._ended, self._error = True, error
-            self._changed.set()
+        if self._end is None:
+            self._end = error or StopAsyncIteration()
+            self._connection.wake()
 
     def discard(self) -> None:
         """End, and forget the items that nobody will read."""
@@ -2598,105 +2449,75 @@ class UploadStream:
 
     async def __anext__(self) -> Any:
         while not self._items:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._changed.clear()
-            await self._changed.wait()
+            if self._end is not None:
+                raise self._end
+            await self._connection.changed()
         item, size = self._items.popleft()
         self._connection.release(size)
         return item
-
-
-class Uploads:
-    """The upload streams of one client that are open, by stream id."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._streams: dict[str, UploadStream] = {}
-
-    def open(
-        self, method: HubMethod, stream_ids: tuple[str, ...], arguments: list[Any]
-    ) -> dict[str, UploadStream]:
-        """Open a call's streams when it is read, so that their items find them.
-
-        arguments: those of the call; the streams are inserted at their positions.
-        """
-        opened = {}
-        pairs = zip(stream_ids, method.uploads, strict=True)
-        for stream_id, (position, name, convert) in pairs:
-            name = f"{method.qualified_name}: an item of {name!r}"
-            stream = UploadStream(name, convert, self._connection)
-            self._streams[stream_id] = opened[stream_id] = stream
-            arguments.insert(position, stream)
-        return opened
-
-    def id_in_use(self, stream_ids: tuple[str, ...]) -> str | None:
-        """Return the first id that is open already, or stands there twice."""
-        for position, stream_id in enumerate(stream_ids):
-            if stream_id in self._streams or stream_id in stream_ids[:position]:
-                return stream_id
-        return None
-
-    def put(self, item: StreamItem, size: int) -> None:
-        """Give an item to its stream; ignore one for an unknown stream."""
-        if (stream := self._streams.get(item.invocation_id)) is not None:
-            stream.put(item.item, size)
-
-    def end(self, completion: Completion) -> bool:
-        """End a stream; return False if this is not the end of one."""
-        stream = self._streams.pop(completion.invocation_id, None)
-        if stream is not None:
-            error = completion.error
-            stream.end(None if error is None else HubException(error))
-        return stream is not None
-
-    def fail(self, error: Exception) -> None:
-        for stream in self._streams.values():
-            stream.end(error)
-
-    def close(self, streams: dict[str, UploadStream]) -> None:
-        """Take no more items for a call that has ended."""
-        for stream_id, stream in streams.items():
-            stream.discard()
-            if self._streams.get(stream_id) is stream:
-                del self._streams[stream_id]
 
 
 def _failed_invoking(target: str) -> str:
     return f"An unexpected error occurred invoking '{target}' on the server."
 
 
+def _log_failure(name: str, connection: Connection, error: BaseException) -> None:
+    """Log what a method or hook raised, with its traceback if that is a fault."""
+    connection_id = connection.connection_id
+    gone = isinstance(error, ConnectionError) and connection.ended.done()
+    if isinstance(error, HubException) or gone:
+        log.info("%s ended for connection %s: %s", name, connection_id, error)
+    else:
+        log.error("%s failed for connection %s", name, connection_id, exc_info=error)
+
+
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call of a hub method that may be called, until its answer."""
+    """One accepted call, from its message to its answer."""
 
     _calls: Calls
     invocation: Invocation
     method: HubMethod
     arguments: list[Any]
-    #: The context variables with which the method runs.
     context: contextvars.Context
     #: Bytes of the message.
     size: int
-    #: The client's streams among the arguments, by stream id.
-    uploads: dict[str, UploadStream]
     task: asyncio.Task[None] | None = None
     holds_slot: bool = False
     _cancelled: bool = False
     #: Client results that its code waits for.
-    _awaited_results: int = 0
-    #: Resolved when the call has a slot again after waiting for results.
-    resumed: asyncio.Future[None] | None = None
+    awaited_results: int = 0
+    #: The client's streams among the arguments, by stream id.
+    _uploads: dict[str, UploadStream] = field(default_factory=dict)
+
+    def open_uploads(self) -> None:
+        """Open the client's streams when the call is read, so that items find them."""
+        calls, method = self._calls, self.method
+        pairs = zip(self.invocation.stream_ids, method.uploads, strict=True)
+        for stream_id, (position, name, convert) in pairs:
+            name = f"{method.qualified_name}: an item of {name!r}"
+            stream = UploadStream(name, convert, calls.connection)
+            calls.uploads[stream_id] = self._uploads[stream_id] = stream
+            self.arguments.insert(position, stream)
+
+    def close_uploads(self) -> None:
+        """Take no more items: the call has ended."""
+        for stream_id, stream in self._uploads.items():
+            stream.discard()
+            if self._calls.uploads.get(stream_id) is stream:
+                del self._calls.uploads[stream_id]
 
     def start(self) -> Any:
         """Call the method and answer; return a result that must be awaited first."""
         _current_call.set(self)
         started = time.perf_counter()
+        mapped, method = self._calls.mapped, self.method
         try:
-            result = self._call_method()
-            if self.method.streaming or hasattr(result, "__await__"):
+            if mapped.intercepts:
+                result = self._intercept()
+            else:
+                result = method.function(self._calls.hub, *self.arguments)
+            if method.streaming or hasattr(result, "__await__"):
                 return result
             self._calls.reply(self.invocation, result)
         except BaseException as error:  # noqa: BLE001 (user code)
@@ -2705,21 +2526,18 @@ class Call:
             log.warning(
                 "%s blocked the event loop for %.0f ms; no other client was served. "
                 "Use await, or asyncio.to_thread for work that cannot.",
-                self.method.qualified_name,
+                method.qualified_name,
                 seconds * 1000,
             )
         return None
 
-    def _call_method(self) -> Any:
-        """Call the method, or let the hub's `on_invocation` do it."""
-        hub, function, arguments = self._calls.hub, self.method.function, self.arguments
-        if not self._calls.mapped.intercepts:
-            return function(hub, *arguments)
-        target = self.invocation.target
-        invocation = HubInvocation(self.method.name, target, arguments)
+    def _intercept(self) -> Any:
+        """Let the hub's `on_invocation` call the method."""
+        hub, method, target = self._calls.hub, self.method, self.invocation.target
+        invocation = HubInvocation(method.name, target, self.arguments)
 
         async def call_next() -> Any:
-            result = function(hub, *invocation.arguments)
+            result = method.function(hub, *invocation.arguments)
             return await result if hasattr(result, "__await__") else result
 
         return hub.on_invocation(invocation, call_next)
@@ -2752,7 +2570,6 @@ class Call:
         """Send the items of a stream as fast as the client takes them."""
         connection, sent = self._calls.connection, 0
         stream_id = self.invocation.invocation_id or ""
-        assert connection.protocol is not None
         encode = connection.protocol.encode
         try:
             async for item in items:
@@ -2779,18 +2596,12 @@ class Call:
         if isinstance(error, asyncio.CancelledError) and self._cancel_requested():
             self.answer_cancelled()
             return
-        connection, name = self._calls.connection, self.method.qualified_name
-        gone = isinstance(error, ConnectionError) and connection.ended.done()
-        if isinstance(error, HubException) or gone:  # no fault of the method
-            log.info("%s ended: %s", name, error)
-        else:
-            where = connection.connection_id
-            log.error("%s failed for connection %s", name, where, exc_info=error)
+        _log_failure(self.method.qualified_name, self._calls.connection, error)
         text = error_text(problem, error, self._calls.mapped.options)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     def cancel(self) -> None:
-        """Cancel a running call; it is answered all the same."""
+        """Cancel a running call; it is still answered."""
         if self.task is not None and not self._cancelled:
             self._cancelled = True
             # In the next iteration: a task that is cancelled before its first step
@@ -2811,22 +2622,20 @@ class Call:
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     @contextlib.asynccontextmanager
-    async def slot_released(self) -> AsyncIterator[None]:
+    async def awaiting_result(self) -> AsyncIterator[None]:
         """Release the slot while user code waits for a client result.
 
         The first of several results releases it; after the last one the call
         waits for a slot before it goes on.
         """
-        self._awaited_results += 1
+        self.awaited_results += 1
         self._calls.release_slot(self)
         try:
             yield
         finally:
-            self._awaited_results -= 1
-            if not self._awaited_results and not self._cancel_requested():
+            self.awaited_results -= 1
+            if not self._cancel_requested():
                 await self._calls.resume(self)
-            if self._awaited_results:  # it awaits another one by now
-                self._calls.release_slot(self)
 
 
 class Calls:
@@ -2839,30 +2648,31 @@ class Calls:
         self._context = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
-        #: Calls that may not begin yet, or not go on after a client result.
-        self._waiting: list[Call] = []
+        #: Calls that may not begin yet.
+        self._waiting: deque[Call] = deque()
         self._running: dict[asyncio.Task[None], Call] = {}
-        self.uploads = Uploads(connection)
+        #: Running calls that need a slot again: they come before those that wait.
+        self._resuming = 0
+        #: The upload streams that are open, by stream id.
+        self.uploads: dict[str, UploadStream] = {}
 
     def add(self, invocation: Invocation, size: int) -> None:
         """Check a call in the reference's order; begin it, or queue it."""
-        method = self.mapped.methods.get(normalize_name(invocation.target))
-        if method is None:
-            self._refuse(invocation, HubException("Method does not exist."))
-            return
-        context = self._context.copy()
+        target, context = invocation.target, self._context.copy()
         try:
+            if (method := self.mapped.methods.get(normalize_name(target))) is None:
+                raise HubException("Method does not exist.")
             arguments = context.run(method.bind, invocation.arguments)
-        except BindingError as error:
-            self._refuse(invocation, error)
+        except (HubException, BindingError) as error:
+            text = f"Failed to invoke '{target}' due to an error on the server."
+            self._refuse(invocation, error_text(text, error, self.mapped.options))
             return
-        if (text := self._call_error(invocation, method)) is not None:
-            self._refuse(invocation, None, text)
+        if (problem := self._call_error(invocation, method)) is not None:
+            self._refuse(invocation, problem)
             return
-        uploads = {}
+        call = Call(self, invocation, method, arguments, context, size)
         if method.uploads:
-            uploads = self.uploads.open(method, invocation.stream_ids, arguments)
-        call = Call(self, invocation, method, arguments, context, size, uploads)
+            call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self._waiting.append(call)
             self.connection.inbox.hold(size)
@@ -2874,7 +2684,9 @@ class Calls:
         target, streaming = invocation.target, invocation.streaming
         if method.needs_slot and not (streaming or invocation.stream_ids):
             return None  # the usual call
-        sent, expected = len(invocation.stream_ids), len(method.uploads)
+        ids = invocation.stream_ids
+        sent, expected = len(ids), len(method.uploads)
+        used = [i for n, i in enumerate(ids) if i in self.uploads or i in ids[:n]]
         if streaming != method.streaming:
             kinds = ("non-streaming", "streaming")
             return (
@@ -2887,24 +2699,17 @@ class Calls:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
         if sent != expected:
             text = f"Client sent {sent} stream(s), Hub method expects {expected}."
-        elif (stream_id := self.uploads.id_in_use(invocation.stream_ids)) is not None:
-            text = f"Stream ID '{stream_id}' is already in use."
+        elif used:
+            text = f"Stream ID '{used[0]}' is already in use."
         else:
             return None
         options = self.mapped.options
         return error_text(_failed_invoking(target), HubException(text), options)
 
-    def _refuse(
-        self, invocation: Invocation, error: Exception | None, text: str = ""
-    ) -> None:
+    def _refuse(self, invocation: Invocation, text: str) -> None:
         """Answer a call without calling its method."""
-        if error is not None:
-            text = (
-                f"Failed to invoke '{invocation.target}' due to an error on the server."
-            )
-            text = error_text(text, error, self.mapped.options)
-        name, shown = self.connection.connection_id, _one_line(text, 200)
-        log.info("connection %s: %s", name, shown)
+        shown = _one_line(text, 200)
+        log.info("connection %s: %s", self.connection.connection_id, shown)
         self.reply(invocation, NO_RESULT, text)
 
     def reply(
@@ -2915,7 +2720,7 @@ class Calls:
         Raises TypeError or ValueError for a result that cannot be written.
         """
         connection, invocation_id = self.connection, invocation.invocation_id
-        if invocation_id is not None and connection.protocol is not None:
+        if invocation_id is not None:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
 
@@ -2932,46 +2737,34 @@ class Calls:
             self._waiting.remove(call)
             call.answer_cancelled()
             self.connection.release(call.size)
-            self.uploads.close(call.uploads)
+            call.close_uploads()
             self._begin_waiting_soon()
         elif call is not None:
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
-        """Return True if there is a slot, and the client takes or needs no answers."""
+        """Return True if there is a slot, and the client takes answers or left."""
         if call.method.needs_slot:
-            crowded = call.task is None and len(self._running) >= _MAX_RUNNING
-            if self._free_slots <= 0 or crowded:
+            crowded = len(self._running) >= _MAX_RUNNING
+            if crowded or self._free_slots <= self._resuming:
                 return False
-        ended = self.connection.ended
-        if ended.done():
-            return ended.result().kind == LEFT or call.task is not None
-        return not self.connection.outbox.is_full()
+        connection, outbox = self.connection, self.connection.outbox
+        if connection.state >= CLOSING:
+            return connection.ended.result().in_order
+        return outbox.size <= outbox.high_water
 
     def _begin_waiting_soon(self) -> None:
         """Begin waiting calls, outside of the call that made room for them."""
         if self._waiting:
             asyncio.get_running_loop().call_soon(self.begin_waiting)
 
-    def begin_waiting(self, inside_task: bool = False) -> None:
-        """Begin the calls that may begin now, in order, while there is time.
-
-        inside_task: another call's task runs this; no user code may run in it, and
-            calling an async method runs none.
-        """
+    def begin_waiting(self) -> None:
+        """Begin the calls that may begin now, in order, while there is time."""
         deadline = self.mapped.shared.flusher.deadline()
         while self._waiting and self._may_begin(self._waiting[0]):
-            if inside_task and not self._waiting[0].method.is_async:
-                self._begin_waiting_soon()
-                break
-            call = self._waiting.pop(0)
-            if call.task is None:
-                self.connection.release(call.size)
-                self._begin(call)
-            elif call.resumed is not None:
-                call.resumed.set_result(None)
-                if call.task in self._running:
-                    self._take_slot(call)
+            call = self._waiting.popleft()
+            self.connection.release(call.size)
+            self._begin(call)
             if time.perf_counter() > deadline:
                 self._begin_waiting_soon()
                 break
@@ -2981,7 +2774,7 @@ class Calls:
         """Call the method; what it returns to await continues in a task."""
         awaitable = call.context.run(call.start)
         if awaitable is None:
-            self.uploads.close(call.uploads)
+            call.close_uploads()
             return
         call.task = asyncio.get_running_loop().create_task(
             call.run(awaitable), name=call.method.qualified_name, context=call.context
@@ -2996,12 +2789,8 @@ class Calls:
         assert call.task is not None
         del self._running[call.task]
         self.mapped.tasks.discard(call.task)
-        self.uploads.close(call.uploads)
-        if call.holds_slot:
-            call.holds_slot = False
-            self._free_slots += 1
-        if self._waiting:
-            self.begin_waiting(inside_task=True)
+        call.close_uploads()
+        self.release_slot(call)
 
     def _take_slot(self, call: Call) -> None:
         call.holds_slot = True
@@ -3011,26 +2800,32 @@ class Calls:
         if call.holds_slot:
             call.holds_slot = False
             self._free_slots += 1
-            self._begin_waiting_soon()
+        self._begin_waiting_soon()
+        self.connection.wake()
 
     async def resume(self, call: Call) -> None:
-        """Wait until a running call that released its slot has one again."""
-        running = call.task in self._running
-        if call.holds_slot or not call.method.needs_slot or not running:
-            return
-        if call.resumed is None or call.resumed.done():
-            call.resumed = _new_future()
-            self._waiting.insert(0, call)
+        """Take a slot again, if the call needs one: wait until one is free."""
+        self._resuming += 1
+        try:
+            while self._needs_slot(call) and self._free_slots <= 0:
+                await self.connection.changed()
+            if self._needs_slot(call):
+                self._take_slot(call)
+        finally:
+            self._resuming -= 1
             self._begin_waiting_soon()
-        await asyncio.shield(call.resumed)
+
+    def _needs_slot(self, call: Call) -> bool:
+        """Return True for a call that released its slot and wants to go on."""
+        goes_on = call.task in self._running and not call.awaited_results
+        return goes_on and call.method.needs_slot and not call.holds_slot
 
     def clear(self) -> None:
         """Forget the calls that have not begun."""
         for call in self._waiting:
-            if call.task is None:
-                self.connection.release(call.size)
-                self.uploads.close(call.uploads)
-        self._waiting = [call for call in self._waiting if call.task is not None]
+            self.connection.release(call.size)
+            call.close_uploads()
+        self._waiting.clear()
         self.connection.wake()
 
     async def finish(self, end: End) -> None:
@@ -3039,10 +2834,11 @@ class Calls:
         Streams are closed and uploads fail. Running calls go on. Calls that the
         client sent before it left in good order still begin; this waits for them.
         """
-        if end.kind != LEFT:
+        if not end.in_order:
             self.clear()
         gone = ConnectionError("The underlying connection was closed.")
-        self.uploads.fail(gone)
+        for stream in self.uploads.values():
+            stream.end(gone)
         for call in self._running.values():
             if call.invocation.streaming:
                 call.cancel()
@@ -3052,8 +2848,8 @@ class Calls:
 
 
 @dataclass(slots=True, eq=False)
-class Timeouts:
-    """What is due on a connection as time passes: pings, acks, its time-out."""
+class KeepAlive:
+    """Sends pings and acks in time, and notices a client that has fallen silent."""
 
     _connection: Connection
     #: The client has sent something since the last check, and ever a ping.
@@ -3071,20 +2867,20 @@ class Timeouts:
         limit = connection.shared.options.client_timeout_interval
         return self.pinged and now - self._last_received > _or_infinite(limit)
 
-    def send_what_is_due(self, now: float) -> None:
+    def send_due(self, now: float) -> None:
         """Send a ping and an acknowledgement if it is time for them."""
         connection, reconnect = self._connection, self._connection.reconnect
-        assert connection.protocol is not None
+        if connection.transport is None or connection.backlog() > _HIGH_WATER:
+            return  # the client cannot take them now
         encode = connection.protocol.encode
         interval = _or_infinite(connection.shared.options.keep_alive_interval)
         if connection.transport_name == LONG_POLLING:
             interval = math.inf  # its polls keep it alive
         if now - self._last_ping >= interval:
             self._last_ping = now
-            connection.send_if_writable(encode(Ping()))
-        ack = None if reconnect is None else reconnect.ack_due()
-        if reconnect and ack and connection.send_if_writable(encode(ack)):
-            reconnect.ack_sent(ack)
+            connection.send(encode(Ping()), sequenced=False)
+        if reconnect is not None and (ack := reconnect.take_ack()) is not None:
+            connection.send(encode(ack), sequenced=False)
 
 
 # The handshake (HubProtocol.md, Handshake)
@@ -3093,27 +2889,25 @@ class Timeouts:
 async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
     """Agree on a protocol, or answer why not."""
     try:
-        record = await _read_first_record(connection)
-        if record is None:
-            return False
-        request = _read_handshake(record)
-        connection.protocol = _choose_protocol(mapped, connection, request)
-    except ProtocolError as error:
-        text, name = str(error), connection.connection_id
-        log.warning("connection %s: %s", name, _one_line(text, 200))
-        if not isinstance(error, HandshakeError):
+        name, version = _read_handshake(await _read_first_record(connection))
+        connection.protocol = _choose_protocol(mapped, connection, name, version)
+    except (ProtocolError, HubException) as error:
+        text = str(error)
+        log.warning("connection %s: %s", connection.connection_id, _one_line(text, 200))
+        if isinstance(error, ProtocolError):
             text = "An unexpected error occurred during connection handshake."
             text = error_text(text, error, mapped.options)
         connection.send(_handshake_response(text), sequenced=False)
         return False
-    if request.version < 2 or connection.transport_name != WEBSOCKETS:
+    if version < 2 or connection.transport_name != WEBSOCKETS:
         connection.reconnect = None
+    connection.state = OPEN
     connection.send(_handshake_response(), sequenced=False)
     return True
 
 
-async def _read_first_record(connection: Connection) -> bytearray | None:
-    """Wait for the handshake request; leave what follows it in the inbox."""
+async def _read_first_record(connection: Connection) -> bytearray:
+    """Wait for the handshake request. Raises HubException if it does not come."""
     inbox, options = connection.inbox, connection.shared.options
     limit = _or_infinite(options.maximum_receive_message_size)
     with contextlib.suppress(TimeoutError):
@@ -3125,26 +2919,23 @@ async def _read_first_record(connection: Connection) -> bytearray | None:
                 if record is not None:
                     return record
                 await connection.changed()
-            else:
-                return None
-    raise HandshakeError("Handshake was canceled.")
+    raise HubException("Handshake was canceled.")
 
 
 def _choose_protocol(
-    mapped: MappedHub, connection: Connection, request: HandshakeRequest
+    mapped: MappedHub, connection: Connection, name: str, version: int
 ) -> HubProtocol:
-    name, version = request
     protocol = mapped.protocols.get(name.lower())
     if protocol is None:
         if name.lower() == "messagepack":
             log.warning("a client asks for MessagePack: pip install msgpack")
-        raise HandshakeError(f"The protocol '{name}' is not supported.")
-    if version > PROTOCOL_VERSION:
-        raise HandshakeError(
+        raise HubException(f"The protocol '{name}' is not supported.")
+    if version > 2:  # version 2 added stateful reconnect
+        raise HubException(
             f"The server does not support version {version} of the '{name}' protocol."
         )
     if protocol.binary and connection.transport_name == SERVER_SENT_EVENTS:
-        raise HandshakeError(
+        raise HubException(
             f"Cannot use the '{protocol.name}' protocol on the current transport. "
             "The transport does not support 'Binary' transfer format."
         )
@@ -3155,12 +2946,12 @@ class HubConnection:
     """One client and its hub, from the handshake to the end."""
 
     def __init__(
-        self, mapped: MappedHub, connection: Connection, request: web.Request
+        self, mapped: MappedHub, connection: Connection, request: Request
     ) -> None:
         self._mapped = mapped
         self._connection = connection
         self._context = HubCallerContext(connection, request, self.abort)
-        self._timeouts = Timeouts(connection)
+        self._keep_alive = KeepAlive(connection)
         self._hub: Hub
         self._calls: Calls | None = None
 
@@ -3170,49 +2961,48 @@ class HubConnection:
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
-            calls = self._create_hub()
-            if calls is not None and await self._connect():
+            calls = await self._connect()
+            if calls is not None:
                 self._calls = calls
                 connection.receiver = self
-                connection.state = max(connection.state, OPEN)
-                self._continue()
+                connection.feed(b"")  # what came meanwhile
+                await connection.readable()
                 end = await connection.ended
-                error = await self._finish(calls, end)
+                await calls.finish(end)
+                error = end.error
+                if end.in_order and error is None and connection.inbox:
+                    text = "Connection terminated while reading a message."
+                    error = ProtocolError(text)
                 await self._run_hook("on_disconnected", error)
         finally:
             self._mapped.remove(connection)
-            connection.close(End(ENDED))
+            connection.close(End())
 
-    # The hub
-
-    def _create_hub(self) -> Calls | None:
-        """Make and register the hub; None if its constructor fails."""
+    async def _connect(self) -> Calls | None:
+        """Make and register the hub; None if that fails or it refuses the client."""
         mapped, connection = self._mapped, self._connection
         try:
             self._hub = mapped.make_hub(self._context)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as failure:
             log.exception("%s cannot be created", mapped.hub_class.__name__)
-            self._close(End(ENDED), self._closing(error, False))
+            self._fail(failure, allow_reconnect=False)
             return None
         mapped.add(connection, self._context)
-        return Calls(mapped, connection, self._hub)
-
-    @contextlib.asynccontextmanager
-    async def slot_released(self) -> AsyncIterator[None]:
-        """Forbid client results in `on_connected`; a hook has no slot."""
-        if self._calls is None:
-            raise HubException(
-                "Client results inside OnConnectedAsync Hub methods are not allowed."
-            )
-        yield
-
-    async def _connect(self) -> bool:
-        """Run `on_connected`; return False if it refused the connection."""
+        calls = Calls(mapped, connection, self._hub)
         _current_call.set(self)
         error = await self._run_hook("on_connected")
-        if error is not None:
-            self._close(End(ENDED), self._closing(error, False))
-        return error is None
+        if error is None:
+            return calls
+        self._fail(error, allow_reconnect=False)
+        return None
+
+    @contextlib.asynccontextmanager
+    async def awaiting_result(self) -> AsyncIterator[None]:
+        """Forbid client results in `on_connected`; a hook has no slot."""
+        if self._calls is None:
+            text = "Client results inside OnConnectedAsync Hub methods are not allowed."
+            raise HubException(text)
+        yield
 
     async def _run_hook(self, name: str, *arguments: Any) -> BaseException | None:
         """Run a hook of the hub; log and return what it raises."""
@@ -3225,56 +3015,33 @@ class HubConnection:
             if task is not None and task.cancelling():
                 raise  # the server stops
             hook = f"{self._mapped.hub_class.__name__}.{name}"
-            public = isinstance(error, HubException)
-            log.log(
-                logging.INFO if public else logging.ERROR,
-                "%s failed for connection %s",
-                hook,
-                self._connection.connection_id,
-                exc_info=None if public else error,
-            )
+            _log_failure(hook, self._connection, error)
             return error
         return None
-
-    # Receiving
 
     def data_received(self) -> None:
         """Decode and dispatch what has arrived, until this iteration's time is up."""
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
-        assert protocol is not None
         deadline = mapped.shared.flusher.deadline()
+        limit = _or_infinite(mapped.options.maximum_receive_message_size)
         inbox.unfinished = False
         try:
-            limit = mapped.options.maximum_receive_message_size
             for message, size in protocol.decode(inbox, limit):
                 mapped.shared.counters.messages_in += 1
-                self._timeouts.active = True
+                self._keep_alive.active = True
                 self._dispatch(message, size)
-                if connection.state >= CLOSING and not self._left():
+                if connection.state >= CLOSING:
                     inbox.clear()  # nothing counts after the end
                     return
-                if len(inbox) and time.perf_counter() > deadline:
-                    inbox.unfinished = True
-                    asyncio.get_running_loop().call_soon(self._continue)
+                if time.perf_counter() > deadline and inbox:
+                    inbox.unfinished = True  # `readable` goes on
                     return
         except ProtocolError as error:
             name, text = connection.connection_id, _one_line(str(error), 200)
             log.warning("connection %s: %s", name, text)
             inbox.clear()
-            self._close(End(ENDED, error), self._closing(error))
-
-    def _continue(self) -> None:
-        """Dispatch what is in the inbox, unless the connection has ended."""
-        if not self._connection.ended.done() or self._left():
-            self.data_received()
-        else:
-            self._connection.inbox.unfinished = False
-        self._connection.wake()
-
-    def _left(self) -> bool:
-        ended = self._connection.ended
-        return ended.done() and ended.result().kind == LEFT
+            self._fail(error)
 
     def resume_writing(self) -> None:
         if self._calls is not None:
@@ -3291,60 +3058,53 @@ class HubConnection:
         match message:
             case Invocation():
                 calls.add(message, size)
-            case StreamItem():
-                calls.uploads.put(message, size)
+            case StreamItem(stream_id, item) if stream_id in calls.uploads:
+                calls.uploads[stream_id].put(item, size)
+            case Completion(stream_id, _, error) if stream_id in calls.uploads:
+                failure = None if error is None else HubException(error)
+                calls.uploads.pop(stream_id).end(failure)
             case Completion():
-                if not calls.uploads.end(message):
-                    self._mapped.registry.complete(self._connection, message)
+                self._mapped.registry.complete(self._connection, message)
             case CancelInvocation(invocation_id):
                 calls.cancel(invocation_id)
             case Ping():
-                self._timeouts.pinged = True
+                self._keep_alive.pinged = True
             case Close(error):
-                self._connection.inbox.clear()  # nothing counts after a Close
                 failure = None if error is None else HubException(error)
-                self._close(End(LEFT, failure), Close())
+                self._close(End(failure, in_order=True), Close())
             case Ack(sequence_id) if reconnect is not None:
                 reconnect.acknowledge(sequence_id)
                 self._connection.wake()
             case Sequence(sequence_id) if reconnect is not None:
                 reconnect.resume(sequence_id)
 
-    # The end
-
-    def _closing(self, error: BaseException, allow_reconnect: bool = True) -> Close:
+    def _fail(self, error: BaseException, allow_reconnect: bool = True) -> None:
+        """End the connection because of an error, which a Close message reports."""
         text = "Connection closed with an error."
-        return Close(error_text(text, error, self._mapped.options), allow_reconnect)
+        text = error_text(text, error, self._mapped.options)
+        failure = error if isinstance(error, Exception) else None
+        self._close(End(failure), Close(text, allow_reconnect))
 
     def _close(self, end: End, message: Close) -> None:
         """End the connection with a last message."""
         connection = self._connection
-        if connection.protocol is not None:
-            connection.send(connection.protocol.encode(message), sequenced=False)
+        connection.send(connection.protocol.encode(message), sequenced=False)
         connection.close(end)
 
     def abort(self) -> None:
         """End the connection for user code (`context.abort`)."""
-        self._close(End(ENDED), Close())
+        self._close(End(), Close())
 
     def shut_down(self) -> None:
         """End the connection because the server stops; calls get no more time."""
-        if self._connection.protocol is None:
-            response = _handshake_response("Handshake was canceled.")
-            self._connection.send(response, sequenced=False)
         if self._calls is not None:
             self._calls.clear()
-        self._close(End(ENDED), Close(allow_reconnect=True))
-
-    async def _finish(self, calls: Calls, end: End) -> Exception | None:
-        """End what still runs; return the error for `on_disconnected`."""
-        connection = self._connection
-        while connection.inbox.unfinished:  # the rest of what a client sent
-            await asyncio.sleep(0)
-        await calls.finish(end)
-        if end.kind == LEFT and end.error is None and len(connection.inbox):
-            return ProtocolError("Connection terminated while reading a message.")
-        return end.error
+        if self._connection.state == OPENING:
+            response = _handshake_response("Handshake was canceled.")
+            self._connection.send(response, sequenced=False)
+            self._connection.close(End())
+        else:
+            self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
         """Apply the client's time-out, and send what is due; the heartbeat calls this.
@@ -3352,40 +3112,41 @@ class HubConnection:
         now: the monotonic time in seconds.
         """
         connection = self._connection
-        if connection.state >= CLOSING or connection.protocol is None:
+        if connection.state != OPEN:
             return
-        if self._timeouts.timed_out(now):
-            error = OperationCanceled(
-                "Client hasn't sent a message/ping within the configured "
-                "ClientTimeoutInterval."
-            )
+        if self._keep_alive.timed_out(now):
+            text = "Client hasn't sent a message/ping within the configured "
+            error = OperationCanceled(f"{text}ClientTimeoutInterval.")
             self._mapped.shared.counters.drops["client timeout"] += 1
             log.info("connection %s timed out", connection.connection_id)
-            self._close(End(ENDED, error), self._closing(error))
+            self._fail(error)
         else:
-            self._timeouts.send_what_is_due(now)
+            self._keep_alive.send_due(now)
 
 
 # ----------------------------------------------------------------- endpoint
 #
 # The HTTP side of a hub: negotiate creates connections, GET gives them a
 # transport, POST brings bytes, DELETE ends long polling. Every request is checked
-# in the same order: origin, user, connection, transport. Bodies and status codes
+# in the same order: origin, user id, connection, transport. Bodies and status codes
 # are those of the reference server, which clients and their tests know.
 
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 
-#: At shutdown, seconds for running calls, for clients to fetch their Close by a
-#: poll, and for everything together.
-_CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
+#: Seconds at shutdown for running calls.
+_CALLS_TIMEOUT = 2.0
+#: Seconds at shutdown for clients to fetch their Close by a poll.
+_LAST_POLL_TIMEOUT = 0.3
+#: Seconds at shutdown for everything together.
+_SHUTDOWN_TIMEOUT = 3.0
 
 #: What each transport can carry.
 _FORMATS = {name: ["Text", "Binary"] for name in TRANSPORTS}
 _FORMATS[SERVER_SENT_EVENTS] = ["Text"]
 
 
-def access_token(request: web.Request) -> str | None:
+def access_token(request: Request) -> str | None:
     """Return the token of a request: `Authorization: Bearer`, or `access_token`.
 
     Browsers cannot set headers on WebSockets and event streams, so SignalR clients
@@ -3398,7 +3159,7 @@ def access_token(request: web.Request) -> str | None:
     return request.query.get("access_token")
 
 
-def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
+def _check_origin(request: Request, allowed: Collection[str]) -> None:
     """Raise HTTPForbidden for a page of another origin that is not allowed.
 
     A browser sends the origin of the page whose script makes the request. Other
@@ -3417,12 +3178,12 @@ def _check_origin(request: web.Request, allowed: Collection[str]) -> None:
         raise web.HTTPForbidden(text=text)
 
 
-def _is_preflight(request: web.Request) -> bool:
+def _is_preflight(request: Request) -> bool:
     asks = "Access-Control-Request-Method" in request.headers
     return request.method == "OPTIONS" and _CORS_ORIGIN in request and asks
 
 
-async def _add_cors(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_cors(request: Request, response: StreamResponse) -> None:
     """Let an allowed origin read any answer, including errors and streams."""
     if (origin := request.get(_CORS_ORIGIN)) is None:
         return
@@ -3462,17 +3223,16 @@ async def _end_tasks(
 def _check_connection(connection: Connection, now: float) -> None:
     """Apply the timeouts of a transport. now: the monotonic time in seconds."""
     options, transport = connection.shared.options, connection.transport
-    away = now - connection.last_seen
+    away = now - connection.last_change
     if transport is None:
         if away > _or_infinite(options.disconnect_timeout):
             log.debug("connection %s did not come back", connection.connection_id)
-            connection.lost(End(LOST))
+            connection.lost(End())
     elif transport.is_closing():
-        transport.flush()  # its request notices that the client is gone
-        connection.wake()
+        connection.wake()  # its request notices that the client is gone
     elif connection.state == CLOSING:
         if away > _or_infinite(options.close_timeout):
-            connection.lost(End(LOST))
+            connection.lost(End())
             transport.abort()
     else:
         stalled = connection.outbox.stalled_for(transport.unsent(), now)
@@ -3503,7 +3263,7 @@ class ConnectionManager:
         self._connections[token] = connection
         return token, connection
 
-    def find(self, request: web.Request) -> Connection:
+    def find(self, request: Request) -> Connection:
         """Return the connection that a request names. Raises HTTP errors."""
         token = _query(request).get("id")
         if not token:
@@ -3513,7 +3273,7 @@ class ConnectionManager:
             raise web.HTTPNotFound(text="No Connection with that ID")
         return connection
 
-    def run(self, connection: Connection, request: web.Request) -> None:
+    def run(self, connection: Connection, request: Request) -> None:
         """Begin to serve a connection whose transport has come."""
         hub_connection = HubConnection(self._mapped, connection, request)
         task = asyncio.create_task(hub_connection.run())
@@ -3532,13 +3292,14 @@ class ConnectionManager:
 
     async def _heartbeat_loop(self) -> None:
         """Check all connections each second, or oftener if an option is shorter."""
-        options = dataclasses.fields(HubOptions)
-        seconds = [option.name for option in options if option.type == "float | None"]
-        values = [getattr(self._mapped.options, name) for name in seconds]
-        interval = min(1.0, *(_or_infinite(value) / 4 for value in values))
+        options = self._mapped.options
+        checked = [options.keep_alive_interval, options.client_timeout_interval]
+        checked += [options.disconnect_timeout, options.transport_send_timeout]
+        checked += [options.close_timeout]
+        interval = min(1.0, *(_or_infinite(seconds) / 4 for seconds in checked))
         while True:
             await asyncio.sleep(interval)
-            # If the whole process stood still, first read what came meanwhile.
+            # After a stall of the process, read what waits before checking timeouts.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             try:
@@ -3563,18 +3324,21 @@ class ConnectionManager:
             hub_connection.shut_down()
         for connection in self._connections.values():
             if not connection.transport_name:  # negotiated, never used
-                connection.lost(End(LOST))
+                connection.lost(End())
             elif isinstance(connection.transport, WebSocketTransport):
                 # aiohttp reads nothing any more, so no close frame can arrive.
-                connection.transport.hang_up(self._mapped.options.close_timeout)
+                connection.transport.close_socket(self._mapped.options.close_timeout)
         begun = time.monotonic()
         seconds = min(_CALLS_TIMEOUT, _or_infinite(self._mapped.options.close_timeout))
         await _end_tasks(self._mapped.tasks, (seconds, min(seconds, 0.5)))
-        while self._busy() and (passed := time.monotonic() - begun) < _SHUTDOWN_TIMEOUT:
-            await asyncio.sleep(0.02)
-            for connection in self._connections.values():
+        while (passed := time.monotonic() - begun) < _SHUTDOWN_TIMEOUT:
+            opened = [c for c in self._connections.values() if c.state != CLOSED]
+            if not (opened or self._running):
+                break
+            for connection in opened:
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
-                    connection.lost(End(LOST))  # it has not come for its Close
+                    connection.lost(End())  # it has not come for its Close
+            await asyncio.sleep(0.02)
         for connection in self._connections.values():
             connection.drop("shutdown")
         for task in self._running:
@@ -3582,10 +3346,6 @@ class ConnectionManager:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         self._connections.clear()
-
-    def _busy(self) -> bool:
-        opened = any(c.state != CLOSED for c in self._connections.values())
-        return opened or bool(self._running)
 
 
 #: The managers of an application's hubs, which stop at the same time.
@@ -3603,22 +3363,22 @@ class Endpoint:
         self._options = options
         mapped = MappedHub(hub_class, options)
         self.manager = ConnectionManager(mapped)
-        self.context = HubContext(mapped.registry, mapped.shared, mapped.contexts)
+        self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
         methods = {"GET": self._open, "POST": self._receive, "DELETE": self._delete}
         self._methods = methods
 
-    async def handle_negotiate(self, request: web.Request) -> web.StreamResponse:
+    async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
-        user_id = await self._authenticate(request)
+        user_id = await self._check_request(request)
         if request.method != "POST":
             raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="")
         answer = self._negotiate(_query(request), user_id)
         return web.json_response(answer, dumps=_dumps)
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: Request) -> StreamResponse:
         """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
-        user_id = await self._authenticate(request)
+        user_id = await self._check_request(request)
         if request.method not in self._methods:
             raise web.HTTPMethodNotAllowed(request.method, self._methods, text="")
         try:
@@ -3629,7 +3389,7 @@ class Endpoint:
                 error.headers.update(_NO_CACHE)
             raise
 
-    async def _authenticate(self, request: web.Request) -> str | None:
+    async def _check_request(self, request: Request) -> str | None:
         """Check the origin and return the user id.
 
         Raises what `authenticate` raises, with an empty body, as the reference
@@ -3652,12 +3412,9 @@ class Endpoint:
     @staticmethod
     def _check_user(connection: Connection, user_id: str | None) -> None:
         if connection.user_id != user_id:
-            name = connection.connection_id
-            log.warning("connection %s was requested by another user", name)
+            log.warning("connection %s: used by another user", connection.connection_id)
             text = "The user associated with this connection changed."
             raise web.HTTPForbidden(text=text)
-
-    # Negotiate
 
     def _negotiate(self, query: dict[str, str], user_id: str | None) -> dict[str, Any]:
         """Create a connection; return the answer of negotiate."""
@@ -3670,8 +3427,8 @@ class Endpoint:
             return {"error": f"{error}support this version."}
         version = min(int(number), 1)
         token, connection = self.manager.create(user_id, version)
-        answer: dict[str, Any] = {}
         wanted = query.get("usestatefulreconnect", "").strip().lower() == "true"
+        answer: dict[str, Any] = {}
         if wanted and self._options.allow_stateful_reconnects:
             connection.reconnect = ReconnectBuffer()
             answer["useStatefulReconnect"] = True
@@ -3686,11 +3443,7 @@ class Endpoint:
         ]
         return answer
 
-    # Transports
-
-    def _open(
-        self, request: web.Request, user_id: str | None
-    ) -> Coroutine[Any, Any, web.StreamResponse]:
+    def _open(self, request: Request, user_id: str | None) -> Awaitable[StreamResponse]:
         """Give a connection its transport, or a new request of the same one."""
         transport = _requested_transport(request)
         skips_negotiate = transport == WEBSOCKETS and not _query(request).get("id")
@@ -3722,11 +3475,11 @@ class Endpoint:
             raise web.HTTPBadRequest(text="Cannot change transports mid-connection")
         if transport == LONG_POLLING or connection.can_resume():
             return
-        if connection.reconnect is not None and connection.protocol is not None:
+        if connection.reconnect is not None and connection.state != OPENING:
             raise web.HTTPNotFound(text="")  # it missed too much: it starts afresh
         raise web.HTTPConflict(text="")
 
-    async def _receive(self, request: web.Request, user_id: str | None) -> web.Response:
+    async def _receive(self, request: Request, user_id: str | None) -> Response:
         """Take bytes from the client; answer when the hub has used most of them."""
         connection = self.manager.find(request)
         if connection.transport_name == WEBSOCKETS:
@@ -3740,22 +3493,19 @@ class Endpoint:
                 raise web.HTTPBadRequest(text="") from None  # the client left
         if connection.state == CLOSED:
             raise web.HTTPNotFound(text="")
-        return web.Response(text="")
+        return Response(text="")
 
-    async def _delete(self, request: web.Request, user_id: str | None) -> web.Response:
+    async def _delete(self, request: Request, user_id: str | None) -> Response:
         connection = self.manager.find(request)
         if connection.transport_name != LONG_POLLING:
             text = "Cannot terminate this connection using the DELETE endpoint."
             raise web.HTTPBadRequest(text=text)
         self._check_user(connection, user_id)
-        transport = connection.transport
-        connection.lost(End(LEFT))
-        if transport is not None:
-            transport.flush()  # the pending poll ends
-        return web.Response(status=202, text="")
+        connection.lost(End(in_order=True))  # which ends the pending poll, too
+        return Response(status=202, text="")
 
 
-def _query(request: web.Request) -> dict[str, str]:
+def _query(request: Request) -> dict[str, str]:
     """Read the query as ASP.NET does: keys without case, repeated values joined."""
     query: dict[str, str] = {}
     # Not `request.query`, which is kept for as long as the request lives.
@@ -3765,7 +3515,7 @@ def _query(request: web.Request) -> dict[str, str]:
     return query
 
 
-def _requested_transport(request: web.Request) -> str:
+def _requested_transport(request: Request) -> str:
     """Return the transport that a GET asks for by its headers."""
     accepted = request.headers.get("Accept", "").lower().split(",")
     if any(part.split(";")[0].strip() == "text/event-stream" for part in accepted):
@@ -3830,7 +3580,7 @@ class Operation:
 
     name: str
     description: str
-    id: str = dataclasses.field(default_factory=_new_id)
+    id: str = field(default_factory=_new_id)
     #: "NotStarted", then "Running", finally "Completed", "Faulted" or "Canceled".
     state: str = NOT_STARTED
     #: Percent, 0 to 100. Never falls, and is 100 only when completed.
@@ -3844,9 +3594,8 @@ class Operation:
     result: Any = None
     error: BaseException | None = None
     cancel_requested: bool = False
-    ended: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     expires_at: float = math.inf
-    _task: asyncio.Task[None] = dataclasses.field(init=False)
+    _task: asyncio.Task[None] = field(init=False)
 
     def __repr__(self) -> str:
         return f"<Operation {self.name!r} {self.state} {self.progress}%>"
@@ -3861,7 +3610,7 @@ class Operation:
 
         Cancelling this does not cancel the work.
         """
-        await self.ended.wait()
+        await asyncio.wait([self._task])
         return self
 
 
@@ -3892,6 +3641,10 @@ class Progress:
             await self._announce(operation)
 
 
+Work = Callable[[Progress], Awaitable[Any]]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class Operations:
     """Starts operations, keeps the newest, and cancels them all on `close`.
 
@@ -3903,26 +3656,17 @@ class Operations:
     Raises ValueError for a limit below 1 or a negative retention.
     """
 
-    def __init__(
-        self,
-        *,
-        limit: int = 1000,
-        retention: float = 3600,
-        on_change: Callable[[Operation], Awaitable[None] | None] | None = None,
-    ) -> None:
-        if limit < 1 or retention < 0:
-            raise ValueError("limit must be at least 1, retention at least 0 seconds")
-        self._limit, self._retention, self._on_change = limit, retention, on_change
-        self._operations: dict[str, Operation] = {}
-        self._closed = False
+    limit: int = 1000
+    retention: float = 3600
+    on_change: Callable[[Operation], Awaitable[None] | None] | None = None
+    _operations: dict[str, Operation] = field(default_factory=dict, init=False)
+    _closed: bool = field(default=False, init=False)
 
-    def start(
-        self,
-        work: Callable[[Progress], Awaitable[Any]],
-        *,
-        name: str = "",
-        description: str = "",
-    ) -> Operation:
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.retention < 0:
+            raise ValueError("limit must be at least 1, retention at least 0 seconds")
+
+    def start(self, work: Work, *, name: str = "", description: str = "") -> Operation:
         """Run `await work(progress)` in a task of its own.
 
         name, description: for people; the default name is the function's.
@@ -3966,12 +3710,12 @@ class Operations:
     async def close(self) -> None:
         """Cancel all operations, wait 2 s at most for their end, start no more."""
         self._closed = True
-        running = [o for o in self._operations.values() if not o.ended.is_set()]
-        for operation in running:
-            self.cancel(operation.id)
-        await _end_tasks([operation._task for operation in running])
+        tasks = [o._task for o in self._operations.values() if not o._task.done()]
+        for id in list(self._operations):
+            self.cancel(id)
+        await _end_tasks(tasks)
 
-    async def _run(self, operation: Operation, work: Callable[..., Any]) -> None:
+    async def _run(self, operation: Operation, work: Work) -> None:
         """Take an operation through its states and announce each once."""
         try:
             if operation.cancel_requested:  # before the first step
@@ -3986,22 +3730,19 @@ class Operations:
             operation.state, operation.error = FAULTED, error
             log.exception("operation %r failed", operation.name)
         operation.completed_at = datetime.now(UTC)
-        operation.expires_at = time.monotonic() + self._retention
-        try:
-            await self._announce(operation)
-        finally:
-            operation.ended.set()
+        operation.expires_at = time.monotonic() + self.retention
+        await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
         try:
-            if self._on_change and (answer := self._on_change(operation)) is not None:
+            if self.on_change and (answer := self.on_change(operation)) is not None:
                 await answer
         except Exception:
             log.exception("on_change failed for operation %r", operation.name)
 
     def _kept(self) -> dict[str, Operation]:
         """Forget final operations that expired or are too many; return the others."""
-        now, surplus = time.monotonic(), len(self._operations) - self._limit
+        now, surplus = time.monotonic(), len(self._operations) - self.limit
         for operation in list(self._operations.values()):
             if operation.final and (surplus > 0 or operation.expires_at <= now):
                 del self._operations[operation.id]
@@ -4048,47 +3789,49 @@ def _parse_cron_field(name: str, field: str) -> set[int]:
     return found
 
 
-class _Cron:
-    """A six-field cron expression, seconds first, in local time."""
+#: Finds the first due time after a moment, both in seconds since 1970.
+DueAfter = Callable[[float], float]
 
-    def __init__(self, expression: str) -> None:
-        parts = str.split(expression)  # raises TypeError for anything else
-        if len(parts) != len(_CRON_FIELDS):
-            fields = ", ".join(_CRON_FIELDS)
-            raise ValueError(f"cron() needs six fields ({fields}), got {expression!r}")
-        values = [*map(_parse_cron_field, _CRON_FIELDS, parts)]
-        self._seconds, self._minutes, self._hours, self._days, self._months = values[:5]
-        self._weekdays = {day % 7 for day in values[5]}
-        # As in every cron: if both kinds of day are restricted, either may match.
-        either_day = parts[3][0] not in "*?" and parts[5][0] not in "*?"
-        self._needed = any if either_day else all
-        if self.after(1e9) == math.inf:
-            raise ValueError(f"day of month: no date matches {expression!r}")
 
-    def after(self, moment: float) -> float:
-        """Return the first matching second after a moment.
+def _parse_cron(expression: str) -> DueAfter:
+    """Read a six-field cron expression, seconds first, in local time.
 
-        An hour that summer time skips has no matches. One that it repeats has them
-        twice for jobs of every hour, once for others.
-        """
-        hourly = len(self._hours) == 24
+    An hour that summer time skips has no due times. One that it repeats has them
+    twice for jobs of every hour, once for others.
+    """
+    parts = str.split(expression)  # raises TypeError for anything else
+    if len(parts) != len(_CRON_FIELDS):
+        names = ", ".join(_CRON_FIELDS)
+        raise ValueError(f"cron() needs six fields ({names}), got {expression!r}")
+    values = map(_parse_cron_field, _CRON_FIELDS, parts)
+    seconds, minutes, hours, days, months, weekdays = values
+    weekdays = {day % 7 for day in weekdays}
+    # As in every cron: if both kinds of day are restricted, either may match.
+    either_day = parts[3][0] not in "*?" and parts[5][0] not in "*?"
+    needed, hourly = any if either_day else all, len(hours) == 24
+
+    def after(moment: float) -> float:
         stamp = math.floor(moment) + 1
         end = stamp + 366 * 8 * 86400  # a 29 February may be eight years away
         while stamp < end:
             shown = datetime.fromtimestamp(stamp)
-            days = (shown.day in self._days, shown.isoweekday() % 7 in self._weekdays)
-            if shown.month not in self._months or not self._needed(days):
+            day_fits = (shown.day in days, shown.isoweekday() % 7 in weekdays)
+            if shown.month not in months or not needed(day_fits):
                 today = shown.replace(hour=0, minute=0, second=0, fold=0)
                 stamp = int((today + timedelta(days=1)).timestamp())
-            elif shown.hour not in self._hours or (shown.fold and not hourly):
+            elif shown.hour not in hours or (shown.fold and not hourly):
                 stamp += 3600 - 60 * shown.minute - shown.second
-            elif shown.minute not in self._minutes:
+            elif shown.minute not in minutes:
                 stamp += 60 - shown.second
-            elif shown.second not in self._seconds:
+            elif shown.second not in seconds:
                 stamp += 1
             else:
                 return stamp
         return math.inf
+
+    if after(1e9) == math.inf:
+        raise ValueError(f"day of month: no date matches {expression!r}")
+    return after
 
 
 @dataclass(eq=False)
@@ -4098,8 +3841,7 @@ class _Job:
     name: str
     function: Callable[[], Any]
     schedule: str
-    #: Finds the first due time after a moment, both in seconds since 1970.
-    due_after: Callable[[float], float]
+    due_after: DueAfter
     #: The last due time and the next.
     due: float = -math.inf
     next: float = math.inf
@@ -4146,6 +3888,7 @@ class _Job:
             log.exception("job %s failed and runs again next time", self.name)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Schedule:
     """Runs functions on the clock, without an external scheduler.
 
@@ -4156,19 +3899,13 @@ class Schedule:
     clock, sleep: the time in seconds since 1970 and an async sleep, for tests.
     """
 
-    def __init__(
-        self,
-        *,
-        clock: Callable[[], float] = time.time,
-        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
-    ) -> None:
-        self._clock = clock
-        self._sleep = sleep
-        self._jobs: dict[str, _Job] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
-        #: The time at the last look at the jobs, to notice that it was set back.
-        self._seen = -math.inf
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep
+    _jobs: dict[str, _Job] = field(default_factory=dict, init=False)
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
+    #: The time at the last look at the jobs, to notice that it was set back.
+    _seen: float = field(default=-math.inf, init=False)
 
     def every(self, seconds: float, *, name: str = "") -> Callable[[F], F]:
         """Run the decorated function at every multiple of `seconds`.
@@ -4195,16 +3932,14 @@ class Schedule:
         Raises ValueError that names the wrong field, or for a name in use, and
         TypeError if `expression` is no string.
         """
-        return self._register(name, expression, _Cron(expression).after)
+        return self._register(name, expression, _parse_cron(expression))
 
-    def _register(
-        self, name: str, schedule: str, due_after: Callable[[float], float]
-    ) -> Callable[[F], F]:
+    def _register(self, name: str, schedule: str, after: DueAfter) -> Callable[[F], F]:
         def decorate(function: F) -> F:
-            job = _Job(name or function.__name__, function, schedule, due_after)
+            job = _Job(name or function.__name__, function, schedule, after)
             if job.name in self._jobs:
                 raise ValueError(f"job name {job.name!r} is in use; choose another")
-            job.plan(self._clock())
+            job.plan(self.clock())
             self._jobs[job.name] = job
             with contextlib.suppress(RuntimeError):  # no loop yet: start() comes later
                 asyncio.get_running_loop()
@@ -4228,7 +3963,7 @@ class Schedule:
         """Run a suspended job at its next due time. Raises KeyError."""
         job = self._jobs[name]
         job.suspended = False
-        job.plan(self._clock())
+        job.plan(self.clock())
         if self._task is not None:
             self._restart()
 
@@ -4243,7 +3978,7 @@ class Schedule:
         self._closed = False
         if self._task is None:
             for job in self._jobs.values():
-                job.plan(self._clock())
+                job.plan(self.clock())
             self._restart()
 
     async def close(self) -> None:
@@ -4272,7 +4007,7 @@ class Schedule:
     async def _run(self) -> None:
         """Start each job when it is due, and sleep until the next one is."""
         while True:
-            now = self._clock()
+            now = self.clock()
             for job in list(self._jobs.values()):
                 if now < self._seen:  # the clock was set back
                     job.plan(now)
@@ -4281,13 +4016,13 @@ class Schedule:
             self._seen = now
             nearest = min((job.next for job in self._jobs.values()), default=math.inf)
             # Never for long: the clock may be set during this sleep.
-            await self._sleep(max(0.0, min(nearest - self._clock(), 30.0)))
+            await self.sleep(max(0.0, min(nearest - self.clock(), 30.0)))
 
 
 # --------------------------------------------------------------------- page
 #
 # The demo's page, with a small SignalR client in plain JavaScript. It needs no
-# other file and no other host. `Demo.mount` writes the hub's path into its meta tag.
+# other file and no other host. `create_app` writes the hub's path into its meta tag.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -4313,7 +4048,6 @@ PAGE = r"""<!doctype html>
   * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; padding: 0;
     list-style: none; overflow-wrap: anywhere; scrollbar-width: thin; }
   [hidden], #operations:empty { display: none !important; }
-  html { scroll-padding-bottom: 40dvh; }     /* keeps the focus above the docked log */
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 84rem; margin: auto; padding: 1rem; color: var(--ink);
     background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
@@ -4353,10 +4087,7 @@ PAGE = r"""<!doctype html>
   #operations code { flex: 1; }
   progress { width: 100%; accent-color: var(--feather); }
 
-  /* On a small screen the log is docked at the bottom. */
-  [role="log"] { display: grid; grid-template-rows: auto 1fr; gap: .5rem;
-    height: 38dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
-    border-width: 1px 0 0; border-radius: 0; }
+  [role="log"] { grid-template-rows: auto 1fr; gap: .5rem; }
   #log { overflow-y: auto; }
   #log:empty::after { content: "No messages yet"; color: var(--muted); }
   #log li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline;
@@ -4367,13 +4098,17 @@ PAGE = r"""<!doctype html>
   #log time, #log [data-kind="Answer"] * { color: var(--muted); }
   #log [data-kind~="Warning"] strong { color: var(--warn); }
   #log [data-kind~="Error"] strong { color: var(--bad); }
-  @media (min-width: 46rem) {                /* two columns that scroll on their own */
+  @media (width < 46rem) {                   /* the log is docked at the bottom */
+    html { scroll-padding-bottom: 40dvh; }   /* keeps the focus above it */
+    [role="log"] { height: 38dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
+      border-width: 1px 0 0; border-radius: 0; }
+  }
+  @media (width >= 46rem) {                  /* two columns that scroll on their own */
     body { height: 100dvh; padding: 1.25rem 2rem 2rem; }
     #connection { margin-left: auto; text-align: right; }
     main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 40%, 27rem) 1fr;
       align-content: stretch; }
-    .controls { overflow-y: auto; }
-    [role="log"] { height: auto; margin: 0; border-width: 1px; border-radius: .75rem; }
+    .controls { overflow-y: auto; grid-auto-rows: max-content; }
   }
 </style>
 </head>
@@ -4545,9 +4280,7 @@ class HubConnection {
       this.#pending.delete(invocationId);
       if (error) reject(new Error(error)); else resolve(result);
     }
-    if (type === CLOSE) {
-      this.#lost(error ?? "The server closed the connection.", allowReconnect);
-    }
+    if (type === CLOSE) this.#lost(error, allowReconnect);
   }
 
   #finishHandshake(error) {
@@ -4563,7 +4296,7 @@ class HubConnection {
       () => this.#lost("The server sent nothing for 30 seconds."), SERVER_TIMEOUT);
   }
 
-  #lost(reason, reconnect = true) {
+  #lost(reason = "The server closed the connection.", reconnect = true) {
     this.#reset();
     if (!reconnect) return this.#setState("Disconnected", { reason });
     const delay = RETRY_DELAYS[Math.min(this.#retries++, RETRY_DELAYS.length - 1)];
@@ -4677,9 +4410,10 @@ function askForToken() {
   byId("token").focus();
 }
 
-function showGroups(change) {
+function changeGroups(change, groupName, verb) {
+  groups[change](groupName);
   byId("groups").replaceChildren(...Array.from(groups, (name) => element("li", name)));
-  note("Group", change);
+  note("Group", `${verb} ${groupName}.`);
 }
 
 // Each operation has a row, made when the page first receives its id.
@@ -4739,14 +4473,8 @@ const methods = {
     note("Admin update", `${Message} (${details}, ${MemoryMB} MB)`, Timestamp);
   },
   ReceiveEcho: (message) => note("Echo", message),
-  GroupJoined(groupName) {
-    groups.add(groupName);
-    showGroups(`Joined ${groupName}.`);
-  },
-  GroupLeft(groupName) {
-    groups.delete(groupName);
-    showGroups(`Left ${groupName}.`);
-  },
+  GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
+  GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
 };
 
 const events = {            // each returns its text for the log
@@ -4809,7 +4537,7 @@ HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
 LEVELS = {"Trace": 5, "Verbose": 5, "Debug": 10, "Information": 20}
 LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[Request], Awaitable[StreamResponse]]
 
 
 def _stamp(moment: datetime | None = None) -> str:
@@ -4880,15 +4608,13 @@ class KestrunHub(Hub):
 
 def _memory_mb() -> float:
     """Return the memory of this process in MiB, or 0 where it is unknown."""
-    try:
-        with open("/proc/self/statm") as statm:
-            pages = int(statm.read().split()[1])
-    except OSError:
-        return 0.0
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
+        pages = int(statm.read().split()[1])
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    return 0.0
 
 
-def _success(message: str, **fields: Any) -> web.Response:
+def _success(message: str, **fields: Any) -> Response:
     return web.json_response({"Success": True, "Message": message, **fields})
 
 
@@ -4908,7 +4634,7 @@ def _status(operation: Operation) -> dict[str, Any]:
     }
 
 
-def _json_error(request: web.Request, error: web.HTTPException) -> web.Response:
+def _json_error(request: Request, error: web.HTTPException) -> Response:
     """Answer an exception of aiohttp in JSON, with its status and headers."""
     message, extra = error.text, {}
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -4938,7 +4664,7 @@ class Demo:
         self.schedule.every(30, name="heartbeat")(self._send_heartbeat)
         self.schedule.cron("0 * * * * *", name="admin_status")(self._send_admin_status)
 
-    async def authenticate(self, request: web.Request) -> None:
+    async def authenticate(self, request: Request) -> None:
         """Check the token, if there is one. Raises HTTPUnauthorized."""
         given = (access_token(request) or "").encode(errors="surrogateescape")
         if self.token and not secrets.compare_digest(given, self.token):
@@ -4947,7 +4673,7 @@ class Demo:
             raise web.HTTPUnauthorized(text=text, headers=headers)
 
     @web.middleware
-    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def guard(self, request: Request, handler: Handler) -> StreamResponse:
         """Check what a request may do; answer errors in JSON. The hub does its own."""
         resource = request.match_info.route.resource
         if resource in self.hub_routes:
@@ -4955,7 +4681,7 @@ class Demo:
         try:
             _check_origin(request, self.origins)
             if _is_preflight(request):
-                return web.Response(status=204)
+                return Response(status=204)
             if resource in self.api_routes:
                 await self.authenticate(request)
                 for part in map(unquote_to_bytes, request.rel_url.raw_parts):
@@ -4988,7 +4714,7 @@ class Demo:
             web.delete("/api/operation/{taskId}", self.remove_operation),
         ]
 
-    async def send_log(self, request: web.Request) -> web.Response:
+    async def send_log(self, request: Request) -> Response:
         level = request.match_info["level"].title()
         text = f"Test {level} message from Kestrun at {datetime.now():%H:%M:%S}"
         message = request.query.get("message") or text
@@ -4997,27 +4723,27 @@ class Demo:
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         log.log(LEVELS[level], "%s", message)
-        return web.Response(text=f"Broadcasted {level} log message")
+        return Response(text=f"Broadcasted {level} log message")
 
-    async def send_event(self, request: web.Request) -> web.Response:
+    async def send_event(self, request: Request) -> Response:
         data = _payload("Hello from Kestrun", Random=random.randint(1, 100))
         await broadcast_event(self.hub, "PowerShellEvent", data)
-        return web.Response(text="Broadcasted custom event")
+        return Response(text="Broadcasted custom event")
 
-    async def send_group_request(self, verb: str, request: web.Request) -> web.Response:
+    async def send_group_request(self, verb: str, request: Request) -> Response:
         """Ask everyone to join or leave a group."""
         group = request.match_info["groupName"]
         data = _payload(f"Please {verb} the group {group}", GroupName=group)
         await broadcast_event(self.hub, f"Group{verb.title()}Request", data)
         return _success(f"Everyone was asked to {verb} {group}", GroupName=group)
 
-    async def send_to_group(self, request: web.Request) -> web.Response:
+    async def send_to_group(self, request: Request) -> Response:
         group = request.match_info["groupName"]
         message = _payload(f"Hello to the members of {group}", Sender="Kestrun")
         await broadcast_to_group(self.hub, group, "ReceiveGroupMessage", message)
         return _success(f"Broadcasted to the group {group}", GroupName=group)
 
-    async def start_operation(self, request: web.Request) -> web.Response:
+    async def start_operation(self, request: Request) -> Response:
         number = re.fullmatch("0*([0-9]{1,4})", _query(request).get("seconds", "2"))
         seconds = int(number[1]) if number else 0
         if not 1 <= seconds <= 3600:
@@ -5029,43 +4755,40 @@ class Demo:
                 await progress(step * 100 / seconds, f"Step {step} of {seconds}")
             return seconds
 
-        text = f"{seconds} steps of one second"
         try:
-            operation = self.operations.start(
-                work, name="LongOperation", description=text
-            )
+            operation = self.operations.start(work, name="LongOperation")
         except RuntimeError:
             text = "The server is shutting down. Try again later."
             raise web.HTTPServiceUnavailable(text=text) from None
         log.info("operation %s of %d s started", operation.id, seconds)
         return _success(f"Started an operation of {seconds} s", TaskId=operation.id)
 
-    def _find_operation(self, request: web.Request) -> Operation:
+    def _find_operation(self, request: Request) -> Operation:
         operation = self.operations.get(request.match_info["taskId"])
         if operation is None:
             raise web.HTTPNotFound(text="There is no operation with this id.")
         return operation
 
-    async def show_operation(self, request: web.Request) -> web.Response:
+    async def show_operation(self, request: Request) -> Response:
         return web.json_response(_status(self._find_operation(request)))
 
-    async def list_operations(self, request: web.Request) -> web.Response:
+    async def list_operations(self, request: Request) -> Response:
         return web.json_response([*map(_status, self.operations.list())])
 
-    async def cancel_operation(self, request: web.Request) -> web.Response:
+    async def cancel_operation(self, request: Request) -> Response:
         operation = self._find_operation(request)
         if not self.operations.cancel(operation.id):
             raise web.HTTPConflict(text=f"The operation is {operation.state} already.")
         await operation.wait()
         return _success(f"The operation is {operation.state}", TaskId=operation.id)
 
-    async def remove_operation(self, request: web.Request) -> web.Response:
+    async def remove_operation(self, request: Request) -> Response:
         operation = self._find_operation(request)
         if not self.operations.remove(operation.id):
             raise web.HTTPConflict(text="The operation still runs. Cancel it first.")
         return _success("The operation was removed", TaskId=operation.id)
 
-    async def show_health(self, request: web.Request) -> web.Response:
+    async def show_health(self, request: Request) -> Response:
         health = {
             "Status": "Healthy",
             "Uptime": round(time.monotonic() - self.started, 1),
@@ -5129,6 +4852,7 @@ def create_app(
         raise ValueError("token must not be empty; leave it out to need none")
     demo = Demo(token, allowed_origins)
     app = web.Application(middlewares=[demo.guard])
+
     app.on_startup.append(demo.open_operations)
     # Before the hub's own, so that clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
@@ -5145,8 +4869,8 @@ def create_app(
     relative = html.escape(hub_path.lstrip("/"))
     page = PAGE.replace('content="hubs/kestrun"', f'content="{relative}"')
 
-    async def show_page(request: web.Request) -> web.Response:
-        return web.Response(text=page, content_type="text/html")
+    async def show_page(request: Request) -> Response:
+        return Response(text=page, content_type="text/html")
 
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     app.add_routes([web.get("/", show_page), web.get("/healthz", demo.show_health)])
@@ -5170,7 +4894,7 @@ class _AccessLog(AbstractAccessLogger):
     """Logs requests by path only: a query may contain tokens."""
 
     def log(
-        self, request: web.BaseRequest, response: web.StreamResponse, time: float
+        self, request: web.BaseRequest, response: StreamResponse, time: float
     ) -> None:
         path, ms = request.rel_url.raw_path, time * 1000
         fields = (request.remote, request.method, path, response.status, ms)
@@ -5196,9 +4920,8 @@ def _set_up_logging(level: str) -> None:
 
 
 def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="kestrun.py", description="A SignalR server with a page that shows it."
-    )
+    text = "A SignalR server with a page that shows it."
+    parser = argparse.ArgumentParser(prog="kestrun.py", description=text)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     text = "port, 0 for any free one (environment PORT, else 5000)"
@@ -5225,10 +4948,9 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         shutdown_timeout=1.0,
     )
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
-            loop.add_signal_handler(number, stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await runner.setup()
     try:
         await web.TCPSite(runner, arguments.host, arguments.port, backlog=1024).start()
@@ -5244,29 +4966,24 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
-def _loop_factory(wants_uvloop: bool) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Choose the event loop. Raises ValueError if uvloop is required but missing."""
-    if not wants_uvloop:
-        return None
+def _import_uvloop() -> Any:
+    """Import uvloop. Raises ValueError if it is missing."""
     try:
         import uvloop  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise ValueError("--uvloop needs a package: pip install uvloop") from None
-    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return new_event_loop
+    return uvloop
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
     arguments = _parse_arguments(argv)
     _set_up_logging(arguments.log_level)
+    path, origins = arguments.hub_path, arguments.allow_origin
     try:
-        app = create_app(
-            hub_path=arguments.hub_path,
-            allowed_origins=arguments.allow_origin,
-            token=arguments.token,
-        )
-        with asyncio.Runner(loop_factory=_loop_factory(arguments.uvloop)) as runner:
+        app = create_app(hub_path=path, allowed_origins=origins, token=arguments.token)
+        new_loop = _import_uvloop().new_event_loop if arguments.uvloop else None
+        with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(_serve(app, arguments))
     except (OSError, ValueError, OverflowError) as error:
         print(f"kestrun cannot start: {error}", file=sys.stderr)

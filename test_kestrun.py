@@ -56,9 +56,10 @@ from contextlib import (
     AsyncExitStack,
     aclosing,
     asynccontextmanager,
+    contextmanager,
     suppress,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -196,16 +197,13 @@ class Client:
         if self.transport == "WebSockets":
             words = {"headers": self.headers, "max_msg_size": 0}
             self.ws = await self.http.ws_connect(self.url, **words)
-            chunks = self._frames(self.ws)
         elif self.transport == "ServerSentEvents":
             accept = {"Accept": "text/event-stream", **self.headers}
             self.stream_response = await self.http.get(self.url, headers=accept)
             assert self.stream_response.status == 200
-            chunks = self._events()
         else:
             assert await self.poll() == (200, b"")
-            chunks = self._polls()
-        self.pump = asyncio.create_task(self._read(chunks, self.ws))
+        self.pump = asyncio.create_task(self._read(self.ws))
 
     async def start(self, version: int = 1, **query: str) -> dict:
         """Negotiate, open and send the handshake; return the server's answer."""
@@ -222,23 +220,23 @@ class Client:
         async with self.http.get(self.url, headers=self.headers) as response:
             return response.status, await response.read()
 
-    async def _polls(self) -> AsyncIterator[bytes]:
-        while (answer := await self.poll())[0] == 200:
-            yield answer[1]
+    async def _chunks(self, ws: Any) -> AsyncIterator[bytes]:
+        if ws is not None:
+            async for frame in ws:
+                data = frame.data
+                yield data if isinstance(data, bytes) else data.encode()
+        elif self.stream_response is not None:
+            async for line in self.stream_response.content:
+                if line.startswith(b"data: "):
+                    yield line[6:-2]
+        else:
+            while (answer := await self.poll())[0] == 200:
+                yield answer[1]
 
-    async def _frames(self, ws: Any) -> AsyncIterator[bytes]:
-        async for frame in ws:
-            yield frame.data if isinstance(frame.data, bytes) else frame.data.encode()
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        async for line in self.stream_response.content:
-            if line.startswith(b"data: "):
-                yield line[6:-2]
-
-    async def _read(self, chunks: AsyncIterator[bytes], ws: Any) -> None:
+    async def _read(self, ws: Any) -> None:
         try:
             with suppress(aiohttp.ClientError):
-                async for data in chunks:
+                async for data in self._chunks(ws):
                     self.feed(data)
         finally:
             if ws is self.ws:  # not after `drop`
@@ -457,18 +455,20 @@ class RawSocket:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def open(cls, server: Server, shake: bool = True, **words: Any) -> Self:
+    async def open(
+        cls, server: Server, shake=True, url="/hub", headers=UPGRADE, **words: Any
+    ) -> Self:
         """Open /hub; `shake` sends the handshake too, `words` go to asyncio."""
         sock = socket.socket()
         if size := words.pop("receive_buffer", 0):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         sock.connect(("127.0.0.1", server.port))
         self = cls(*await asyncio.open_connection(sock=sock, **words))
-        lines = (f"{name}: {value}\r\n" for name, value in UPGRADE.items())
-        head = "GET /hub HTTP/1.1\r\nHost: 127.0.0.1\r\n" + "".join(lines) + "\r\n"
+        lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"GET {url} HTTP/1.1\r\nHost: 127.0.0.1\r\n" + "".join(lines) + "\r\n"
         self.writer.write(head.encode())
         answer = await soon(self.reader.readuntil(b"\r\n\r\n"))
-        assert answer.startswith(b"HTTP/1.1 101 ")
+        assert answer.startswith((b"HTTP/1.1 101 ", b"HTTP/1.1 200 "))
         if shake:
             self.send(1, HELLO)
             assert await self.next() == (1, b"{}" + RS)
@@ -523,6 +523,24 @@ async def silence(seconds: float = 0.1) -> None:
     await asyncio.sleep(seconds)
 
 
+async def forgotten(client: Client) -> None:
+    """Wait until the server no longer knows the client's connection."""
+    async with asyncio.timeout(PATIENCE):
+        while (await client.server.request("POST", str(client.url))).status != 404:
+            await asyncio.sleep(0.01)
+
+
+@contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """Fail if the code inside allocates more bytes than that at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 class Plain(kestrun.Hub):
     """The hub for tests of the wire."""
 
@@ -531,6 +549,9 @@ class Plain(kestrun.Hub):
 
     def add(self, a: int, b: int) -> int:
         return a + b
+
+    async def ask(self) -> Any:
+        return await self.clients.caller.invoke("GetName")
 
     def me(self) -> str:
         return self.context.connection_id
@@ -550,10 +571,11 @@ class Diary(kestrun.Hub):
     """
 
     pages: asyncio.Queue
+    log: list
 
     @classmethod
-    def fresh(cls) -> type["Diary"]:
-        return type("Diary", (cls,), {"pages": asyncio.Queue()})
+    def fresh(cls) -> type[Self]:
+        return type(cls.__name__, (cls,), {"pages": asyncio.Queue(), "log": []})
 
     @classmethod
     async def next(cls) -> Any:
@@ -619,15 +641,12 @@ def test_a_limit_of_none_is_no_limit() -> None:
     assert dataclasses.asdict(options) == {**DEFAULTS, **limits}
 
 
-def test_options_cannot_be_changed_later() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        kestrun.HubOptions().keep_alive_interval = 1
-
-
-def test_overrides_replace_single_fields_of_the_options() -> None:
+def test_options_are_overridden_singly_and_cannot_be_changed() -> None:
     options = kestrun.HubOptions(poll_timeout=20, close_timeout=2)
     hub = kestrun.map_hub(web.Application(), "/hub", Plain, options, close_timeout=3)
     assert hub.options == dataclasses.replace(options, close_timeout=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.close_timeout = 3
     assert options.close_timeout == 2
 
 
@@ -747,28 +766,29 @@ async def test_a_refused_handshake_is_answered_in_a_text_frame(serve, opcode) ->
     assert await raw.next() == (1, text + RS)
 
 
-async def test_messagepack_is_refused_on_event_streams(serve) -> None:
-    client = await opened(serve, ("ServerSentEvents", "messagepack"))
-    text = (
-        "Cannot use the 'messagepack' protocol on the current transport. "
-        "The transport does not support 'Binary' transfer format."
-    )
-    assert await client.handshake() == {"error": text}
-    await client.end()
+NO_BINARY = (
+    "Cannot use the 'messagepack' protocol on the current transport. "
+    "The transport does not support 'Binary' transfer format."
+)
 
 
-@every_transport
-@pytest.mark.parametrize("data, options", [
-    (b"", {"handshake_timeout": 0.05}),
-    (b" " * 32769, {}),
-], ids=["time", "size"])  # fmt: skip
-async def test_the_wait_for_the_end_of_a_handshake_has_limits(
-    serve, wire, data: bytes, options: dict
+@pytest.mark.parametrize("wire, data, options, text", [
+    *((wire, *row) for wire in JSON_WIRES for row in [
+        (b"", {"handshake_timeout": 0.05}, "Handshake was canceled."),
+        (b" " * 32769, {}, "Handshake was canceled."),
+        (b"junk" + RS, {}, BROKEN),
+        (b'{"protocol":"","version":1}' + RS, {}, "The protocol '' is not supported."),
+    ]),
+    (JSON_WIRES[1], b'{"protocol":"messagepack","version":1}' + RS, {}, NO_BINARY),
+], ids=short)  # fmt: skip
+async def test_a_handshake_that_fails_closes_the_connection(
+    serve, wire, data: bytes, options: dict, text: str
 ) -> None:
     client = await opened(serve, wire, **options)
     await client.write(data)
-    assert await client.next() == {"error": "Handshake was canceled."}
+    assert await client.next() == {"error": text}
     await client.end()
+    await forgotten(client)
 
 
 async def test_the_handshake_timeout_starts_when_the_socket_opens(serve) -> None:
@@ -783,9 +803,7 @@ async def test_the_hub_never_sees_a_client_that_sent_no_handshake(serve) -> None
     hub = Diary.fresh()
     client = await opened(serve, hub=hub)
     await client.leave()
-    async with asyncio.timeout(PATIENCE):
-        while (await client.server.request("POST", str(client.url))).status != 404:
-            pass
+    await forgotten(client)
     assert hub.pages.empty()
 
 
@@ -815,7 +833,7 @@ async def test_a_handshake_and_calls_may_arrive_in_pieces_of_any_size(
 async def test_a_protocol_error_ends_the_connection_after_what_came_before(
     serve, wire
 ) -> None:
-    hub = type("Recorded", (Diary.fresh(), Plain), {})
+    hub = Gate.fresh()
     server = await serve(hub)
     client = await server.connect(wire)
     junk = b"junk" + RS if wire[1] == "json" else b"\x01\xc1"
@@ -845,13 +863,13 @@ def sized(protocol: str, size: int) -> bytes:
     """Return a call of Echo that takes exactly so many bytes on the wire."""
     padding = "x" * size
     while len(data := encode(protocol, call("Echo", padding, invocationId="1"))) > size:
-        padding = padding[1:]
+        padding = padding[len(data) - size :]
     assert len(data) == size
     return data
 
 
 @everywhere
-@pytest.mark.parametrize("limit", [32768, 1000])
+@pytest.mark.parametrize("limit", [1000, 32768, 5_000_000])
 async def test_a_message_may_have_the_size_of_the_limit_and_no_byte_more(
     serve, wire, limit: int
 ) -> None:
@@ -859,7 +877,9 @@ async def test_a_message_may_have_the_size_of_the_limit_and_no_byte_more(
     client = await (await serve(Plain, **options)).connect(wire)
     await client.write(sized(wire[1], limit))
     assert len(await client.finish("1")) > limit - 100
-    await client.write(sized(wire[1], limit + 1))
+    larger = sized(wire[1], limit + 1)
+    await client.write(larger[:100])  # as one frame it may be too large for aiohttp
+    await client.write(larger[100:])
     text = (
         f" InvalidDataException: The maximum message size of {limit}B was exceeded. "
         "The message size can be configured in AddHubOptions."
@@ -887,7 +907,8 @@ async def test_many_small_messages_may_exceed_the_limit_together(serve, wire) ->
 async def test_without_a_limit_messages_may_be_large(serve, wire) -> None:
     server = await serve(Plain, maximum_receive_message_size=None)
     client = await server.connect(wire)
-    assert await client.invoke("Echo", "x" * 500_000) == "x" * 500_000
+    text = "x" * 5_000_000  # aiohttp's own limit is 4 MiB, and 1 MiB for a POST
+    assert await client.invoke("Echo", text) == text
 
 
 async def test_large_json_messages_are_read_in_linear_time(serve) -> None:
@@ -946,7 +967,7 @@ Expected 'invocationId' to be of type String.
 Expected 'streamIds' to be of type Array.
     {"type":1,"target":"Echo","arguments":[1],"streamIds":{}}
     {"type":1,"target":"Echo","arguments":[1],"streamIds":"a"}
-Null value for 'streamIds' is not valid.
+Expected 'streamIds' to be of type String.
     {"type":1,"target":"Echo","arguments":[1],"streamIds":[null]}
 Expected 'headers' to be of type StartObject.
     {"type":1,"target":"Echo","arguments":[1],"headers":[]}
@@ -1017,16 +1038,14 @@ async def test_a_message_that_breaks_the_protocol_ends_the_connection(
 # ---- what is tolerated
 
 
-class Keeper(Plain):
-    """Plain, and a list of what was sent without waiting for an answer."""
-
-    kept: list[int]
+class Keeper(Diary, Plain):
+    """A hub that keeps what was sent without waiting for an answer."""
 
     def keep(self, value: int) -> None:
-        self.kept.append(value)
+        self.log.append(value)
 
     async def keep_all(self, values: AsyncIterator[int]) -> None:
-        self.kept.extend([value async for value in values])
+        self.log.extend([value async for value in values])
 
     async def notify_me(self, arguments: list) -> None:
         await self.clients.caller.send("m", *arguments)
@@ -1053,11 +1072,11 @@ UNANSWERED = r"""
 
 @pytest.mark.parametrize("data, calls", flat(UNANSWERED), ids=short)
 async def test_a_message_without_an_answer_gets_none(serve, data, calls) -> None:
-    hub = type("Fresh", (Keeper,), {"kept": []})
+    hub = Keeper.fresh()
     client = await (await serve(hub)).connect()
     await client.write(b" " + data + b" " + RS)
     assert await client.invoke("Add", 1, 2) == 3
-    assert (client.unread, hub.kept) == ([], [1] * int(calls))
+    assert (client.unread, hub.log) == ([], [1] * int(calls))
 
 
 async def read(raw: RawSocket, size: int) -> bytes:
@@ -1082,7 +1101,7 @@ async def read(raw: RawSocket, size: int) -> bytes:
     ({"type": 7}, '{"type":7}'),
 ])  # fmt: skip
 async def test_the_server_writes_compact_json_in_utf8(serve, sent, answer) -> None:
-    raw = await RawSocket.open(await serve(Keeper))
+    raw = await RawSocket.open(await serve(Keeper.fresh()))
     raw.send(1, encode("json", {**sent, "invocationId": "7"}))
     expected = answer.encode() + RS
     assert await read(raw, len(expected)) == expected
@@ -1127,22 +1146,14 @@ EXCHANGES = {
 async def test_messagepack_is_read_from_all_clients_and_written_compactly(
     serve, sent: list[list], answers: list[list], kept: list[int]
 ) -> None:
-    hub = type("Fresh", (Keeper,), {"kept": []})
+    hub = Keeper.fresh()
     raw = await RawSocket.open(await serve(hub), shake=False)
     raw.send(1, b'{"protocol":"messagepack","version":1}' + RS)
     assert await raw.next() == (2, b"{}" + RS)
     raw.send(2, packed(*sent))
     expected = packed(*answers)
     assert await read(raw, len(expected)) == expected
-    assert hub.kept == kept
-
-
-async def test_a_close_message_with_a_null_error_is_no_error(serve) -> None:
-    hub = Diary.fresh()
-    client = await (await serve(hub)).connect()
-    await client.write(b'{"type":7,"error":null}' + RS)
-    assert await client.next() == {"type": 7}
-    assert [await hub.next(), await hub.next()] == ["connected", None]
+    assert hub.log == kept
 
 
 # ----------------------------------------------------------------- connection
@@ -1156,8 +1167,6 @@ ENDS = [
     ("ServerSentEvents", "lost socket"),
     ("LongPolling", "DELETE"),
 ]
-LEAVES = [end for end in ENDS if end[1] != "context.abort"]
-CLEAN = [end for end in ENDS if end[1] in ("Close message", "close frame")]
 every_end = pytest.mark.parametrize("transport, way", ENDS)
 
 
@@ -1170,29 +1179,21 @@ class SilentClient(Client):
     async def open(cls, server: Server, transport: str = "WebSockets") -> Self:
         others = set(server.hub.connections)
         self = cls(server, transport, "json", "/hub", "")
+        words = {"receive_buffer": 4096, "limit": 4096}
         if transport == "WebSockets":
-            self.raw = await RawSocket.open(server, receive_buffer=4096, limit=4096)
+            self.raw = await RawSocket.open(server, **words)
         else:
             await self.negotiate()
-            await self._attach()
+            if transport == "LongPolling":
+                assert await self.poll() == (200, b"")
+            else:
+                words |= {"url": self.url, "headers": OPENERS[transport]}
+                self.raw = await RawSocket.open(server, shake=False, **words)
             await self.write(HELLO)
         await until(lambda: set(server.hub.connections) - others)
         [self.id] = set(server.hub.connections) - others
         server.clients.append(self)
         return self
-
-    async def _attach(self) -> None:
-        if self.transport == "LongPolling":
-            assert await self.poll() == (200, b"")
-            return
-        port = self.server.port
-        streams = await asyncio.open_connection("127.0.0.1", port, limit=4096)
-        self.raw = RawSocket(*streams)
-        sock = self.raw.writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        accept = "Host: x\r\nAccept: text/event-stream"
-        self.raw.writer.write(f"GET {self.url} HTTP/1.1\r\n{accept}\r\n\r\n".encode())
-        await soon(self.raw.reader.readuntil(b"\r\n\r\n"))
 
     async def write(self, data: bytes) -> None:
         if self.transport == "WebSockets":
@@ -1238,13 +1239,13 @@ async def standstill(count: Callable[[], int]) -> int:
 class Gate(Diary, Plain):
     """Methods that wait for the test, and a log of what they do."""
 
-    log: list
     gates: dict[int | str, asyncio.Event]
 
     @classmethod
     def fresh(cls) -> type[Self]:
-        members = {"log": [], "gates": defaultdict(asyncio.Event)}
-        return type(cls.__name__, (cls,), {**members, "pages": asyncio.Queue()})
+        hub = super().fresh()
+        hub.gates = defaultdict(asyncio.Event)
+        return hub
 
     async def wait(self, gate: int) -> int:
         self.log.append(("start", gate))
@@ -1278,13 +1279,14 @@ class Gate(Diary, Plain):
         """Return without having read the upload stream."""
         return await self.wait(gate)
 
-    async def ticks(self, pause: float, size: int = 0) -> AsyncIterator[list]:
+    async def ticks(self, pause: float | None, size: int = 0) -> AsyncIterator[list]:
         """Stream numbered items of that size until the client has enough."""
         try:
-            for number in range(1000):
+            for number in itertools.count():
                 self.log.append(number)
                 yield [number, "x" * size]
-                await asyncio.sleep(pause)
+                if pause is not None:
+                    await asyncio.sleep(pause)
         finally:
             self.log.append("closed")
 
@@ -1366,10 +1368,14 @@ async def test_a_stopped_reader_is_dropped_alone(serve, caplog, transport) -> No
     received = server.hub.stats()["messages_in"]
     await slow.send(*[call("Note", i) for i in range(3)])
     await until(lambda: server.hub.stats()["messages_in"] == received + 3)
-    for i in range(800):
-        await server.hub.clients.all.send("Note", i, "x" * 16_000)
-        assert (await client.received("Note"))[0] == i
+    with memory_below(3_000_000):
+        for i in range(800):
+            await server.hub.clients.all.send("Note", i, f"{i:016000}")
+            assert (await client.received("Note"))[0] == i
     await until(lambda: list(server.hub.connections) == [client.id])
+    entries = [await hub.next() for _ in range(3)]
+    assert entries[:2] == ["connected"] * 2
+    assert isinstance(entries[2], ConnectionError)
     assert server.hub.stats()["cuts"] == {"slow client": 1}
     assert f"connection {slow.id} dropped: slow client" in caplog.text
     assert hub.log == []  # its calls did not begin
@@ -1403,25 +1409,11 @@ async def test_an_aborted_client_costs_no_memory(
     one, everyone = server.hub.clients.client(client.id), server.hub.clients.all
     await client.end("context.abort")
     queued = server.hub.stats()["queued_bytes"]
-    tracemalloc.start()
-    try:
+    with memory_below(1_000_000):
         for _ in range(100):
             await soon(one.send("Note", "x" * 50_000))
             await everyone.send("Note", "x" * 50_000)
-        assert tracemalloc.get_traced_memory()[0] < 1_000_000
-        assert server.hub.stats()["queued_bytes"] <= queued < 1000
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("way", ["context.abort", "Close message", "close frame"])
-async def test_a_slow_hub_keeps_no_socket_open(serve, slow_to_leave, way) -> None:
-    client = await SilentClient.open(await serve(slow_to_leave, close_timeout=30))
-    await client.end(way)
-    assert await client.raw.close_code() == 1000
-    if way != "close frame":
-        await client.end("close frame")
-    assert await soon(client.raw.reader.read()) == b""
+    assert server.hub.stats()["queued_bytes"] <= queued < 1000
 
 
 # Clients that send more than the hub takes
@@ -1556,62 +1548,30 @@ async def test_a_burst_arrives_though_others_leave(serve, wire) -> None:
 # What a client that is gone leaves behind
 
 
-class Held(Plain):
-    """One call waits for a gate; notes queue behind it."""
-
-    gate: asyncio.Event
-    log: list[int]
-
-    @classmethod
-    def fresh(cls) -> type["Held"]:
-        return type("Held", (cls,), {"gate": asyncio.Event(), "log": []})
-
-    async def wait(self) -> None:
-        await self.gate.wait()
-
-    def note(self, number: int) -> None:
-        self.log.append(number)
-
-
-async def test_calls_that_wait_do_not_begin_after_an_abort(serve) -> None:
-    hub = Held.fresh()
-    server = await serve(hub)
-    client = await server.connect()
-    await client.send(call("Wait"), *(call("Note", n) for n in range(5)))
-    await until(lambda: server.hub.stats()["messages_in"] >= 6)
-    server.hub.connections[client.id].abort()
-    hub.gate.set()
-    await client.end()
-    await until(lambda: not server.hub.connections)
-    assert hub.log == []
-
-
 async def test_a_lost_socket_is_noticed_while_the_server_does_not_read(serve) -> None:
-    hub = Held.fresh()
+    hub = Gate.fresh()
     server = await serve(hub, receive_buffer_limit=1000, **BRISK)
-    raw = await RawSocket.open(server)
-    raw.send(1, encode("json", call("Wait")))
-    raw.send(1, encode("json", call("Note", 1)) * 100)
+    client = await SilentClient.open(server)
+    await client.send(call("Wait", 0), *[call("Note", 1)] * 100)
     await until(lambda: server.hub.stats()["messages_in"] > 100)
-    raw.writer.transport.abort()
+    await client.end("lost socket")
     await until(lambda: not server.hub.connections)
-    hub.gate.set()
+    hub.gates[0].set()
 
 
 async def test_sends_that_reach_nobody_let_others_run(serve) -> None:
-    server, turns = await serve(Plain), 0
+    server, turns = await serve(Plain), []
 
     async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
+        for turn in itertools.count():
+            turns.append(turn)
             await asyncio.sleep(0)
 
     counter = asyncio.create_task(count())
     for _ in range(500):
         await server.hub.clients.client("nobody").send("Note", "x" * 1000)
     counter.cancel()
-    assert turns > 5
+    assert len(turns) > 5
 
 
 # --------------------------------------------------------------- long polling
@@ -1670,8 +1630,11 @@ async def test_a_poll_brings_all_that_is_queued(serve) -> None:
     assert ([json.loads(m) for m in messages], rest) == ([*results, NOTE], "")
 
 
-async def test_a_poll_without_data_ends_empty_and_pending_is_not_idle(serve) -> None:
-    server, url = await polled(serve, disconnect_timeout=0.3, poll_timeout=0.5)
+async def test_a_poll_without_data_ends_empty_for_it_is_not_pinged_nor_idle(
+    serve,
+) -> None:
+    options = {"disconnect_timeout": 0.3, "poll_timeout": 0.5, **BRISK}
+    server, url = await polled(serve, **options)
     for _ in range(2):
         answer = await poll(server, url)
         assert answer.plain == (200, "text/plain", "")
@@ -1698,10 +1661,10 @@ async def test_a_poll_that_is_replaced_or_dropped_loses_nothing(serve, dropped) 
 async def test_polls_begin_empty_and_end_with_204_then_404(serve, data, last) -> None:
     server = await serve(Plain)
     url = await server.new_url() + "&_=1795468204219"
-    first = await poll(server, url)
+    await server.request("POST", url, data=data)
+    first = await poll(server, url)  # empty, whatever waits
     assert first.plain == (200, "application/octet-stream", "")
     assert first.headers["Content-Length"] == "0"
-    await server.request("POST", url, data=data)
     answers = [(await poll(server, url)).plain for _ in range(3)]
     assert answers[0][:2] == (200, "application/octet-stream")
     assert answers[0][2].startswith(last)
@@ -1791,17 +1754,10 @@ async def test_a_ping_between_fragments_is_answered_at_once(serve, payload) -> N
     assert b'"result":"' in (await raw.next())[1]
 
 
-@pytest.mark.parametrize("code", [None, 1000, 1001, 3000, 4999])
-async def test_a_close_frame_is_answered_with_one(serve, code) -> None:
-    hub = Diary.fresh()
-    raw = await RawSocket.open(await serve(hub))
-    raw.send(8, struct.pack(">H", code) if code else b"")
-    assert await raw.close_code() is not None
-    assert await soon(raw.reader.read()) == b""
-    assert [await hub.next(), await hub.next()] == ["connected", None]
-
-
-BAD_FRAMES = {
+LAST_FRAMES = {
+    **{f"close code {code}": (FRAME(8, struct.pack(">H", code)), 1000)
+        for code in (1000, 1001, 3000, 4999)},
+    "close without a code": (FRAME(8), 1000),
     "reserved bit 1": (FRAME(0x41), 1002), "reserved bit 2": (FRAME(0x21), 1002),
     "reserved bit 3": (FRAME(0x11), 1002), "unknown opcode": (FRAME(3), 1002),
     "unknown control opcode": (FRAME(11), 1002),
@@ -1821,14 +1777,19 @@ BAD_FRAMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("frames, code", BAD_FRAMES.values(), ids=BAD_FRAMES)
-async def test_a_bad_frame_ends_with_a_close_code(serve, frames, code) -> None:
-    hub = Diary.fresh()
+@pytest.mark.parametrize("frames, code", LAST_FRAMES.values(), ids=LAST_FRAMES)
+async def test_a_last_frame_is_answered_with_a_close_code_after_what_came_before(
+    serve, frames: bytes, code: int
+) -> None:
+    hub = Gate.fresh()
     raw = await RawSocket.open(await serve(hub))
-    assert await hub.next() == "connected"
-    raw.writer.write(frames)
+    raw.writer.write(FRAME(1, encode("json", call("Note", 7))) + frames)
     assert await raw.close_code() == code
-    await hub.next()
+    if code == 1000:
+        assert await soon(raw.reader.read()) == b""
+    assert await hub.next() == "connected"
+    assert (await hub.next() is None) == (code == 1000)
+    assert hub.log == [7]
 
 
 #: Frames that RFC 6455 forbids and aiohttp reads.
@@ -1843,8 +1804,8 @@ TOLERATED = {
 
 @pytest.mark.parametrize("data", TOLERATED.values(), ids=TOLERATED)
 async def test_a_forbidden_frame_that_is_tolerated_harms_nobody(serve, data) -> None:
-    hub = Diary.fresh()
-    server = await serve(type("Harmed", (hub, Plain), {}))
+    hub = Gate.fresh()
+    server = await serve(hub)
     raw = await RawSocket.open(server)
     assert await hub.next() == "connected"
     raw.writer.write(data)
@@ -1855,37 +1816,21 @@ async def test_a_forbidden_frame_that_is_tolerated_harms_nobody(serve, data) -> 
     assert entries.count("connected") == 1
 
 
-@pytest.mark.parametrize("limit", [5_000_000, None])
-async def test_a_frame_may_hold_the_largest_message(serve, limit) -> None:
-    server = await serve(Plain, maximum_receive_message_size=limit)
-    client = await server.connect()
-    empty = encode("json", call("Echo", "", invocationId="1"))
-    text = "x" * (5_000_000 - len(empty))
-    assert await client.invoke("Echo", text) == text
-    larger = encode("json", call("Echo", text + "x", invocationId="2"))
-    await client.write(larger[:100])  # a frame above the limit ends with 1009
-    await client.write(larger[100:])
-    answer = await client.next()
-    assert answer == CLOSE if limit else answer["result"] == text + "x"
-
-
-async def test_invalid_utf8_in_a_fragment_is_a_protocol_error(serve) -> None:
-    raw = await RawSocket.open(await serve(Plain))
-    raw.writer.write(fragments(b'{"target":"\xff","type":6}' + RS, 15))
-    opcode, message = await raw.next()
-    assert (opcode, json.loads(message[:-1])) == (1, CLOSE)
-    assert await raw.close_code() == 1000
-
-
-WAYS = [way for transport, way in ENDS if transport == "WebSockets"]
-
-
-@pytest.mark.parametrize("way", WAYS)
-async def test_a_handler_lasts_as_long_as_its_websocket(serve, way) -> None:
+@pytest.mark.parametrize("way", [way for t, way in ENDS if t == "WebSockets"])
+@pytest.mark.parametrize("close_timeout", [0.1, 30])
+async def test_a_slow_hub_keeps_no_socket_open_and_no_handler(
+    serve, slow_to_leave, way: str, close_timeout: float
+) -> None:
     app, handlers = observed()
-    client = await SilentClient.open(await serve(Plain, app=app))
+    server = await serve(slow_to_leave, app, close_timeout=close_timeout)
+    client = await SilentClient.open(server)
     assert (handlers.get_nowait(), handlers.empty()) == ("begun", True)
     await client.end(way)
+    if way != "lost socket":
+        assert await client.raw.close_code() == 1000
+        if way != "close frame" and close_timeout == 30:  # else time is up soon
+            await client.end("close frame")
+        assert await soon(client.raw.reader.read()) == b""
     assert await soon(handlers.get()) == "ended"
 
 
@@ -1958,6 +1903,16 @@ async def test_a_message_reaches_its_receivers(serve, address, wanted) -> None:
     assert await receivers(server, people) == wanted
 
 
+async def test_an_address_of_many_names_reaches_each_receiver_once(serve) -> None:
+    server, people = await three(serve)
+    ids, to = [person.id for person in people], server.hub.clients
+    await server.hub.groups.add(ids[0], "h")  # now in both groups
+    unknown = [f"nobody {n}" for n in range(1990)]
+    await to.clients([*ids, *unknown, *ids, ids[0]]).send("Note")
+    await to.groups([*"ghg", *unknown, *"hhgg"]).send("Note")
+    assert await receivers(server, people) == "aabbcc"
+
+
 @everywhere
 @pytest.mark.parametrize("whom, wanted", [
     ("caller", "a"), ("others", "bc"), ("others_in_group", "b"), ("all", "abc"),
@@ -2000,17 +1955,6 @@ async def test_groups_are_changed_from_outside_the_hub_too(serve) -> None:
     assert await receivers(server, [a, b, c]) == "bc"
 
 
-@pytest.mark.parametrize("argument", [{1, 2}, float("nan"), print])
-async def test_what_cannot_be_written_is_the_senders_error(serve, argument) -> None:
-    server = await serve(Plain)
-    client, clients = await server.connect(), server.hub.clients
-    for proxy in (clients.all, clients.client("gone"), clients.group("g")):
-        with pytest.raises((TypeError, ValueError)):
-            await proxy.send("Note", argument)
-    await clients.all.send("Next")
-    assert await client.received("Next") == []
-
-
 @everywhere
 async def test_the_connections_are_described_and_read_only(serve, wire) -> None:
     server = await serve(Plain, authenticate=user_of)
@@ -2050,9 +1994,6 @@ async def test_the_statistics_count_each_message_of_a_burst(serve, wire) -> None
 class Asking(Gate):
     """A hub that asks its clients, and logs what runs."""
 
-    async def ask(self) -> str:
-        return await self.clients.caller.invoke("GetName")
-
     async def ask_other(self, id: str) -> str:
         return await self.clients.client(id).invoke("GetName", "please")
 
@@ -2068,29 +2009,20 @@ async def answer(client: Client, question: dict, **outcome: Any) -> None:
 
 
 @everywhere
-async def test_a_hub_may_ask_its_caller(serve, wire) -> None:
-    _, client = await gated(serve, wire, Asking)
-    id = await client.begin("Ask")
-    question = await client.next(1)
-    assert (question["target"], question["arguments"]) == ("GetName", [])
-    await answer(client, question, result="Ann")
-    assert await client.finish(id) == "Ann"
-
-
-@everywhere
 async def test_questions_from_outside_have_their_own_answers(serve, wire) -> None:
     server = await serve(Plain)
     client = await server.connect(wire)
     proxy = server.hub.clients.client(client.id)
-    asking = [asyncio.create_task(proxy.invoke("Echo", i, [i])) for i in range(5)]
-    *questions, last = [await client.next(1) for _ in range(5)]
-    await answer(client, last, error="busy")
+    asking = [asyncio.create_task(proxy.invoke("Echo", i, [i])) for i in range(6)]
+    *questions, busy, empty = [await client.next(1) for _ in range(6)]
+    await answer(client, empty)
+    await answer(client, busy, error="busy")
     for question in reversed(questions):
         await answer(client, question, result={"got": question["arguments"]})
-    results = await soon(asyncio.gather(*asking[:4]))
-    assert results == [{"got": [i, [i]]} for i in range(4)]
-    with pytest.raises(kestrun.HubException, match="^busy$"):
-        await soon(asking[4])
+    results = await soon(asyncio.gather(*asking, return_exceptions=True))
+    assert results[:4] == [{"got": [i, [i]]} for i in range(4)]
+    assert all(isinstance(error, kestrun.HubException) for error in results[4:])
+    assert [*map(str, results[4:])] == ["busy", "Client didn't provide a result."]
 
 
 async def test_only_a_single_client_that_exists_can_be_asked(serve) -> None:
@@ -2099,19 +2031,6 @@ async def test_only_a_single_client_that_exists_can_be_asked(serve) -> None:
         await soon(clients.client("x").invoke("GetName"))
     for proxy in (clients.all, clients.group("g"), clients.user("u")):
         assert not hasattr(proxy, "invoke")
-
-
-@every_end
-async def test_the_end_of_a_client_fails_its_questions(serve, transport, way) -> None:
-    server = await serve(Plain, **BRISK)
-    client = await SilentClient.open(server, transport)
-    sent = server.hub.stats()["messages_out"]
-    asking = asyncio.create_task(server.hub.clients.client(client.id).invoke("X"))
-    await until(lambda: server.hub.stats()["messages_out"] > sent)
-    await client.end(way)
-    text = re.escape(f"Connection '{client.id}' disconnected.")
-    with pytest.raises(ConnectionError, match=f"^{text}$"):
-        await soon(asking)
 
 
 async def test_an_answer_after_the_timeout_is_ignored(serve) -> None:
@@ -2135,16 +2054,6 @@ async def test_only_the_client_that_was_asked_may_answer(serve) -> None:
     assert text in (await other.next(7))["error"]
     await answer(two, question, result="Bob")
     assert await one.finish(asking) == "Bob"
-
-
-async def test_nobody_is_asked_inside_on_connected(serve) -> None:
-    class Curious(kestrun.Hub):
-        async def on_connected(self) -> None:
-            await self.clients.caller.invoke("GetName")
-
-    client = await (await serve(Curious)).connect()
-    text = "Client results inside OnConnectedAsync Hub methods are not allowed."
-    assert (await client.next())["error"] == f"{CLOSED} HubException: {text}"
 
 
 @pytest.mark.parametrize("count", [1, 3], ids=["one question", "three at once"])
@@ -2189,6 +2098,11 @@ class Colour(enum.Enum):
     DEEP_BLUE = "blue"
 
 
+class Permission(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
 @dataclasses.dataclass
 class Point:
     x: int
@@ -2230,6 +2144,7 @@ ARGUMENTS = [
     (Trail, {"points": [], "colour": None}, Trail([])),
     (Colour, 1, Colour.RED), (Colour, "blue", Colour.DEEP_BLUE),
     (Colour, "RED", Colour.RED), (Colour, "deepBlue", Colour.DEEP_BLUE),
+    (Permission, 3, Permission.READ | Permission.WRITE),
     (datetime.datetime, "2026-05-04T03:02:01.250Z", MOMENT),
     (datetime.datetime, "2026-05-04T05:02:01.25+02:00", SOUTH),
     (uuid.UUID, str(GUID), GUID), (uuid.UUID, str(GUID).upper(), GUID),
@@ -2268,8 +2183,9 @@ WRONG_ARGUMENTS = [
     (list[Point], [{"x": 1}, {}]), (Trail, {"points": [{}]}),
     (Colour, "purple"), (Colour, 7), (Colour, None), (Colour, []), (Colour, {}),
     (datetime.datetime, "yesterday"), (datetime.datetime, 5), (datetime.datetime, ""),
-    (uuid.UUID, "nope"), (uuid.UUID, 5),
+    (uuid.UUID, "nope"), (uuid.UUID, 5), (Permission, 4),
 ]  # fmt: skip
+YEAR_275760 = msgpack.Timestamp(8_640_000_000_000)
 
 
 def taking(annotation: Any) -> tuple[type[kestrun.Hub], list]:
@@ -2295,12 +2211,15 @@ async def test_an_argument_is_converted_to_its_annotation(
     assert (seen, repr(seen)) == ([expected], repr([expected]))
 
 
-@pytest.mark.parametrize("annotation, value", WRONG_ARGUMENTS)
+@pytest.mark.parametrize("protocol, annotation, value", [
+    *(("json", *row) for row in WRONG_ARGUMENTS),
+    ("messagepack", Permission, 4), ("messagepack", datetime.datetime, YEAR_275760),
+])  # fmt: skip
 async def test_an_argument_that_does_not_fit_fails_its_call_and_is_named_in_the_log(
-    serve, caplog, annotation: Any, value: Any
+    serve, caplog, protocol: str, annotation: Any, value: Any
 ) -> None:
     hub, seen = taking(annotation)
-    client = await (await serve(hub)).connect()
+    client = await (await serve(hub)).connect(("WebSockets", protocol))
     with caplog.at_level(logging.DEBUG, "kestrun"):
         assert await client.error("Take", 1, value) == FAILED.format("Take")
     assert any("peculiar" in r.getMessage() for r in caplog.records)
@@ -2320,28 +2239,6 @@ async def test_annotations_may_be_text_also_those_of_uploads(serve) -> None:
     id = await client.begin("Names", streamIds=["u"])
     await upload(client, "u", {"x": 1, "userName": "Ann"}, {"X": 2})
     assert await client.finish(id) == ["Ann", "nobody"]
-
-
-async def test_static_and_class_methods_are_hub_methods(serve) -> None:
-    class Others(kestrun.Hub):
-        @staticmethod
-        def double(number: int) -> int:
-            return 2 * number
-
-        @kestrun.hub_method("Half")
-        @staticmethod
-        def divide(number: int) -> float:
-            return number / 2
-
-        @classmethod
-        @kestrun.hub_method("Name")
-        def class_name(cls) -> str:
-            return cls.__name__
-
-    client = await (await serve(Others)).connect()
-    assert [await client.invoke(name, 4) for name in ("Double", "Half")] == [8, 2]
-    assert await client.invoke("Name") == "Others"
-    assert "does not exist" in await client.error("Divide", 4)
 
 
 # ---- results
@@ -2387,24 +2284,6 @@ async def test_a_value_is_written_alike_wherever_it_is_sent(
     assert (await client.stream("Takes"))[0] == expected
     await server.hub.clients.all.send("Note", result)
     assert await client.received("Note") == [expected]
-
-
-@both_protocols
-@pytest.mark.parametrize("value, name", [
-    ({GUID: 1}, "UUID"),
-    ([{"a": Point({Colour.RED: 1})}], "Colour"),
-    ({(1, 2): 3}, "tuple|1, 2"),
-], ids=["a UUID", "an enum deep inside", "a tuple"])  # fmt: skip
-async def test_a_key_that_cannot_be_written_is_named_to_its_sender(
-    serve, caplog, protocol: str, value: Any, name: str
-) -> None:
-    server = await serve(returning(value))
-    client = await server.connect(("WebSockets", protocol))
-    with pytest.raises(TypeError, match=name):
-        await server.hub.clients.all.send("Note", value)
-    assert await client.error("Take") == THREW.format("Take")
-    assert re.search(name, caplog.text)
-    assert (client.unread, await client.invoke("Add", 1, 2)) == ([], 3)
 
 
 # ------------------------------------------------------------ calls and errors
@@ -2465,8 +2344,19 @@ class Calls(Gate):
     async def nones(self) -> AsyncIterator[None]:
         yield None
 
-    def number(self, text: str) -> float:
-        return float(text)
+    @staticmethod
+    def twice(number: int) -> int:
+        return 2 * number
+
+    @kestrun.hub_method("Half")
+    @staticmethod
+    def divide(number: int) -> float:
+        return number / 2
+
+    @classmethod
+    @kestrun.hub_method("Name")
+    def class_name(cls) -> str:
+        return cls.__name__
 
     def block(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -2518,22 +2408,21 @@ CALL_ERRORS = [
 
 @everywhere
 @pytest.mark.parametrize("detailed", [False, True])
-async def test_a_failing_call_is_answered_as_by_signalr(serve, wire, detailed) -> None:
+async def test_a_call_is_answered_as_by_signalr_if_it_has_an_id(
+    serve, caplog, wire, detailed: bool
+) -> None:
     _, client = await gated(serve, wire, Calls, enable_detailed_errors=detailed)
+    without_id = [m for m, _, _ in CALL_ERRORS if m["type"] == 1]
+    await client.send(*without_id, call("Add", 1, 2))
     for i, (message, text, detail) in enumerate(CALL_ERRORS):
         await client.send({**message, "invocationId": str(i)})
         error = text.format(message["target"]) + (detail if detailed else "")
         completion = {"type": 3, "invocationId": str(i), "error": error}
         assert await client.next() == completion
-
-
-@everywhere
-async def test_only_a_call_with_an_id_gets_an_answer(serve, wire) -> None:
-    _, client = await gated(serve, wire, Calls)
-    calls = [m for m, _, _ in CALL_ERRORS if m["type"] == 1]
-    await client.send(*calls, call("Add", 1, 2))
     id = await client.begin("Nothing")
     assert await client.next() == {"type": 3, "invocationId": id, "result": None}
+    for reason in ("1 argument(s) do", "3 argument(s) do", "argument 'a' does"):
+        assert f"Calls.add: {reason} not fit" in caplog.text
 
 
 @pytest.mark.parametrize("name, args, result", [
@@ -2541,6 +2430,7 @@ async def test_only_a_call_with_an_id_gets_an_answer(serve, wire) -> None:
     ("join_the_group", [], "joined"), ("JOINTHEGROUP", [], "joined"),
     ("jointhegroup", [], "joined"), ("Join_The_Group", [], "joined"),
     ("Subtract", [5, 1], 4), ("Subtract", [5], 2),
+    ("Twice", [4], 8), ("Half", [4], 2), ("Name", [], "Calls"),
 ])  # fmt: skip
 async def test_methods_have_spellings_and_defaults(serve, name, args, result) -> None:
     _, client = await gated(serve, hub=Calls)
@@ -2551,28 +2441,12 @@ async def test_methods_have_spellings_and_defaults(serve, name, args, result) ->
     "_hidden", "Hidden", "__dunder__", "Dunder", "__init__", "Init", "__class__",
     "on_connected", "OnConnected", "OnDisconnected", "on_invocation", "OnInvocation",
     "context", "clients", "groups", "Limit", "", "add ", "Plain.add", "mro", "Minus",
+    "Divide", "ClassName",
 ])  # fmt: skip
 async def test_what_is_not_a_hub_method_does_not_exist(serve, name: str) -> None:
     hub, client = await gated(serve, hub=Calls)
     assert await client.error(name) == FAILED.format(name) + MISSING
     assert [await hub.next(), hub.pages.empty()] == ["connected", True]
-
-
-async def test_the_log_says_why_arguments_do_not_fit(serve, caplog) -> None:
-    client = await (await serve(Plain)).connect()
-    for arguments, reason in (
-        ([1], "1 argument(s) do not fit (a, b)"),
-        ([1, 2, 3], "3 argument(s) do not fit (a, b)"),
-        ([1, "two"], "argument 'b' does not fit"),
-    ):
-        assert await client.error("Add", *arguments) == FAILED.format("Add")
-        assert f"Plain.add: {reason}" in caplog.text
-
-
-async def test_json_never_carries_infinite_numbers_or_nan(serve) -> None:
-    _, client = await gated(serve, hub=Calls)
-    for value in ("nan", "inf", "-inf"):
-        assert (await client.error("Number", value)).startswith(THREW.format("Number"))
 
 
 @everywhere
@@ -2591,82 +2465,6 @@ async def test_a_plain_method_that_blocks_the_loop_is_logged(serve, caplog) -> N
 
 
 # ------------------------------------------------------ order and parallelism
-
-
-@everywhere
-async def test_calls_of_one_client_run_in_order_one_at_a_time(serve, wire) -> None:
-    hub, client = await gated(serve, wire)
-    first, second = await client.begin("Wait", 0), await client.begin("Wait", 1)
-    await until(lambda: hub.log)
-    hub.gates[1].set()
-    other = await client.server.connect(wire)
-    assert await other.invoke("Add", 1, 2) == 3
-    await silence(0.05)
-    assert hub.log == [("start", 0)]
-    hub.gates[0].set()
-    assert [await client.finish(second), await client.finish(first)] == [1, 0]
-    assert hub.log == [("start", 0), ("end", 0), ("start", 1), ("end", 1)]
-
-
-@pytest.mark.parametrize("limit", [3, None])
-async def test_as_many_calls_run_at_once_as_the_option_allows(serve, limit) -> None:
-    hub, client = await gated(serve, maximum_parallel_invocations_per_client=limit)
-    ids = [await client.begin("Wait", i) for i in range(5)]
-    await until(lambda: len(hub.log) == (limit or 5))
-    await silence(0.05)
-    assert hub.log == [("start", i) for i in range(limit or 5)]
-    hub.gates[1].set()
-    assert await client.finish(ids[1]) == 1
-    await until(lambda: ("start", 3) in hub.log)
-
-
-@everywhere
-async def test_streams_and_uploads_pass_a_call_that_is_waiting(serve, wire) -> None:
-    hub, client = await gated(serve, wire)
-    waiting = await client.begin("Wait", 0)
-    assert (await client.stream("Counter", 2))[:2] == [0, 1]
-    uploading = await client.begin("Total", streamIds=["u"])
-    await upload(client, "u", 4)
-    assert await client.finish(uploading) == 4
-    hub.gates[0].set()
-    assert await client.finish(waiting) == 0
-
-
-class Leftovers(Plain):
-    """What a call finds of the calls before it."""
-
-    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
-
-    async def on_connected(self) -> None:
-        self.variable.set("on_connected")
-
-    async def mark(self, pause: bool) -> list:
-        task = asyncio.current_task()
-        found = [self.variable.get(None), getattr(task, "mark", None), task.get_name()]
-        self.variable.set("marked")
-        task.set_name("marked")
-        task.mark = "marked"
-        if pause:
-            await asyncio.sleep(0)
-        return found
-
-    def set_plainly(self) -> None:
-        self.variable.set("plain")
-
-    async def cancel_itself(self) -> None:
-        asyncio.current_task().cancel()
-
-
-@everywhere
-async def test_a_call_leaves_nothing_on_the_task_of_another(serve, wire) -> None:
-    client = await (await serve(Leftovers)).connect(wire)
-    calls = [call("Mark", False), call("SetPlainly")]
-    calls = [*calls, call("Mark", True), call("CancelItself")] * 3
-    await client.send(*({**m, "invocationId": str(i)} for i, m in enumerate(calls)))
-    found = [await client.finish(str(i)) for i in range(12)]
-    assert found[1::2] == [None] * 6
-    for variable, mark, name in found[::2]:
-        assert (variable, mark, name == "marked") == (None, None, False)
 
 
 async def test_thousands_of_calls_may_wait_for_one(serve) -> None:
@@ -2737,12 +2535,14 @@ async def test_a_stream_brings_its_items_and_a_completion(
         assert found == [*items, completion]
 
 
-@everywhere
-@pytest.mark.parametrize("pause", [0.01, 3600])
+@pytest.mark.parametrize("wire, pause", [
+    *itertools.product(WIRES, [0.01, 3600]), (("WebSockets", "json"), None),
+])  # fmt: skip
 async def test_a_cancelled_stream_ends_without_an_error(serve, wire, pause) -> None:
     hub, client = await gated(serve, wire)
     id = await client.begin("Ticks", pause, type=4)
     assert (await client.next(2, id))["item"] == [0, ""]
+    assert await client.invoke("Add", 1, 2) == 3
     await client.send({"type": 5, "invocationId": id})
     assert await client.next(3) == {"type": 3, "invocationId": id}
     await until(lambda: "closed" in hub.log)
@@ -2820,18 +2620,22 @@ async def test_an_upload_ends_as_its_last_message_says(
 
 
 @everywhere
-async def test_calls_wait_until_on_connected_has_finished(serve, wire) -> None:
+async def test_calls_run_between_on_connected_and_on_disconnected(serve, wire) -> None:
     class Slowly(Gate):
         async def on_connected(self) -> None:
             await self.wait(0)
 
+        async def on_disconnected(self, error: Exception | None) -> None:
+            with pytest.raises(ConnectionError):
+                await self.ask()
+            self.note("left")
+
     hub, client = await gated(serve, wire, Slowly)
-    id = await client.begin("Note", "call")
+    await client.send({"type": 6}, call("Note", "call"), {"type": 7})
     await silence(0.05)
     assert hub.log == [("start", 0)]
     hub.gates[0].set()
-    await client.finish(id)
-    assert hub.log == [("start", 0), ("end", 0), "call"]
+    await until(lambda: hub.log == [("start", 0), ("end", 0), "call", "left"])
 
 
 @every_transport
@@ -2841,14 +2645,18 @@ async def test_calls_wait_until_on_connected_has_finished(serve, wire) -> None:
     (SystemExit("not you"), ""),
     (asyncio.CancelledError("not you"), ""),
     (kestrun.HubException("house full"), " HubException: house full"),
+    (None, (" HubException: Client results inside OnConnectedAsync Hub methods "
+        "are not allowed.")),
 ])  # fmt: skip
-async def test_a_client_that_on_connected_refuses_is_closed_for_good(
-    serve, wire, detailed: bool, error: BaseException, text: str
+async def test_a_client_whose_on_connected_fails_is_closed_for_good(
+    serve, wire, detailed: bool, error: BaseException | None, text: str
 ) -> None:
     class Choosy(Diary):
         async def on_connected(self) -> None:
             await self.groups.add(self.context.connection_id, "lobby")
-            raise error
+            if error is not None:
+                raise error
+            await self.clients.caller.invoke("GetName")
 
     hub = Choosy.fresh()
     server = await serve(hub, enable_detailed_errors=detailed)
@@ -2865,8 +2673,9 @@ async def test_a_client_that_on_connected_refuses_is_closed_for_good(
     (call("Leave"), None),
     (None, None),
     ({"type": 7}, None),
+    ({"type": 7, "error": None}, None),
     ({"type": 7, "error": "battery empty"}, "battery empty"),
-], ids=["abort inside", "abort outside", "Close message", "error"])  # fmt: skip
+], ids=["abort inside", "abort outside", "Close", "no error", "error"])  # fmt: skip
 async def test_an_end_is_answered_with_close_while_on_disconnected_runs(
     serve, slow_to_leave, wire, end: dict | None, error: str | None
 ) -> None:
@@ -2919,60 +2728,56 @@ async def test_a_failing_on_disconnected_is_logged(serve, caplog, error) -> None
     assert await other.invoke("Add", 1, 2) == 3
 
 
-@pytest.mark.parametrize("transport, way", LEAVES)
-async def test_calls_of_a_client_that_leaves_run_on(serve, transport, way) -> None:
+@every_end
+@pytest.mark.parametrize("waiting", [0, 3])
+async def test_calls_run_on_and_those_that_wait_begin_if_their_client_left(
+    serve, transport: str, way: str, waiting: int
+) -> None:
     hub = Gate.fresh()
     server = await serve(hub, **BRISK)
     client = await SilentClient.open(server, transport)
-    await client.send(call("Wait", 0, invocationId="1"))
+    notes = [call("Note", i) for i in range(waiting)]
+    await client.send(call("Wait", 0, invocationId="1"), *notes)
     await until(lambda: hub.log)
     context = server.hub.connections[client.id]
     await client.end(way)
     await soon(context.wait_aborted())
     await silence(0.05)
     assert (context.aborted, hub.log) == (True, [("start", 0)])
+    lost = way == "context.abort" or (transport, way) == ("WebSockets", "lost socket")
+    begun = [] if lost else [*range(waiting)]
+    if not begun:  # else `on_disconnected` waits until they have begun
+        await until(lambda: not server.hub.connections)
+    hub.gates[0].set()
+    await until(lambda: len(hub.log) == 2 + len(begun))
+    await until(lambda: not server.hub.connections)
+    assert hub.log == [("start", 0), ("end", 0), *begun]
     assert await hub.next() == "connected"
     assert await hub.next() is None or way == "lost socket"
-    await until(lambda: not server.hub.connections)
-    hub.gates[0].set()
-    await until(lambda: hub.log == [("start", 0), ("end", 0)])
-
-
-@pytest.mark.parametrize("transport, way", CLEAN)
-async def test_calls_sent_before_a_clean_close_still_run(serve, transport, way) -> None:
-    hub = Gate.fresh()
-    client = await SilentClient.open(await serve(hub), transport)
-    await client.send(call("Wait", 0), *[call("Note", i) for i in range(3)])
-    await until(lambda: hub.log)
-    await client.end(way)
-    await silence(0.05)
-    hub.gates[0].set()
-    await until(lambda: hub.log == [("start", 0), ("end", 0), 0, 1, 2])
 
 
 @every_end
-async def test_streams_and_uploads_end_with_their_client(serve, transport, way) -> None:
+async def test_streams_uploads_and_questions_end_with_their_client(
+    serve, transport: str, way: str
+) -> None:
     hub = Gate.fresh()
     hub.gates[0].set()
-    client = await SilentClient.open(await serve(hub, **BRISK), transport)
+    server = await serve(hub, **BRISK)
+    client = await SilentClient.open(server, transport)
     await client.send(call("Ticks", 3600, type=4, invocationId="1"))
     await client.send(call("Collect", 0, invocationId="2", streamIds=["u"]))
     await client.send({"type": 2, "invocationId": "u", "item": "first"})
     await until(lambda: "first" in hub.log)
+    sent = server.hub.stats()["messages_out"]
+    asking = asyncio.create_task(server.hub.clients.client(client.id).invoke("X"))
+    await until(lambda: server.hub.stats()["messages_out"] > sent)
     await client.end(way)
     await until(lambda: "closed" in hub.log)
     text = "ConnectionError: The underlying connection was closed."
     await until(lambda: text in hub.log)
-
-
-@everywhere
-async def test_a_shutdown_asks_clients_to_come_back(serve, wire) -> None:
-    server = await serve(Plain)
-    client = await server.connect(wire)
-    await client.invoke("Add", 1, 2)
-    cleanup = asyncio.create_task(server.runner.cleanup())
-    assert await client.next() == {"type": 7, "allowReconnect": True}
-    await soon(cleanup)
+    text = re.escape(f"Connection '{client.id}' disconnected.")
+    with pytest.raises(ConnectionError, match=f"^{text}$"):
+        await soon(asking)
 
 
 async def test_a_shutdown_waits_for_calls_then_cancels_them(serve, caplog) -> None:
@@ -2987,6 +2792,22 @@ async def test_a_shutdown_waits_for_calls_then_cancels_them(serve, caplog) -> No
     assert hub.log[3] == ("end", 0)
     assert ("end", 1) in hub.log
     assert "Gate.persist" in caplog.text
+
+
+async def test_the_hubs_of_one_application_shut_down_at_the_same_time(serve) -> None:
+    hub, app, paths = Gate.fresh(), web.Application(), ("/one", "/two")
+    for path in paths:
+        kestrun.map_hub(app, path, hub, close_timeout=0.5)
+    server = await serve(app=app)
+    for number, path in enumerate(paths):
+        client = await server.connect(path=path)
+        await client.send(call("Persist", number))
+    await until(lambda: len(hub.log) == 2)
+    await soon(server.runner.cleanup())
+    for number in range(2):
+        hub.gates[number].set()
+    cancelled = [number for event, number in hub.log if event == "end"]
+    assert sorted(cancelled[:2]) == [0, 1]  # one after the other would be 0, 0, 1, 1
 
 
 # ------------------------------------------------------ on_invocation, several hubs
@@ -3061,22 +2882,11 @@ async def test_the_server_pings_all_clients_again_and_again(serve, wire) -> None
         assert await client.next(6) == {"type": 6}
 
 
-async def test_long_polling_has_no_pings(serve) -> None:
-    server, url = await polled(serve, keep_alive_interval=0.02, poll_timeout=0.15)
-    assert (await server.request("GET", url)).plain == (200, "text/plain", "")
-
-
 @everywhere
 async def test_a_client_that_never_pings_is_never_timed_out(serve, wire) -> None:
     client = await (await serve(Plain, client_timeout_interval=0.05)).connect(wire)
     await silence(0.2)
     assert await client.invoke("Add", 1, 2) == 3
-
-
-TIMED_OUT = (
-    " OperationCanceledException: Client hasn't sent a message/ping within the "
-    "configured ClientTimeoutInterval."
-)
 
 
 @everywhere
@@ -3086,27 +2896,29 @@ async def test_a_silent_client_that_has_pinged_times_out(serve, wire, detailed) 
     options = {"client_timeout_interval": 0.05, "enable_detailed_errors": detailed}
     client = await (await serve(hub, **options)).connect(wire)
     await client.send({"type": 6})
-    text = CLOSED + TIMED_OUT * detailed
-    assert await client.next() == {"type": 7, "error": text, "allowReconnect": True}
+    reason = (
+        " OperationCanceledException: Client hasn't sent a message/ping within the "
+        "configured ClientTimeoutInterval."
+    )
+    assert await client.next() == {**CLOSE, "error": CLOSED + reason * detailed}
     assert await hub.next() == "connected"
     assert isinstance(await hub.next(), Exception)
 
 
-async def test_a_client_that_goes_on_pinging_stays_connected(serve) -> None:
+@pytest.mark.parametrize("data, stays", [
+    (encode("json", {"type": 6}), True), (b" ", False),
+], ids=["pings", "bytes without a message"])  # fmt: skip
+async def test_only_a_message_is_a_sign_of_life(serve, data, stays) -> None:
     client = await (await serve(Plain, client_timeout_interval=0.5)).connect()
-    for _ in range(10):
-        await client.send({"type": 6})
-        await silence(0.1)
-    assert await client.invoke("Add", 1, 2) == 3
-
-
-async def test_a_shutdown_ends_a_socket_whose_client_waits_for_that(serve) -> None:
-    server = await serve(Plain)
-    raw = await RawSocket.open(server)
-    stop = asyncio.create_task(server.runner.cleanup())
-    assert await raw.close_code() == 1000
-    assert await soon(raw.reader.read()) == b""
-    await stop
+    await client.send({"type": 6})
+    with suppress(aiohttp.ClientConnectionError):
+        for _ in range(15):
+            await client.write(data)
+            await silence()
+    if stays:
+        assert await client.invoke("Add", 1, 2) == 3
+    else:
+        assert (await client.next(7))["error"] == CLOSED
 
 
 # ------------------------------------------------------------------ negotiate
@@ -3115,10 +2927,6 @@ NOT_A_NUMBER = "The client requested a non-integer protocol version."
 TOO_OLD = (
     "The client requested version '{}', but the server does not support this version."
 )
-NEGOTIATE_KEYS = {
-    0: ["negotiateVersion", "connectionId", "availableTransports"],
-    1: ["negotiateVersion", "connectionId", "connectionToken", "availableTransports"],
-}
 ALL_TRANSPORTS = [
     {"transport": "WebSockets", "transferFormats": ["Text", "Binary"]},
     {"transport": "ServerSentEvents", "transferFormats": ["Text"]},
@@ -3140,7 +2948,8 @@ async def test_negotiate_knows_versions_and_needs_no_body(
     server = await serve(Plain)
     answer = await server.request("POST", "/hub/negotiate" + query, data=b"\xff{")
     assert answer.json["negotiateVersion"] == version
-    assert list(answer.json) == NEGOTIATE_KEYS[version]
+    names = ["connectionId", "connectionToken"][: version + 1]
+    assert list(answer.json) == ["negotiateVersion", *names, "availableTransports"]
     assert answer.json["availableTransports"] == ALL_TRANSPORTS
     assert int(answer.headers["Content-Length"]) == len(answer.body)
 
@@ -3156,14 +2965,6 @@ async def test_a_bad_version_is_answered_with_only_an_error(
     query = f"?negotiateVersion={version}"
     answer = await server.request("POST", "/hub/negotiate" + query)
     assert (answer.status, answer.json) == (200, {"error": error})
-
-
-async def test_the_id_of_negotiate_version_0_opens_the_connection(serve) -> None:
-    client = (await serve(Plain)).client()
-    await client.negotiate(version=0)
-    await client.open()
-    assert await client.handshake() == {}
-    assert await client.invoke("Me") == client.id
 
 
 async def test_id_and_token_are_random_and_fit_into_a_url(serve) -> None:
@@ -3186,17 +2987,6 @@ async def test_stateful_reconnect_is_granted(serve, allowed, asked, granted) -> 
     answer = await server.negotiated("?negotiateVersion=1&" + asked)
     expected = [("useStatefulReconnect", True)] if allowed and granted else []
     assert list(answer.items())[:-4] == expected
-
-
-@pytest.mark.parametrize("url, method", [
-    *(("/hub/negotiate", m) for m in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")),
-    *(("/hub", m) for m in ("PUT", "PATCH", "HEAD", "OPTIONS")),
-])  # fmt: skip
-async def test_other_methods_are_refused(serve, url, method) -> None:
-    server = await serve(Plain)
-    token = (await server.negotiated())["connectionToken"]
-    answer = await server.request(method, f"{url}?negotiateVersion=1&id={token}")
-    assert answer.plain == (405, "text/plain", "")
 
 
 # ----------------------------------------------------- finding the connection
@@ -3227,31 +3017,31 @@ async def test_a_websocket_without_an_id_is_a_new_connection(serve, query) -> No
 
 
 @every_transport
-@pytest.mark.parametrize("url", ["/hub/?id=", "/hub?ID="])
-async def test_a_trailing_slash_and_capitals_find_it_too(serve, wire, url) -> None:
+@pytest.mark.parametrize("version, url", [
+    (1, "/hub/?id="), (1, "/hub?ID="), (0, "/hub?id="),
+], ids=["slash", "capitals", "version 0"])  # fmt: skip
+async def test_a_slash_capitals_and_version_0_find_the_connection(
+    serve, wire, version: int, url: str
+) -> None:
     client = (await serve(Plain)).client(wire)
-    await client.negotiate()
+    await client.negotiate(version)
     client.url = URL(url + client.token)
     await client.open()
     assert await client.handshake() == {}
+    assert await client.invoke("Me") == client.id
 
 
 @every_transport
 async def test_a_connection_that_has_ended_is_not_found(serve, wire) -> None:
-    server = await serve(Plain, **BRISK)
-    client = await server.connect(wire)
+    client = await (await serve(Plain, **BRISK)).connect(wire)
     await client.leave()
-    await until(lambda: not server.hub.connections)
-    answer = await server.request("POST", str(client.url), data=b"x")
-    assert answer.status == 404
+    await forgotten(client)
 
 
 async def test_a_token_that_is_never_used_expires(serve) -> None:
-    server = await serve(Plain, disconnect_timeout=0.1)
-    url = await server.new_url()
-    async with asyncio.timeout(PATIENCE):
-        while (await server.request("POST", url)).status != 404:
-            await asyncio.sleep(0.02)
+    client = (await serve(Plain, disconnect_timeout=0.1)).client()
+    await client.negotiate()
+    await forgotten(client)
 
 
 # -------------------------------------------------------- choice of transport
@@ -3313,20 +3103,6 @@ async def test_a_post_is_answered_empty_whatever_its_content_type(serve, kind) -
     assert '"result":3' in (await server.request("GET", url)).body
 
 
-async def test_a_post_before_the_first_poll_is_kept(serve) -> None:
-    client = (await serve(Plain)).client(("LongPolling", "json"))
-    await client.negotiate()
-    await client.write(HELLO)
-    assert [await client.poll() for _ in range(2)] == [(200, b""), (200, b"{}\x1e")]
-
-
-async def test_a_post_may_be_larger_than_aiohttps_own_limit(serve) -> None:
-    server, url = await polled(serve, maximum_receive_message_size=None)
-    data = encode("json", call("Echo", "x" * 2_000_000, invocationId="1"))
-    assert (await server.request("POST", url, data=data)).status == 200
-    assert len((await server.request("GET", url)).body) > 2_000_000
-
-
 async def test_posts_at_the_same_time_stay_whole_and_all_arrive(serve) -> None:
     server, url = await polled(serve)
     calls = [call("Echo", "x" * 9000, invocationId=str(i)) for i in range(8)]
@@ -3343,32 +3119,33 @@ async def test_delete_ends_a_connection_and_its_pending_poll(serve) -> None:
     server, url, pending, _ = await pending_poll(serve, hub)
     answer = await server.request("DELETE", url)
     assert answer.plain == (202, "text/plain", "")
+    late = await server.request("POST", url, data=encode("json", {"type": 7}))
+    assert late.plain[::2] in [(404, ""), (404, UNKNOWN_ID), (200, "")]
     assert (await pending).plain == (204, "text/plain", "")
     assert [await hub.next(), await hub.next()] == ["connected", None]
-
-
-async def test_a_post_after_the_delete_is_harmless(serve) -> None:
-    server, url = await polled(serve)
-    await server.request("DELETE", url)
-    answer = await server.request("POST", url, data=encode("json", {"type": 7}))
-    assert answer.plain[::2] in [(404, ""), (404, UNKNOWN_ID), (200, "")]
     await until(lambda: not server.hub.connections)
 
 
-@pytest.mark.parametrize("method, transport, status, text", [
-    ("POST", "WebSockets", 405,
+@pytest.mark.parametrize("method, transport, path, status, text", [
+    ("POST", "WebSockets", "", 405,
         "POST requests are not allowed for WebSocket connections."),
-    *(("DELETE", transport, 400,
+    *(("DELETE", transport, "", 400,
         "Cannot terminate this connection using the DELETE endpoint.")
         for transport in (None, "WebSockets", "ServerSentEvents")),
+    *((method, None, "", 405, "") for method in ("PUT", "PATCH", "HEAD", "OPTIONS")),
+    *((method, None, "/negotiate", 405, "")
+        for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")),
 ])  # fmt: skip
-async def test_a_method_may_be_refused(serve, method, transport, status, text) -> None:
+async def test_a_method_may_be_refused(
+    serve, method: str, transport: str | None, path: str, status: int, text: str
+) -> None:
     server = await serve(Plain)
     client = server.client((transport, "json"))
     await client.negotiate()
     if transport:
         await client.open()
-    answer = await server.request(method, str(client.url), data=b"x")
+    url = f"/hub{path}?negotiateVersion=1&id={client.token}"
+    answer = await server.request(method, url)
     assert answer.plain == (status, "text/plain", text)
 
 
@@ -3611,22 +3388,14 @@ async def test_vary_is_added_to_the_applications(serve, place, name) -> None:
 # --------------------------------------------------------- stateful reconnect
 
 
-class Stateful(Diary, Plain):
+class Stateful(Gate):
     """A hub for connections that outlive their socket."""
-
-    async def many(self, count: int, size: int, pause: float) -> AsyncIterator[str]:
-        for _ in range(count):
-            yield "x" * size
-            await asyncio.sleep(pause)
 
     async def send_many(self, count: int, size: int) -> None:
         for _ in range(count):
             await self.clients.caller.send("Note", "x" * size)
 
-    async def ask(self) -> str:
-        return await self.clients.caller.invoke("GetName")
-
-    def note(self, value) -> None:
+    def note(self, value: Any) -> None:
         self.pages.put_nowait(value)
 
 
@@ -3677,6 +3446,7 @@ async def test_the_transcript_of_the_reference_is_followed(serve, protocol) -> N
     assert await hub.next() == "acked"
     await everyone.send("m", 3)
     assert await client.received("m") == [3]
+    await client.send(ack(99))  # never sent, so it is ignored
     for _ in range(2):
         await client.drop()
         await everyone.send("m", 4)
@@ -3715,37 +3485,55 @@ async def test_the_hub_does_not_notice_a_reconnect(serve, protocol) -> None:
     hub, client = await stateful(serve, protocol)
     groups = client.server.hub.groups
     await groups.add(client.id, "g")
-    stream = await client.begin("Many", 20, 1, 0.02, type=4)
-    assert (await client.next(2, stream))["item"] == "x"
+    stream = await client.begin("Ticks", 0.01, type=4)
+    assert (await client.next(2, stream))["item"] == [0, ""]
     ask = await client.begin("Ask")
     question = (await client.next(1))["invocationId"]
     await client.drop()
     await client.open()
     await client.next(9)
+    client.unread.clear()
     answer = {"type": 3, "invocationId": question, "result": "Ann"}
     await client.send(sequence(3), answer)
     assert await client.finish(ask) == "Ann"
+    assert (await client.next(2, stream))["item"][0] > 0
+    await client.send({"type": 5, "invocationId": stream})
     assert await client.next(3, stream) == {"type": 3, "invocationId": stream}
     assert list(groups.members("g")) == [client.id]
     assert list(client.server.hub.connections) == [client.id]
     assert hub.pages.empty()
 
 
-async def test_a_new_socket_replaces_one_that_still_looks_alive(serve) -> None:
-    hub, client = await stateful(serve)
+async def test_a_new_socket_replaces_the_old_whose_frames_no_longer_count(
+    serve,
+) -> None:
+    hub, client = await stateful(serve, receive_buffer_limit=100)
     old = client.pump
+    await client.send(call("Wait", 0), call("Note", "x" * 200))  # reading stops
+    await client.send(call("Note", "too late"))
     assert await resume(client) == 1
     await soon(old)
-    await client.send(sequence(1))
+    await client.send(sequence(3), call("Note", "on the new socket"))
+    hub.gates[0].set()
     assert await client.invoke("Add", 1, 2) == 3
+    assert [await hub.next() for _ in "12"] == ["x" * 200, "on the new socket"]
     assert hub.pages.empty()
 
 
-async def test_a_socket_of_another_user_does_not_replace_the_old_one(serve) -> None:
-    async def authenticate(request: web.Request) -> str | None:
-        return request.query.get("user")
+async def test_a_client_may_resume_twice_with_the_same_number(serve) -> None:
+    hub, client = await stateful(serve)
+    await client.send(*[call("Note", n) for n in range(3)])
+    for _ in range(2):
+        await client.drop()
+        await resume(client)
+        await client.send(sequence(2), call("Note", 1), call("Note", 2))
+    await client.send(call("Note", 3))
+    assert [await hub.next() for _ in range(4)] == [0, 1, 2, 3]
+    assert (await client.invoke("Add", 1, 2), hub.pages.empty()) == (3, True)
 
-    hub, client = await stateful(serve, authenticate=authenticate)
+
+async def test_a_socket_of_another_user_does_not_replace_the_old_one(serve) -> None:
+    hub, client = await stateful(serve, authenticate=user_of)
     client.url = client.url.update_query(user="Bob")
     assert await refusal(client) == 403
     assert await client.invoke("Add", 1, 2) == 3
@@ -3828,20 +3616,9 @@ async def test_each_second_the_server_acks_what_counts(serve, protocol) -> None:
         number = newer
 
 
-async def test_an_ack_from_the_future_is_ignored(serve) -> None:
-    hub, client = await stateful(serve)
-    await client.server.hub.clients.all.send("m")
-    await client.send(ack(99), call("Note", "acked"))
-    assert await hub.next() == "acked"
-    await client.drop()
-    assert await resume(client) == 1
-
-
-FUTURE = " Sequence ID greater than amount of messages we've received."
-
-
 @pytest.mark.parametrize("kind, number, text", [
-    (9, 50, FUTURE), (9, "1", " InvalidData"), (8, "1", " InvalidData"),
+    (9, 50, " Sequence ID greater than amount of messages we've received."),
+    (9, "1", " InvalidData"), (8, "1", " InvalidData"),
 ])  # fmt: skip
 async def test_a_wrong_id_is_a_protocol_error(serve, kind, number, text) -> None:
     _, client = await stateful(serve, enable_detailed_errors=True)
@@ -3856,15 +3633,13 @@ async def test_a_wrong_id_is_a_protocol_error(serve, kind, number, text) -> None
 
 async def test_an_ack_makes_room_in_a_full_buffer(serve) -> None:
     _, client = await stateful(serve, stateful_reconnect_buffer_size=1000)
-    await client.begin("Many", 20, 300, 0, type=4)
+    await client.begin("Ticks", 0, 300, type=4)
     await client.next(2)
     await silence()
     assert len(client.unread) < 10
     for number in range(1, 20):
         await client.send(ack(number))
         await client.next(2)
-    await client.send(ack(20))
-    await client.next(3)
 
 
 async def test_an_ack_is_read_while_many_calls_wait_for_room(serve) -> None:
@@ -3916,15 +3691,10 @@ async def test_a_reader_that_has_caught_up_can_resume(serve, acked: int) -> None
 
 async def test_a_reader_that_never_acks_stays_and_costs_bounded_memory(serve) -> None:
     hub, client = await stateful(serve)
-    tracemalloc.start()
-    try:
+    with memory_below(3_000_000):
         for number in range(200):
             await client.server.hub.clients.all.send("m", f"{number:0100000}")
             assert await client.received("m") == [f"{number:0100000}"]
-        size, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert size < 3_000_000
     assert hub.pages.empty()
 
 
@@ -4030,25 +3800,31 @@ async def test_whatever_a_call_raises_fails_that_call_alone(serve, error) -> Non
         assert await client.invoke("Echo", 1, invocationId="2") == 1
 
 
-@dataclass
-class HalfMade:
-    whole: int
-    missing: int = field(init=False)
-
-
 ENDLESS: list = []
 ENDLESS.append(ENDLESS)
+# Values, and the text by which the error names what is wrong, if it does. MessagePack
+# has the numbers that JSON does not have.
 UNWRITABLE = {
-    "an object deep inside": {"a": [{"b": object()}]},
-    "half a dataclass": HalfMade(1),
-    "half a surrogate pair": "\ud800",
-    "an object as a key": {object(): 1},
-    "a list in itself": ENDLESS,
+    "an object deep inside": ({"a": [{"b": object()}]}, ""),
+    "a set": ({1, 2}, ""),
+    "a function": (print, ""),
+    "half a dataclass": (object.__new__(Point), ""),
+    "half a surrogate pair": ("\ud800", ""),
+    "a list in itself": (ENDLESS, ""),
+    "an object as a key": ({object(): 1}, "object"),
+    "a UUID as a key": ({GUID: 1}, "UUID"),
+    "an enum as a key deep inside": ([{"a": Point({Colour.RED: 1})}], "Colour"),
+    "a tuple as a key": ({(1, 2): 3}, "tuple|1, 2"),
+    **{f"{n} in JSON": (float(n), "") for n in ("nan", "inf", "-inf")},
 }
 
 
-@pytest.mark.parametrize("value", UNWRITABLE.values(), ids=UNWRITABLE)
-async def test_what_cannot_be_written_reaches_nobody(serve, value) -> None:
+@pytest.mark.parametrize("name", UNWRITABLE)
+async def test_what_cannot_be_written_fails_for_its_sender_and_reaches_nobody(
+    serve, caplog, name: str
+) -> None:
+    value, reason = UNWRITABLE[name]
+
     class Giving(returning(value)):
         async def take_later(self) -> Any:
             return value
@@ -4057,37 +3833,21 @@ async def test_what_cannot_be_written_reaches_nobody(serve, value) -> None:
             await self.clients.caller.send("m", value)
 
     server = await serve(Giving)
-    clients = [await server.connect(wire) for wire in WIRES]
+    to, wires = server.hub.clients, JSON_WIRES if "JSON" in name else WIRES
+    clients = [await server.connect(wire) for wire in wires]
     for client in clients:
         for method in ("Take", "TakeLater", "GiveToCaller"):
             assert (await client.error(method)).startswith(THREW.format(method))
         assert "error" in (await client.stream("Takes"))[-1]
-    for word in ("first", "last"):
-        await server.hub.clients.all.send("Good", word)
-        with pytest.raises((TypeError, ValueError, AttributeError, RecursionError)):
-            await server.hub.clients.all.send("Bad", value)
+    assert re.search(reason, caplog.text)
+    errors = (TypeError, ValueError, AttributeError, RecursionError)
+    for number, proxy in enumerate((to.all, to.client("gone"), to.group("g"))):
+        await to.all.send("Good", number)
+        with pytest.raises(TypeError if reason else errors, match=reason or None):
+            await proxy.send("Bad", value)
     for client in clients:
-        good = [await client.received("Good") for _ in range(2)]
-        assert (good, client.unread) == ([["first"], ["last"]], [])
-
-
-class Permission(enum.IntFlag):
-    READ = 1
-    WRITE = 2
-
-
-@pytest.mark.parametrize("annotation, bad, good, seen", [
-    (Permission, 4, 3, Permission.READ | Permission.WRITE),
-    (datetime.datetime, msgpack.Timestamp(8_640_000_000_000), MOMENT, MOMENT),
-], ids=["a flag that does not exist", "a year beyond Python's"])  # fmt: skip
-async def test_an_argument_without_a_python_value_fails_its_call_alone(
-    serve, annotation: type, bad: Any, good: Any, seen: Any
-) -> None:
-    hub, arguments = taking(annotation)
-    client = await (await serve(hub)).connect(("WebSockets", "messagepack"))
-    assert await client.error("Take", 1, bad) == FAILED.format("Take")
-    await client.invoke("Take", 1, good)
-    assert arguments == [seen]
+        good = [await client.received("Good") for _ in range(3)]
+        assert (good, client.unread) == ([[0], [1], [2]], [])
 
 
 # ---------------------------------------------------------- context variables
@@ -4104,6 +3864,24 @@ class Watching:
 
 
 class InContext(Plain):
+    """Leaves traces in its context and on its task."""
+
+    async def on_connected(self) -> None:
+        WHO.set("on_connected")
+
+    async def mark(self, pause: bool) -> list:
+        task = asyncio.current_task()
+        found = [WHO.get(), getattr(task, "mark", None), task.get_name() == "marked"]
+        WHO.set("marked")
+        task.set_name("marked")
+        task.mark = "marked"
+        if pause:
+            await asyncio.sleep(0)
+        return found
+
+    async def cancel_itself(self) -> None:
+        asyncio.current_task().cancel()
+
     async def set_who(self) -> None:
         WHO.set("Ann")
         await self.clients.caller.invoke("GetName")
@@ -4133,6 +3911,20 @@ async def test_a_context_variable_of_a_call_is_seen_by_no_other_call(serve) -> N
     for client in [other] * 10 + [one]:
         assert await client.invoke("Who", {"number": 1}) == ["nobody", "nobody"]
     await one.finish(id)
+
+
+@everywhere
+async def test_a_call_leaves_nothing_on_the_task_of_another(serve, wire) -> None:
+    client = await (await serve(InContext)).connect(wire)
+    calls = [call("Mark", False), call("Fail")]
+    calls = [*calls, call("Mark", True), call("CancelItself")] * 3
+    calls = [{**m, "invocationId": str(n)} for n, m in enumerate(calls)]
+    await client.send(*calls)
+    completions = [await client.next(3, m["invocationId"]) for m in calls]
+    assert all("error" in failed for failed in completions[1::4])
+    assert all(cancelled["result"] is None for cancelled in completions[3::4])
+    for marked in completions[::2]:
+        assert marked["result"] == ["nobody", None, False]
 
 
 @pytest.mark.parametrize("method", ["Fail", "FailLater"])
@@ -4184,10 +3976,6 @@ class Busy(Gate):
     async def ask_for_each(self, numbers: AsyncIterator[int]) -> int:
         return sum([await self.ask(n) async for n in numbers])
 
-    async def fast(self) -> AsyncIterator[str]:
-        while True:
-            yield "x" * 100
-
     async def silent(self) -> AsyncIterator[int]:
         await self.gates[0].wait()
         yield 1
@@ -4198,10 +3986,6 @@ class Busy(Gate):
                 await asyncio.sleep(0.01)
             self.note("tick")
             yield 1
-
-    async def abort(self) -> None:
-        await asyncio.sleep(0.1)
-        self.context.abort()
 
 
 @pytest_asyncio.fixture
@@ -4219,25 +4003,38 @@ def cancel(id: str) -> dict:
     return {"type": 5, "invocationId": id}
 
 
-@pytest.mark.parametrize("limit, kinds", [
-    (3, ["NoteLater"]), (None, ["Wait", "ReturnWaiting", "NoteLater"]),
+@pytest.mark.parametrize("wire, limit, together", [
+    *((wire, 1, 1) for wire in WIRES),
+    (WIRES[0], 3, 4), (WIRES[0], None, 90),
 ])  # fmt: skip
-async def test_calls_that_run_together_begin_in_order(serve, limit, kinds) -> None:
+async def test_as_many_calls_of_a_client_run_as_the_option_allows_and_begin_in_order(
+    serve, wire, limit: int | None, together: int
+) -> None:
     options = {"maximum_parallel_invocations_per_client": limit}
-    hub, client = await gated(serve, hub=Busy, **options)
-    await client.send(*numbered(90, *kinds))
-    assert [await hub.next() for _ in range(90)] == list(range(90))
+    hub, client = await gated(serve, wire, Busy, **options)
+    await client.send(*numbered(90, "Wait", "ReturnWaiting", "NoteLater"))
+    # "NoteLater" ends at once and makes room for another.
+    assert [await hub.next() for _ in range(together)] == [*range(together)]
+    other = await client.server.connect(wire)
+    assert await other.invoke("Add", 1, 2) == 3
+    await silence(0.05)
+    assert hub.pages.empty()
     hub.gates[0].set()
+    assert [await hub.next() for _ in range(together, 90)] == [*range(together, 90)]
     for n in range(90):
         await client.finish(str(n))
 
 
 @everywhere
-async def test_items_pass_calls_that_wait_but_streams_do_not(serve, wire) -> None:
+async def test_streams_pass_a_call_that_runs_and_items_those_that_wait(
+    serve, wire
+) -> None:
     hub, client = await gated(serve, wire, Busy)
+    await client.send(call("Wait", 1))
+    assert (await client.stream("Counter", 2))[:2] == [0, 1]
     id = await client.begin("AskForEach", streamIds=["u"])
     streams = [call("Counter", 1, type=4, invocationId=f"s{n}") for n in range(400)]
-    await client.send(call("Wait", 1), call("Wait", 2), *streams)
+    await client.send(call("Wait", 2), *streams)
     await upload(client, "u", *range(30))
     for number in range(30):
         await answer(client, await client.next(1), result=number)
@@ -4270,22 +4067,6 @@ async def test_a_call_cancelled_at_once_is_answered(serve, protocol, target) -> 
     assert notes in ([], [None], ["begun", "cleaned up"])
 
 
-@everywhere
-async def test_calls_that_came_before_the_hub_was_ready_count(serve, wire) -> None:
-    class Slow(Busy):
-        async def on_connected(self) -> None:
-            await asyncio.sleep(0.1)
-
-        async def on_disconnected(self, error: Exception | None) -> None:
-            with pytest.raises(ConnectionError):
-                await self.clients.caller.invoke("Why")
-            self.note("left")
-
-    hub, client = await gated(serve, wire, Slow)
-    await client.send({"type": 6}, call("Note", 7), {"type": 7})
-    assert [await hub.next(), await hub.next()] == [7, "left"]
-
-
 async def test_a_stubborn_stream_sends_no_more_when_its_client_left(serve) -> None:
     hub, client = await gated(serve, hub=Busy, close_timeout=0.1)
     await client.begin("Stubborn", type=4)
@@ -4300,35 +4081,6 @@ async def test_a_stubborn_stream_sends_no_more_when_its_client_left(serve) -> No
 
 
 # ------------------------------------------------------- violations of protocol
-
-
-async def test_an_answer_without_a_result_is_an_error(busy) -> None:
-    _, client = busy
-    id = await client.begin("Ask")
-    await answer(client, await client.next(1))
-    with pytest.raises(Failed, match="HubException: Client didn't provide a result."):
-        await client.finish(id)
-
-
-@pytest.mark.parametrize("opcode, code", [(8, 1005), (3, 1002)])
-async def test_what_comes_with_the_last_frame_counts(serve, opcode, code) -> None:
-    hub = Busy.fresh()
-    raw = await RawSocket.open(await serve(hub))
-    note = RawSocket.frame(1, encode("json", call("Note", 7)))
-    raw.writer.write(note + RawSocket.frame(opcode))
-    assert await hub.next() == 7
-    await hub.next()
-    assert await raw.close_code() in (code, 1000 if code == 1005 else code)
-
-
-async def test_bytes_without_a_message_are_no_sign_of_life(serve) -> None:
-    client = await (await serve(Plain, client_timeout_interval=0.3)).connect()
-    await client.send({"type": 6})
-    with suppress(aiohttp.ClientConnectionError):
-        while not client.ended:
-            await client.write(b" ")
-            await asyncio.sleep(0.05)
-    assert (await client.next(7))["error"] == CLOSED
 
 
 @pytest.mark.parametrize("url", ["/api/ps/event", "/hubs/kestrun?id=1"])
@@ -4387,23 +4139,12 @@ async def test_a_flood_of_pings_does_not_delay_other_clients(serve) -> None:
     assert await raw.next() == (10, b"")
 
 
-async def test_a_stream_that_never_pauses_does_not_delay_its_cancel(busy) -> None:
-    _, client = busy
-    stream = await client.begin("Fast", type=4)
-    await client.next(2)
-    assert await client.invoke("Echo", 1) == 1
-    await client.send(cancel(stream))
-    assert "error" not in await client.next(3, stream)
-
-
-TOO_MANY = "The client has too many calls and streams under way."
-
-
 async def test_streams_of_one_client_are_bounded(busy) -> None:
     _, client = busy
     streams = [call("Silent", type=4, invocationId=f"s{n}") for n in range(1001)]
     await client.send(*streams)
-    assert (await client.next(3, "s1000"))["error"] == TOO_MANY
+    text = "The client has too many calls and streams under way."
+    assert (await client.next(3, "s1000"))["error"] == text
     await client.send(cancel("s0"))
     await client.next(3, "s0")
     assert await client.invoke("Echo", 1) == 1
@@ -4443,23 +4184,6 @@ async def test_a_small_outbox_has_its_limit_too(serve) -> None:
     assert server.hub.stats()["cuts"] == {"slow client": 1}
 
 
-async def test_a_stopped_reader_costs_bounded_memory_until_it_is_dropped(busy) -> None:
-    hub, neighbour = busy
-    server = neighbour.server
-    await SilentClient.open(server)
-    tracemalloc.start()
-    try:
-        for n in range(1000):
-            await server.hub.clients.all.send("m", f"{n:010000}")
-            assert await neighbour.received("m") == [f"{n:010000}"]
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert await hub.next() is not None
-    assert list(server.hub.connections) == [neighbour.id]
-    assert peak < 3_000_000
-
-
 # ------------------------------------------------- shutdown with live clients
 
 STATES = {
@@ -4469,7 +4193,7 @@ STATES = {
     "a call that asks": [call("Ask", 1)],
     "an upload": [call("AskForEach", streamIds=["u"])],
     "a silent stream": [call("Silent", type=4, invocationId="s")],
-    "a fast stream": [call("Fast", type=4, invocationId="s")],
+    "a fast stream": [call("Ticks", None, 100, type=4, invocationId="s")],
 }
 
 
@@ -4482,29 +4206,38 @@ async def test_a_shutdown_ends_clients_in_any_state(serve, wire, messages) -> No
     client = await server.connect(wire)
     await client.send({"type": 6}, *messages)
     await asyncio.wait_for(server.runner.cleanup(), 4)
+    if wire[0] != "LongPolling" or not messages:  # else its next poll may be too late
+        assert await client.next(7) == {"type": 7, "allowReconnect": True}
     await client.leave()
     await until(lambda: asyncio.all_tasks() <= before)
     assert not server.hub.connections
     gc.collect()  # a coroutine that was never awaited would warn now
 
 
-async def test_a_shutdown_answers_a_client_in_its_handshake(serve) -> None:
+@pytest.mark.parametrize("shake, last", [
+    (False, b'{"error":"Handshake was canceled."}'),
+    (True, b'{"type":7,"allowReconnect":true}'),
+], ids=["in its handshake", "connected"])  # fmt: skip
+async def test_a_shutdown_ends_a_socket_whose_client_waits(serve, shake, last) -> None:
     server = await serve(Plain)
-    raw = await RawSocket.open(server, shake=False)
+    raw = await RawSocket.open(server, shake=shake)
     stopping = asyncio.create_task(server.runner.cleanup())
-    assert b"Handshake was canceled." in (await raw.next())[1]
-    raw.writer.close()
+    assert await raw.next() == (1, last + RS)
+    assert await raw.close_code() == 1000
+    assert await soon(raw.reader.read()) == b""
     await stopping
 
 
 async def test_a_close_is_finished_also_where_reading_had_stopped(serve) -> None:
-    server = await serve(Busy.fresh(), close_timeout=PATIENCE)
-    raw = await RawSocket.open(server)
-    waiting = encode("json", call("Wait", "x" * 99)) * 9999
-    raw.send(1, encode("json", call("Abort")) + waiting)
-    assert await raw.close_code() == 1000
-    raw.send(8, b"\x03\xe8")
-    assert await soon(raw.reader.read(9)) == b""
+    hub = Busy.fresh()
+    client = await SilentClient.open(await serve(hub, close_timeout=30))
+    await client.send(*[call("Wait", "x" * 99)] * 9999)
+    await hub.next()
+    await client.end("context.abort")
+    assert await client.raw.close_code() == 1000
+    await client.end("close frame")
+    assert await soon(client.raw.reader.read(9)) == b""
+    hub.gates[0].set()
 
 
 # ---------------------------------------------------------------------- leaks
@@ -4534,6 +4267,7 @@ async def connect_and_leave(server: Server, count: int) -> None:
     for n in range(count):
         client = await server.connect(WIRES[n % len(WIRES)])
         assert await client.invoke("Echo", n) == n
+        await client.stream("Counter", 1)
         await client.begin("Silent", type=4)
         await client.send(call("Wait"))
         if n % 3 == 0:
@@ -4558,16 +4292,8 @@ async def test_clients_that_leave_leave_nothing_behind(serve) -> None:
     before = kept()
     await connect_and_leave(server, CONNECTIONS)
     await until(lambda: all(n <= before[name] + 2 for name, n in kept().items()))
-    assert list(server.hub.groups.names()) == []
-
-
-@pytest.mark.parametrize("method", ["Me", "Wait"])
-async def test_a_hub_object_is_freed_when_its_client_has_left(serve, method) -> None:
-    client = await (await serve(Leaky)).connect()
-    await client.begin(method)
-    await client.stream("Counter", 1)
-    await client.leave()
     await until(lambda: gc.collect() >= 0 and Leaky.latest() is None)
+    assert list(server.hub.groups.names()) == []
 
 
 # ----------------------------------------------------------------- operations
@@ -4613,20 +4339,6 @@ async def running(op: kestrun.Operation) -> kestrun.Operation:
     return op
 
 
-async def test_an_operation_has_a_name_a_result_and_times(ops) -> None:
-    op = await soon(ops.start(ten, name="Import", description="Rows").wait())
-    assert (op.name, op.description) == ("Import", "Rows")
-    assert (op.state, op.result, op.error) == ("Completed", 10, None)
-    assert op.started_at <= op.completed_at
-
-
-async def test_an_operation_that_raises_keeps_and_logs_its_error(ops, caplog) -> None:
-    op = await soon(ops.start(faulty).wait())
-    assert (op.name, op.state, op.result) == ("faulty", "Faulted", None)
-    assert str(op.error) == "out of paper" and "out of paper" in caplog.text
-    assert op.completed_at is not None
-
-
 async def test_start_returns_before_the_work_begins(ops) -> None:
     op = ops.start(endless)
     assert (op.state, op.progress, op.started_at) == ("NotStarted", 0, None)
@@ -4644,13 +4356,16 @@ async def test_an_operation_cancelled_before_its_first_step_never_runs(ops) -> N
     assert (op.state, op.status, op.started_at) == ("Canceled", "", None)
 
 
-async def test_progress_never_falls_and_is_100_only_at_the_end(ops) -> None:
+async def test_progress_is_from_0_to_100_and_is_100_only_at_the_end(ops) -> None:
     seen: list[int] = []
 
     async def work(progress: kestrun.Progress) -> None:
         for percent in (10, 50, 20, 60.4, 60, 5, 100):
             await progress(percent, "step")
             seen.append(op.progress)
+        for percent in (-1, 101, float("nan")):
+            with pytest.raises(ValueError, match="from 0 to 100"):
+                await progress(percent)
 
     op = ops.start(work)
     await soon(op.wait())
@@ -4658,23 +4373,14 @@ async def test_progress_never_falls_and_is_100_only_at_the_end(ops) -> None:
     assert (op.progress, op.step) == (100, 7)
 
 
-@pytest.mark.parametrize("percent", [-1, 101, float("nan")])
-async def test_progress_is_from_0_to_100(ops, percent: float) -> None:
-    op = await soon(ops.start(lambda progress: progress(percent)).wait())
-    assert (op.state, type(op.error)) == ("Faulted", ValueError)
-
-
-@pytest.mark.parametrize(
-    ("work", "percent", "final", "end", "result"),
-    [
-        (ten, 50, "Completed", 100, 10),
-        (faulty, 30, "Faulted", 30, None),
-        (endless, 30, "Canceled", 30, None),
-        (stubborn, 30, "Completed", 100, "anyway"),
-    ],
-)
-async def test_every_step_is_announced_and_the_end_exactly_once(
-    work, percent: int, final: str, end: int, result: Any
+@pytest.mark.parametrize("work, percents, state, result, error", [
+    (ten, [0, 50, 100], "Completed", 10, ""),
+    (faulty, [0, 30, 30], "Faulted", None, "out of paper"),
+    (endless, [0, 30, 30], "Canceled", None, ""),
+    (stubborn, [0, 30, 100], "Completed", "anyway", ""),
+])  # fmt: skip
+async def test_an_operation_announces_each_step_and_keeps_how_it_ended(
+    work, percents: list[int], state: str, result: Any, error: str, caplog
 ) -> None:
     seen: list[tuple] = []
     ops = kestrun.Operations(on_change=lambda op: seen.append((op.state, op.progress)))
@@ -4682,8 +4388,13 @@ async def test_every_step_is_announced_and_the_end_exactly_once(
     if work in (endless, stubborn):
         ops.cancel((await running(op)).id)
     await soon(op.wait())
-    assert seen == [("Running", 0), ("Running", percent), (final, end)]
-    assert op.result == result
+    states = ["Running", "Running", state]
+    assert seen == list(zip(states, percents, strict=True))
+    assert (op.name, op.result) == (work.__name__, result)
+    assert (op.error is None) == (state == "Completed")
+    assert str(op.error or "") == error
+    assert error in caplog.text
+    assert op.started_at <= op.completed_at
 
 
 @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
@@ -4715,7 +4426,9 @@ async def test_an_operation_is_final_while_its_end_is_announced() -> None:
 
 
 async def test_operations_are_found_and_listed_until_they_are_removed(ops) -> None:
-    done, busy = await soon(ops.start(ten).wait()), await running(ops.start(endless))
+    done = await soon(ops.start(ten, name="Import", description="Rows").wait())
+    busy = await running(ops.start(endless))
+    assert (done.name, done.description) == ("Import", "Rows")
     assert (ops.get(done.id), ops.get("nobody")) == (done, None)
     assert [ops.cancel(id) for id in (done.id, "nobody")] == [False, False]
     assert ops.list() == [busy, done]
@@ -4798,14 +4511,11 @@ async def schedule(clock: Clock) -> AsyncIterator[kestrun.Schedule]:
     await soon(schedule.close())
 
 
-@pytest.mark.parametrize(
-    ("kind", "when", "period"), [("every", 0.5, 0.5), ("cron", "* * * * * *", 1)]
-)
-async def test_runs_are_aligned_to_the_clock_and_late_if_the_loop_is_blocked(
-    kind: str, when: Any, period: float
-) -> None:
+@pytest.mark.parametrize("when, period", [(0.5, 0.5), ("* * * * * *", 1)])
+async def test_runs_are_aligned_to_the_clock_and_late_if_the_loop_blocks(when, period):
     schedule, runs = kestrun.Schedule(), asyncio.Queue()
-    getattr(schedule, kind)(when)(lambda: runs.put_nowait(time.time()))
+    on = schedule.cron if isinstance(when, str) else schedule.every
+    on(when)(lambda: runs.put_nowait(time.time()))
     async with asynccontextmanager(schedule.context)(None):
         first, second = [await soon(runs.get()) for _ in range(2)]
         assert first % period < 0.3
@@ -4934,9 +4644,7 @@ def test_wrong_intervals_and_names_are_refused() -> None:
             change("nobody")
 
 
-async def test_a_job_that_raises_is_logged_reported_and_runs_again(
-    schedule, clock, caplog
-) -> None:
+async def test_a_job_that_raises_is_reported_and_runs_again(schedule, clock, caplog):
     @schedule.every(60)
     async def clumsy() -> None:
         raise ValueError("oops")
@@ -5081,17 +4789,6 @@ async def test_the_page_shows_what_clients_send_as_text(page) -> None:
     assert await page.locator("#log :is(b, i, img)").count() == 0
 
 
-async def test_the_page_joins_a_group_receives_its_messages_and_leaves(page) -> None:
-    await page.fill("#group", "Crew & Co")
-    await page.click("#join")
-    await sees(page, "#groups li", "Crew & Co")
-    await page.click("#clear")
-    await page.click("#broadcast")
-    await sees(page, "#log li", "Group message")
-    await page.click("#leave")
-    await sees(page, "#groups li", "Crew & Co", state="hidden")
-
-
 async def test_the_page_follows_an_operation_to_its_end_and_removes_it(page) -> None:
     row = await start_operation(page, 2)
     shows = "([row, value]) => document.querySelector(row).value === value"
@@ -5115,22 +4812,26 @@ async def test_the_page_asks_for_an_operations_status_and_cancels_it(page) -> No
     await sees(page, f"{row} .remove")
 
 
-async def test_the_page_reconnects_after_a_restart_and_rejoins_its_groups(tab) -> None:
+async def test_the_page_keeps_its_groups_over_a_restart_until_it_leaves_them(tab):
     async with Server(kestrun.create_app()) as server:
         await tab.goto(server.origin)
         await sees(tab, "#state", "Connected")
-        await tab.fill("#group", "Crew")
+        await tab.fill("#group", "Crew & Co")
         await tab.click("#join")
-        await sees(tab, "#groups li", "Crew")
+        await sees(tab, "#groups li", "Crew & Co")
+        await tab.click("#broadcast")
+        await sees(tab, "#log li", "Group message")
     await sees(tab, "#state", "Reconnecting")
     async with Server(kestrun.create_app(), port=server.port):
         await sees(tab, "#state", "Connected")
-        await sees(tab, "#groups li", "Crew")
+        await sees(tab, "#groups li", "Crew & Co")
         groups = "fetch('healthz').then(r => r.json()).then(h => h.Groups)"
         await tab.wait_for_function(f"async () => (await {groups}) === 1")
         await tab.click("#clear")
         await tab.click("#broadcast")
         await sees(tab, "#log li", "Group message")
+        await tab.click("#leave")
+        await sees(tab, "#groups li", "Crew & Co", state="hidden")
 
 
 async def test_the_page_asks_for_the_token_and_uses_it_everywhere(tab) -> None:
@@ -5165,10 +4866,9 @@ async def test_the_page_works_below_another_path_and_asks_no_other_host(tab) -> 
     assert asked and all(url.startswith(ours) for url in asked)
 
 
-async def test_the_page_never_writes_html(serve) -> None:
-    answer = await (await serve(app=kestrun.create_app())).request("GET", "/")
+def test_the_page_never_writes_html() -> None:
     writes = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write"
-    assert answer.status == 200 and not re.search(writes, answer.body)
+    assert not re.search(writes, kestrun.PAGE)
 
 
 # ----------------------------------------------------------------------- demo
@@ -5177,20 +4877,25 @@ HUB = "/hubs/kestrun"
 LEVELS = ["Trace", "Verbose", "Debug", "Information"]
 LEVELS += ["Warning", "Error", "Critical", "Fatal"]
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-EVENT = "Message Timestamp Random"
-HEARTBEAT = "Type ServerTime Uptime ConnectedClients Message"
+#: The fields of the payloads, by the name of the call or of the event.
+FIELDS = {
+    "ReceiveLog": "level message timestamp",
+    "ReceiveEvent": "eventName data timestamp",
+    "ReceiveGroupMessage": "Message Timestamp Sender",
+    "ReceiveAdminUpdate": "Type SystemInfo Timestamp Message",
+    "PowerShellEvent": "Message Timestamp Random",
+    "GroupJoinRequest": "GroupName Message Timestamp",
+    "GroupLeaveRequest": "GroupName Message Timestamp",
+    "OperationProgress": "TaskId Progress Step Message Timestamp",
+    "OperationComplete": "TaskId State Progress Message Timestamp",
+    "ServerHeartbeat": "Type ServerTime Uptime ConnectedClients Message",
+}
 STATUS = "OperationId TaskId Name State StartedAt CompletedAt Progress Status Message"
+NAMES = {"level": "Information", "groupName": "Blue", "taskId": "nobody"}
 API = [
-    ("GET", "/api/ps/log/Information"),
-    ("GET", "/api/ps/event"),
-    ("POST", "/api/group/join/Blue"),
-    ("POST", "/api/group/leave/Blue"),
-    ("POST", "/api/group/broadcast/Blue"),
-    ("POST", "/api/operation/start"),
-    ("GET", "/api/operation/status/nobody"),
-    ("GET", "/api/operation/list"),
-    ("POST", "/api/operation/cancel/nobody"),
-    ("DELETE", "/api/operation/nobody"),
+    (route.method, route.resource.canonical.format(**NAMES))
+    for route in kestrun.create_app().router.routes()
+    if route.resource.canonical.startswith("/api/") and route.method != "HEAD"
 ]
 
 
@@ -5222,20 +4927,26 @@ async def guest(demo) -> Client:
     return await visitor(await demo())
 
 
-def assert_payload(payload: dict, fields: str) -> None:
+def assert_fields(payload: dict, fields: str) -> None:
     """These are its fields, and each time in it is UTC."""
     assert set(payload) == set(fields.split())
     for name in payload.keys() & {"Timestamp", "timestamp", "ServerTime", "StartedAt"}:
         assert STAMP.fullmatch(payload[name])
 
 
-async def event(client: Client, name: str, fields: str) -> dict:
-    """The data of the next event, which must have this name and these fields."""
-    (payload,) = await client.received("ReceiveEvent")
-    assert_payload(payload, "eventName data timestamp")
-    assert payload["eventName"] == name
-    assert_payload(payload["data"], fields)
-    return payload["data"]
+async def payload(client: Client, target: str) -> dict:
+    """The payload of the next call, which must be of this method."""
+    (payload,) = await client.received(target)
+    assert_fields(payload, FIELDS[target])
+    return payload
+
+
+async def event(client: Client, name: str, fields: str = "") -> dict:
+    """The data of the next event, which must have this name."""
+    event = await payload(client, "ReceiveEvent")
+    assert event["eventName"] == name
+    assert_fields(event["data"], fields or FIELDS[name])
+    return event["data"]
 
 
 async def nothing_more(client: Client) -> None:
@@ -5252,18 +4963,15 @@ def assert_error(answer: Answer, status: int) -> None:
 
 
 @everywhere
-async def test_a_group_message_reaches_those_who_joined_and_have_not_left(
-    demo, wire
-) -> None:
+async def test_a_group_message_reaches_those_who_joined_and_stayed(demo, wire) -> None:
     server = await demo()
     client, other = await server.connect(wire, path=HUB), await visitor(server)
     await client.invoke("JoinGroup", "Blue")
     assert await client.received("GroupJoined") == ["Blue"]
     answer = await server.request("POST", "/api/group/broadcast/Blue")
-    assert_payload(answer.json, "Success Message GroupName")
+    assert_fields(answer.json, "Success Message GroupName")
     assert (answer.status, answer.json["GroupName"]) == (200, "Blue")
-    (message,) = await client.received("ReceiveGroupMessage")
-    assert_payload(message, "Message Timestamp Sender")
+    await payload(client, "ReceiveGroupMessage")
     await client.invoke("LeaveGroup", "Blue")
     assert await client.received("GroupLeft") == ["Blue"]
     await server.request("POST", "/api/group/broadcast/Blue")
@@ -5278,22 +4986,18 @@ async def test_the_hub_refuses_a_group_name_that_cannot_be_shown(guest, group) -
 
 
 @pytest.mark.parametrize("level", LEVELS)
-async def test_a_log_message_is_broadcast_in_the_spelling_of_the_table(
-    guest, level: str, caplog
-) -> None:
+async def test_a_log_message_is_broadcast_in_the_tables_spelling(guest, level, caplog):
     caplog.set_level(1, "kestrun")
-    for spelling in (level, level.lower(), level.upper()):
+    default = rf"Test {level} message from Kestrun at \d\d:\d\d:\d\d"
+    given = f"{level}?message=caf%C3%A9%20%3Cb%3E"
+    spellings = dict.fromkeys((level, level.lower(), level.upper()), default)
+    for spelling, message in {**spellings, given: "café <b>"}.items():
         answer = await guest.server.request("GET", f"/api/ps/log/{spelling}")
         text = f"Broadcasted {level} log message"
         assert answer.plain == (200, "text/plain", text)
-        (log,) = await guest.received("ReceiveLog")
-        assert_payload(log, "level message timestamp")
-        pattern = rf"Test {level} message from Kestrun at \d\d:\d\d:\d\d"
-        assert re.fullmatch(pattern, log["message"])
-        assert log["level"] == level
-    url = f"/api/ps/log/{level}?message=caf%C3%A9%20%3Cb%3E"
-    await guest.server.request("GET", url)
-    assert (await guest.received("ReceiveLog"))[0]["message"] == "café <b>"
+        entry = await payload(guest, "ReceiveLog")
+        assert entry["level"] == level
+        assert re.fullmatch(message, entry["message"])
     assert "café <b>" in caplog.text
 
 
@@ -5301,17 +5005,16 @@ async def test_a_log_message_is_broadcast_in_the_spelling_of_the_table(
 @pytest.mark.parametrize("verb", ["join", "leave"])
 async def test_a_request_about_a_group_is_broadcast(guest, verb, group) -> None:
     answer = await guest.server.request("POST", f"/api/group/{verb}/{group}")
+    assert_fields(answer.json, "Success Message GroupName")
+    data = await event(guest, f"Group{verb.title()}Request")
     name = urllib.parse.unquote(group)
-    assert_payload(answer.json, "Success Message GroupName")
-    assert (answer.json["Success"], answer.json["GroupName"]) == (True, name)
-    fields = "GroupName Message Timestamp"
-    data = await event(guest, f"Group{verb.title()}Request", fields)
-    assert data["GroupName"] == name
+    assert answer.json["Success"] is True
+    assert answer.json["GroupName"] == data["GroupName"] == name
 
 
 async def started(server: Server, seconds: str = "?seconds=3600") -> str:
     answer = await server.request("POST", "/api/operation/start" + seconds)
-    assert_payload(answer.json, "Success TaskId Message")
+    assert_fields(answer.json, "Success TaskId Message")
     assert (answer.status, answer.json["Success"]) == (200, True)
     return answer.json["TaskId"]
 
@@ -5323,36 +5026,25 @@ async def listed(server: Server) -> list[dict]:
 async def status(server: Server, id: str) -> dict:
     answer = await server.request("GET", f"/api/operation/status/{id}")
     assert answer.status == 200
-    assert_payload(answer.json, STATUS)
+    assert_fields(answer.json, STATUS)
     return answer.json
 
 
-async def end_of(client: Client, id: str, state: str) -> dict:
-    """How the operation ended, which must be announced next."""
-    fields = "TaskId State Progress Message Timestamp"
-    data = await event(client, "OperationComplete", fields)
-    assert (data["TaskId"], data["State"]) == (id, state)
-    final = await status(client.server, id)
-    assert (final["State"], final["Progress"]) == (state, data["Progress"])
-    assert STAMP.fullmatch(final["CompletedAt"])
-    return final
+SHOWN = {"": [50, 100], "?seconds=" + "0" * 5000 + "3": [33, 67, 100]}
 
 
-@pytest.mark.parametrize(
-    ("seconds", "percents"),
-    [("", [50, 100]), ("?seconds=" + "0" * 5000 + "3", [33, 67, 100])],
-    ids=["2 by default", "zeros before 3"],
-)
-async def test_each_step_of_an_operation_is_announced_and_its_end(
-    guest, seconds: str, percents: list[int]
-) -> None:
+@pytest.mark.parametrize("seconds", SHOWN, ids=["2 by default", "zeros before 3"])
+async def test_each_step_of_an_operation_is_announced_and_its_end(guest, seconds):
     id = await started(guest.server, seconds)
-    for step, percent in enumerate(percents, 1):
-        fields = "TaskId Progress Step Message Timestamp"
-        data = await event(guest, "OperationProgress", fields)
+    for step, percent in enumerate(SHOWN[seconds], 1):
+        data = await event(guest, "OperationProgress")
         shown = [data[field] for field in ("TaskId", "Step", "Progress")]
         assert repr(shown) == repr([id, step, percent])
-    assert (await end_of(guest, id, "Completed"))["Progress"] == 100
+    end, final = await event(guest, "OperationComplete"), await status(guest.server, id)
+    for shown in (end, final):
+        values = (shown["TaskId"], shown["State"], shown["Progress"])
+        assert values == (id, "Completed", 100)
+    assert STAMP.fullmatch(final["CompletedAt"])
     await nothing_more(guest)
 
 
@@ -5368,18 +5060,18 @@ async def test_operations_are_listed_newest_first(guest) -> None:
 
 async def test_an_operation_is_cancelled_once_and_then_removed_once(guest) -> None:
     id = await started(guest.server)
-    show = "GET", f"/api/operation/status/{id}"
-    cancel = "POST", f"/api/operation/cancel/{id}"
-    remove = "DELETE", f"/api/operation/{id}"
-    assert_error(await guest.server.request(*remove), 409)
-    assert (await guest.server.request(*cancel)).status == 200
-    await end_of(guest, id, "Canceled")
-    assert_error(await guest.server.request(*cancel), 409)
-    assert (await guest.server.request(*remove)).status == 200
-    for route in (show, cancel, remove):
-        answer = await guest.server.request(*route)
-        assert_error(answer, 404)
-        assert answer.json["TaskId"] == id
+    show, cancel = f"GET /api/operation/status/{id}", f"POST /api/operation/cancel/{id}"
+    remove = f"DELETE /api/operation/{id}"
+    before = [(remove, 409), (cancel, 200), (show, 200), (cancel, 409)]
+    after = [(remove, 200), (show, 404), (cancel, 404), (remove, 404)]
+    for request, status in (*before, *after):
+        answer = await guest.server.request(*request.split())
+        assert (answer.status, answer.json["TaskId"]) == (status, id)
+        assert answer.json.get("State", "Canceled") == "Canceled"
+        if status != 200:
+            assert_error(answer, status)
+    data = await event(guest, "OperationComplete")
+    assert (data["TaskId"], data["State"], data["Progress"]) == (id, "Canceled", 0)
 
 
 # ---- refusals: JSON that says what to do, and nothing is broadcast
@@ -5442,21 +5134,19 @@ async def test_hub_and_api_need_the_token(demo, token: str | None) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "?access_token=s3cret"])
-async def test_the_token_opens_the_hub_and_lets_an_event_be_broadcast(
-    demo, query: str
-) -> None:
+async def test_the_token_opens_the_hub_and_lets_an_event_be_broadcast(demo, query):
     server = await demo(token="s3cret")
     server.headers = {} if query else bearer("s3cret")
     client = await server.connect(path=HUB, query=query)
     answer = await server.request("GET", "/api/ps/event" + query)
     assert answer.plain == (200, "text/plain", "Broadcasted custom event")
-    await event(client, "PowerShellEvent", EVENT)
+    await event(client, "PowerShellEvent")
 
 
 async def test_the_demo_allows_the_origins_it_is_given_and_no_others(demo) -> None:
     server = await demo(allowed_origins=(FRIEND,))
     client = await visitor(server)
-    stranger = {"Origin": "https://stranger.example"}
+    stranger = {"Origin": STRANGER}
     asked = {"Origin": FRIEND, "Access-Control-Request-Method": "POST"}
     for method, url in API:
         assert_error(await server.request(method, url, headers=stranger), 403)
@@ -5473,16 +5163,15 @@ async def test_the_health_of_the_server_is_counted(demo) -> None:
     await visitor(server, group="Blue")
     await started(server)
     health = (await server.request("GET", "/healthz")).json
-    assert_payload(health, "Status Uptime ConnectedClients Groups Operations Hub")
+    assert_fields(health, "Status Uptime ConnectedClients Groups Operations Hub")
     counts = {"ConnectedClients": 1, "Groups": 1, "Operations": 1}
     assert health | counts | {"Status": "Healthy"} == health
 
 
 async def test_the_demo_has_a_stateful_hub_at_the_path_that_the_page_knows(demo):
     server = await demo(hub_path="/live")
-    negotiated = await server.client(path="/live").negotiate(
-        useStatefulReconnect="true"
-    )
+    live = server.client(path="/live")
+    negotiated = await live.negotiate(useStatefulReconnect="true")
     assert negotiated["useStatefulReconnect"] is True
     assert_error(await server.request("POST", HUB + "/negotiate"), 404)
     page = await server.request("GET", "/")
@@ -5501,8 +5190,8 @@ async def test_the_demo_may_be_part_of_another_application(serve) -> None:
     app = web.Application()
     app.add_subapp("/sub", kestrun.create_app(token="s3cret"))
     server = await serve(app=app)
-    assert_error(await server.request("GET", "/sub/api/ps/event"), 401)
-    assert_error(await server.request("GET", "/sub/nothing"), 404)
+    for url, status in (("/api/ps/event", 401), ("/nothing", 404)):
+        assert_error(await server.request("GET", "/sub" + url), status)
     assert (await server.request("GET", "/sub/")).status == 200
     server.headers = bearer("s3cret")
     client = await visitor(server, "/sub" + HUB)
@@ -5513,7 +5202,7 @@ async def test_the_demo_may_be_part_of_another_application(serve) -> None:
 async def test_demos_can_be_started_again_and_share_nothing(guest) -> None:
     app = kestrun.create_app()
     for _ in range(2):
-        async with Server(app, None) as server:
+        async with Server(app) as server:
             assert await started(server)
             await visitor(server)
             await server.request("GET", "/api/ps/event")
@@ -5521,20 +5210,17 @@ async def test_demos_can_be_started_again_and_share_nothing(guest) -> None:
     await nothing_more(guest)
 
 
-async def test_everyone_gets_a_heartbeat_and_admins_the_state_of_the_system(
-    guest, clock
-) -> None:
+async def test_everyone_gets_a_heartbeat_and_admins_the_systems_state(guest, clock):
     admin = await visitor(guest.server, group="Admins")
     await clock.set("10:01:00")
-    data = await event(admin, "ServerHeartbeat", HEARTBEAT)
+    data = await event(admin, "ServerHeartbeat")
     assert (data["Type"], data["ConnectedClients"]) == ("Heartbeat", 2)
-    (update,) = await admin.received("ReceiveAdminUpdate")
-    assert_payload(update, "Type SystemInfo Timestamp Message")
+    update = await payload(admin, "ReceiveAdminUpdate")
     assert update["Type"] == "AdminUpdate"
-    assert_payload(update["SystemInfo"], "ProcessorCount PythonVersion MemoryMB")
+    assert_fields(update["SystemInfo"], "ProcessorCount PythonVersion MemoryMB")
     await clock.set("10:01:30")
     for client in (admin, guest, guest):
-        await event(client, "ServerHeartbeat", HEARTBEAT)
+        await event(client, "ServerHeartbeat")
     for client in (admin, guest):
         await nothing_more(client)
 
@@ -5551,8 +5237,7 @@ async def test_code_broadcasts_on_any_hub(serve) -> None:
     client = await server.connect()
     await server.hub.groups.add(client.id, "Blue")
     await broadcast()
-    (log,) = await client.received("ReceiveLog")
-    assert_payload(log, "level message timestamp")
+    log = await payload(client, "ReceiveLog")
     assert (log["level"], log["message"]) == ("Fatal", "hello")
     assert await event(client, "Rain", "Amount") == {"Amount": 3}
     assert await client.received("Note") == [{"Text": "hi"}]
@@ -5654,11 +5339,9 @@ async def test_the_program_runs_as_a_lone_copy_and_prints_where(tmp_path: Path) 
     assert left == {"kestrun.py"}
 
 
-async def test_the_program_takes_port_and_token_from_the_environment() -> None:
+async def test_the_program_takes_its_token_from_the_environment() -> None:
     paths = ("/", "/healthz", "/api/ps/event", "/api/operation/list")
-    port = free_port()
-    async with program(PORT=str(port), KESTRUN_TOKEN="sesame") as running:
-        assert running.origin.endswith(f":{port}")
+    async with program(KESTRUN_TOKEN="sesame") as running:
         statuses = [(await running.request("GET", path)).status for path in paths]
         assert statuses == [200, 200, 401, 401]
         shown = await running.request("GET", "/api/ps/event?access_token=sesame")
@@ -5697,13 +5380,12 @@ async def test_the_program_logs_no_query_string_and_no_malformed_request() -> No
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 async def test_the_program_cancels_operations_then_closes_clients_then_ends(how):
-    fields = "TaskId State Progress Message Timestamp"
     async with program() as running:
         clients = [await running.connect(wire, HUB) for wire in WIRES]
         task_id = await started(running, "?seconds=60")
         assert await running.end(how) == 0
         for client in clients:
-            data = await event(client, "OperationComplete", fields)
+            data = await event(client, "OperationComplete")
             assert (data["TaskId"], data["State"]) == (task_id, "Canceled")
             assert await client.next() == {"type": 7, "allowReconnect": True}
             await client.end()
@@ -5726,9 +5408,10 @@ async def test_the_program_ends_a_long_poll_that_comes_while_it_shuts_down() -> 
 
 
 async def test_the_program_starts_again_on_the_port_it_left_with_clients() -> None:
+    """The port comes from the environment."""
     port = free_port()
     for _ in range(2):
-        async with program("--port", str(port)) as running:
+        async with program(PORT=str(port)) as running:
             assert running.origin.endswith(f":{port}")
             await running.connect(path=HUB)
             assert await running.end() == 0
@@ -5739,15 +5422,12 @@ async def test_the_program_prints_its_version() -> None:
     assert output == f"kestrun {kestrun.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ("--port {taken}", "{taken}"),
-        ("--port 70000", "kestrun cannot start: "),
-        ("--hub-path chat", "kestrun cannot start: "),
-        ("--uvloop", "pip install uvloop"),
-    ],
-)
+@pytest.mark.parametrize("arguments, reason", [
+    ("--port {taken}", "{taken}"),
+    ("--port 70000", "kestrun cannot start: "),
+    ("--hub-path chat", "kestrun cannot start: "),
+    ("--uvloop", "pip install uvloop"),
+])  # fmt: skip
 async def test_the_program_says_in_one_sentence_why_it_cannot_start(
     tmp_path: Path, arguments: str, reason: str
 ) -> None:
@@ -5780,20 +5460,11 @@ async def test_the_readmes_run_command_starts_the_server(tmp_path: Path) -> None
 # Real clients of several makes behind one face, `Peer`, and the hub they meet.
 
 
-@dataclass
-class Person:
-    user_name: str
-    birth_year: int
-
-
 class Playground(Diary, Plain):
     """Every kind of method that a client may call. Its diary has pairs besides."""
 
-    def _record(self, word: str, value: Any = None) -> None:
-        self.pages.put_nowait((word, value))
-
     async def on_disconnected(self, error: Exception | None) -> None:
-        self._record("disconnected", error)
+        self.pages.put_nowait(("disconnected", error))
 
     def who(self) -> list[str | None]:
         context = self.context
@@ -5801,10 +5472,7 @@ class Playground(Diary, Plain):
         return [*connection, context.transport, context.protocol]
 
     def note(self, text: str) -> None:
-        self._record("note", text)
-
-    def older(self, person: Person) -> Person:
-        return dataclasses.replace(person, birth_year=person.birth_year - 5)
+        self.pages.put_nowait(("note", text))
 
     def reverse(self, data: bytes) -> bytes:
         return data[::-1]
@@ -5830,27 +5498,23 @@ class Playground(Diary, Plain):
                 yield number
                 await asyncio.sleep(0.005)
         finally:
-            self._record("closed")
+            self.pages.put_nowait(("closed", None))
 
     async def keep(self, items: AsyncIterator[int]) -> None:
-        self._record("kept", [item async for item in items])
+        self.pages.put_nowait(("kept", [item async for item in items]))
 
-    async def join(
+    async def pairs(
         self, left: AsyncIterator[str], between: str, right: AsyncIterator[str]
-    ) -> str:
-        texts = ["".join([item async for item in items]) for items in (left, right)]
-        return between.join(texts)
-
-    async def doubled(self, numbers: AsyncIterator[int]) -> AsyncIterator[int]:
-        async for number in numbers:
-            yield number * 2
+    ) -> AsyncIterator[str]:
+        async for item in left:
+            yield item + between + await anext(right)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         return await self.clients.caller.invoke(method, *arguments)
 
 
 class Peer:
-    """A connected client. Subclasses add `send`, `subscribe`, `upload` and `stop`.
+    """A real client. Subclasses add `start`, `send`, `subscribe`, `upload` and `stop`.
 
     Events arrive in queues: "close", and the arguments of each call of a method.
     """
@@ -5883,6 +5547,13 @@ class Peer:
                 await cancel()
         if what == "error":
             raise Failed(value)
+
+    async def collect(self, method: str, *args: Any) -> list:
+        return [item async for item in self.stream(method, *args)]
+
+    async def end(self) -> None:
+        """Stop and free what the client holds, whatever state it is in."""
+        await self.stop()
 
 
 # ---- the official JavaScript client
@@ -5921,12 +5592,13 @@ def npm_folder() -> Path:
     return kept
 
 
-# A socket for each client: one request a line, one answer a line, and a line for all
-# that happens. JSON has no bytes and dates: they come as {$js: expression} and go as
-# {$bytes} and {$date}.
+# A socket for each client. Requests are [id, operation, fields], one a line; the lines
+# back are [id, answer] and [event, data]. JSON has no bytes and dates: they come as
+# {$js: expression} and go as {$bytes} and {$date}.
 DRIVER = r"""
 "use strict";
-const libraries = { 10: "@microsoft/signalr", 8: "signalr8", 6: "signalr6" };
+const { Subject } = require("@microsoft/signalr");
+const { MessagePackHubProtocol } = require("@microsoft/signalr-protocol-msgpack");
 
 function outgoing(key, value) {
   const original = this[key];
@@ -5938,22 +5610,18 @@ function serve(socket) {
   const objects = {};
   const text = (error) => (error ? String(error.message ?? error) : null);
   const incoming = (key, value) => (value?.$js ? eval(value.$js) : value);
-  const write = (line) =>
-    socket.writable && socket.write(JSON.stringify(line, outgoing) + "\n");
-  const report = (event, data) => write({ event, data });
+  const report = (name, data) =>
+    socket.writable && socket.write(JSON.stringify([name, data], outgoing) + "\n");
 
   const operations = {
-    async connect({ url, version, transport, protocol, on, ...options }) {
-      const signalr = require(libraries[version]);
+    async connect({ library, url, transport, protocol, on, ...options }) {
+      const signalr = require(library);
       const http = { transport: signalr.HttpTransportType[transport] };
       if (options.token) http.accessTokenFactory = () => options.token;
-      if (options.skip) http.skipNegotiation = true;
+      if (options.skip_negotiation) http.skipNegotiation = true;
       const builder = new signalr.HubConnectionBuilder();
       builder.withUrl(url, http).configureLogging(signalr.LogLevel.None);
-      if (protocol === "messagepack") {
-        const { MessagePackHubProtocol } = require("@microsoft/signalr-protocol-msgpack");
-        builder.withHubProtocol(new MessagePackHubProtocol());
-      }
+      if (protocol === "messagepack") builder.withHubProtocol(new MessagePackHubProtocol());
       if (options.reconnect) builder.withAutomaticReconnect(options.reconnect);
       if (options.ping) builder.withKeepAliveInterval(options.ping).withServerTimeout(999);
       if (options.stateful) builder.withStatefulReconnect();
@@ -5961,7 +5629,6 @@ function serve(socket) {
       for (const [method, answer] of Object.entries(on))
         hub.on(method, async (...args) => {
           report(method, args);
-          if (answer.after) await new Promise((go) => setTimeout(go, answer.after));
           if (answer.throws) throw new Error(answer.throws);
           return answer.returns;
         });
@@ -5978,21 +5645,15 @@ function serve(socket) {
         error: (error) => report(key, ["error", text(error)]),
       });
     },
-    subject({ key }) {
-      objects[key] = new (require(libraries[10]).Subject)();
-    },
-    use({ key, member, args }) {
-      const found = objects[key]?.[member];
-      return typeof found === "function" ? objects[key][member](...args) : found;
-    },
+    use: ({ object, member, args }) => object?.[member](...args),
   };
 
   require("node:readline").createInterface({ input: socket }).on("line", async (line) => {
-    const { id, operation, ...request } = JSON.parse(line, incoming);
+    const [id, operation, fields] = JSON.parse(line, incoming);
     try {
-      write({ id, result: await operations[operation](request) });
+      report(id, { result: await operations[operation](fields) });
     } catch (error) {
-      write({ id, error: text(error) });
+      report(id, { error: text(error) });
     }
   });
   socket.on("error", () => {});
@@ -6015,124 +5676,110 @@ def driver(npm_folder: Path) -> Iterator[int]:
         node.stdin.close()
 
 
-@dataclass
-class Script:
-    """A value that JSON does not have, as an expression in JavaScript."""
-
-    text: str
+def script(expression: str) -> dict:
+    """Stand for a value that JSON does not have."""
+    return {"$js": expression}
 
 
 class JavaScript(Peer):
     """A HubConnection in Node. Failed is what a promise is rejected with.
 
     Requests are sent at once and in order; their answers can be awaited at any time.
+    The options are those of `connect` in the driver; `on` maps methods to
+    {returns, throws}.
     """
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, library: str, fixture: Callable, **options: Any) -> None:
         super().__init__()
-        self.writer, self.numbers = writer, itertools.count(1)
-        self.waiting: dict[int, asyncio.Future] = {}
-        self.happened: list[str] = []
+        self.port, self.options = fixture("driver"), {"library": library, **options}
+        self.numbers = itertools.count(1)
 
-    def request(self, operation: str, **fields: Any) -> asyncio.Future:
-        fields |= {"id": next(self.numbers), "operation": operation}
-        self.waiting[fields["id"]] = future = asyncio.Future()
-        line = json.dumps(fields, default=lambda value: {"$js": value.text})
-        self.writer.write(line.encode() + b"\n")
-        answer = asyncio.ensure_future(asyncio.wait_for(future, TOTAL))
-        answer.add_done_callback(lambda a: a.cancelled() or a.exception())
-        return answer
+    async def start(self) -> None:
+        streams = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+        reader, self.writer = streams
+        self.listening = asyncio.create_task(self.listen(reader))
+        self.id = await self.request("connect", **self.options)
 
     async def listen(self, reader: asyncio.StreamReader) -> None:
         async for line in reader:
-            message = json.loads(line)
-            if "event" in message:
-                self.happened.append(message["event"])
-                self.queues[message["event"]].put_nowait(message["data"])
-            elif not (future := self.waiting.pop(message["id"])).done():
-                if "error" in message:
-                    future.set_exception(Failed(message["error"]))
-                else:
-                    future.set_result(message.get("result"))
+            name, data = json.loads(line)
+            self.queues[name].put_nowait(data)
 
-    def use(self, member: str, *args: Any, key: int | str = "hub") -> asyncio.Future:
-        """Call a method of an object in Node, or read a property."""
-        return self.request("use", key=key, member=member, args=args)
+    def request(self, operation: str, **fields: Any) -> asyncio.Task:
+        id = next(self.numbers)
+        self.writer.write(json.dumps([id, operation, fields]).encode() + b"\n")
+        return asyncio.create_task(self.answer(id))
 
-    def invoke(self, method: str, *args: Any) -> asyncio.Future:
-        return self.use("invoke", method, *args)
+    async def answer(self, id: int) -> Any:
+        async with asyncio.timeout(TOTAL):
+            answer = await self.queues[id].get()
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer.get("result")
 
-    def send(self, method: str, *args: Any) -> asyncio.Future:
-        return self.use("send", method, *args)
+    def use(self, object: dict, member: str, *args: Any) -> asyncio.Task:
+        """Call a method of an object in Node."""
+        return self.request("use", object=object, member=member, args=args)
+
+    def invoke(self, method: str, *args: Any) -> asyncio.Task:
+        return self.use(script("objects.hub"), "invoke", method, *args)
+
+    def send(self, method: str, *args: Any) -> asyncio.Task:
+        return self.use(script("objects.hub"), "send", method, *args)
 
     async def subscribe(self, *args: Any) -> tuple:
         key = next(self.numbers)
         await self.request("subscribe", key=key, args=args)
-        return self.queues[key], partial(self.use, "dispose", key=key)
+        return self.queues[key], partial(self.use, script(f"objects[{key}]"), "dispose")
 
-    async def subject(self) -> "Subject":
-        key = next(self.numbers)
-        await self.request("subject", key=key)
-        return Subject(f"objects[{key}]", partial(self.use, key=key))
+    def subject(self) -> dict:
+        """Return an upload stream, which Node makes when it first reads of it."""
+        return script(f"objects[{next(self.numbers)}] ??= new Subject()")
 
     async def upload(self, method: str, items: list) -> None:
-        subject = await self.subject()
+        subject = self.subject()
         self.send(method, subject)
-        subject.next(*items)
-        await subject.complete()
+        for item in items:
+            self.use(subject, "next", item)
+        await self.use(subject, "complete")
 
     async def stop(self) -> None:
-        await self.use("stop")
+        await self.use(script("objects.hub"), "stop")
 
-
-@dataclass
-class Subject(Script):
-    """An upload stream in Node."""
-
-    use: Callable[..., asyncio.Future]
-
-    def next(self, *items: Any) -> None:
-        for item in items:
-            self.use("next", item)
-
-    def complete(self) -> asyncio.Future:
-        return self.use("complete")
-
-
-@asynccontextmanager
-async def javascript(
-    fixture: Callable, url: str, transport: str, protocol: str, on=(), **options: Any
-) -> AsyncIterator[JavaScript]:
-    """Connect an official client. `on` maps methods to {returns, throws, after}."""
-    options = {"version": 10, "url": url, **options, "on": {"Message": {}, **dict(on)}}
-    address = ("127.0.0.1", fixture("driver"))
-    reader, writer = await asyncio.open_connection(*address, limit=2**24)
-    client = JavaScript(writer)
-    listener = asyncio.create_task(client.listen(reader))
-    wire = {"transport": transport, "protocol": protocol}
-    try:
-        client.id = await client.request("connect", **wire, **options)
-        yield client
-    finally:
-        await asyncio.wait([client.use("stop")], timeout=2)
-        listener.cancel()
-        writer.close()
+    async def end(self) -> None:
+        with suppress(Failed):
+            await self.stop()
+        self.listening.cancel()
+        self.writer.close()
 
 
 # ---- clients in Python
 
 
 class PySignalR(Peer):
-    """A client of pysignalr."""
+    """A client of pysignalr. Failed holds what its `run` raises."""
 
-    def __init__(self, client: Any, on: dict[str, Any]) -> None:
+    def __init__(
+        self, _: Callable, url: str, transport: str, protocol: str, on: dict, **options
+    ) -> None:
         super().__init__()
-        self.client, self.answered = client, self.queues["completion"].put
-        client.on_open(partial(self.queues["open"].put, None))
-        client.on_error(self.queues["error"].put)
-        client.on("Message", self.queues["Message"].put)
+        library = package("pysignalr.client")
+        name = {"json": "JSONProtocol", "messagepack": "MessagepackProtocol"}[protocol]
+        codec = getattr(package(f"pysignalr.protocol.{protocol}"), name)()
+        if token := options.pop("token", ""):
+            options["headers"] = bearer(token)
+        self.client = library.SignalRClient(url, codec, **options)
+        self.answered = self.queues["completion"].put
+        self.client.on_open(partial(self.queues["open"].put, None))
+        self.client.on_error(self.queues["error"].put)
         for method, how in on.items():
-            client.on(method, partial(self.answer, method, how["returns"]))
+            self.client.on(method, partial(self.answer, method, how.get("returns")))
+
+    async def start(self) -> None:
+        self.running = asyncio.create_task(self.client.run())
+        self.running.add_done_callback(self.queues["open"].put_nowait)
+        if ended := await self.event("open"):
+            raise Failed(repr(ended.exception()))
 
     async def answer(self, method: str, result: Any, arguments: list) -> Any:
         self.queues[method].put_nowait(arguments)
@@ -6159,44 +5806,35 @@ class PySignalR(Peer):
         await asyncio.wait([self.running])
 
 
-@asynccontextmanager
-async def pysignalr(
-    _: Callable, url: str, transport: str, protocol: str, token="", on=(), **options
-) -> AsyncIterator[PySignalR]:
-    """Connect a pysignalr client. Failed holds what its `run` raises."""
-    library = package("pysignalr.client")
-    name = {"json": "JSONProtocol", "messagepack": "MessagepackProtocol"}[protocol]
-    codec = getattr(package(f"pysignalr.protocol.{protocol}"), name)()
-    if token:
-        options["headers"] = {"Authorization": f"Bearer {token}"}
-    client = PySignalR(library.SignalRClient(url, codec, **options), dict(on))
-    client.running = asyncio.create_task(client.client.run())
-    opened = asyncio.create_task(client.event("open"))
-    await asyncio.wait({client.running, opened}, return_when="FIRST_COMPLETED")
-    try:
-        if client.running.done():
-            opened.cancel()
-            raise Failed(repr(client.running.exception()))
-        await opened
-        yield client
-    finally:
-        await client.stop()
-
-
 class SignalRCore(Peer):
     """A client of signalrcore, which runs in threads and calls back from them."""
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(
+        self, _: Callable, url: str, transport: str, protocol: str, on: dict, **options
+    ) -> None:
         super().__init__()
-        self.hub, self.loop = hub, asyncio.get_running_loop()
-        self.answered = partial(self.put, "completion")
-        hub.on_open(partial(self.put, "open", None))
-        hub.on_close(partial(self.put, "close", None))
-        hub.on_error(self.answered)
-        hub.on("Message", partial(self.put, "Message"))
+        self.loop = asyncio.get_running_loop()
+        types = package("signalrcore.types")
+        builder = package("signalrcore.hub_connection_builder").HubConnectionBuilder()
+        options["transport"] = types.HttpTransportType(transport)
+        if token := options.pop("token", ""):
+            options["access_token_factory"] = lambda: token
+        builder.with_url(url, options).configure_logging(logging.CRITICAL)
+        encoding = {"json": "Text", "messagepack": "Binary"}[protocol]
+        builder.with_hub_protocol(types.HubProtocolEncoding(encoding))
+        self.hub, self.answered = builder.build(), partial(self.put, "completion")
+        self.hub.on_open(partial(self.put, "open", None))
+        self.hub.on_close(partial(self.put, "close", None))
+        self.hub.on_error(self.answered)
+        for method in on:
+            self.hub.on(method, partial(self.put, method))
 
     def put(self, name: str, value: Any) -> None:
         self.loop.call_soon_threadsafe(self.queues[name].put_nowait, value)
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self.hub.start)
+        await self.event("open")
 
     async def send(self, method: str, *args: Any, answered: Any = None) -> None:
         await asyncio.to_thread(self.hub.send, method, list(args), answered)
@@ -6221,63 +5859,51 @@ class SignalRCore(Peer):
         await asyncio.to_thread(self.hub.stop)
 
 
-@asynccontextmanager
-async def signalrcore(
-    _: Callable, url: str, transport: str, protocol: str, token="", **options
-) -> AsyncIterator[SignalRCore]:
-    """Connect a signalrcore client."""
-    types = package("signalrcore.types")
-    builder = package("signalrcore.hub_connection_builder").HubConnectionBuilder()
-    options["transport"] = types.HttpTransportType(transport)
-    if token:
-        options["access_token_factory"] = lambda: token
-    builder.with_url(url, options).configure_logging(logging.CRITICAL)
-    encoding = {"json": "Text", "messagepack": "Binary"}[protocol]
-    builder.with_hub_protocol(types.HubProtocolEncoding(encoding))
-    client = SignalRCore(builder.build())
-    await asyncio.to_thread(client.hub.start)
-    await client.event("open")
-    try:
-        yield client
-    finally:
-        await client.stop()
-
-
 # ---- where they meet
 
 MAKES = {
-    "js": javascript,
-    "js8": partial(javascript, version=8),
-    "js6": partial(javascript, version=6),
-    "pysignalr": pysignalr,
-    "signalrcore": signalrcore,
+    "js": partial(JavaScript, "@microsoft/signalr"),
+    "js8": partial(JavaScript, "signalr8"),
+    "js6": partial(JavaScript, "signalr6"),
+    "pysignalr": PySignalR,
+    "signalrcore": SignalRCore,
 }
 JS = [("js", *wire) for wire in WIRES]
 OLD_JS = [(make, *wire) for make in ("js8", "js6") for wire in JSON_WIRES]
 PYSIGNALR = [("pysignalr", "WebSockets", p) for p in ("json", "messagepack")]
 CORE = [("signalrcore", *wire) for wire in WIRES[:4]]
+EVERY = [*JS, *OLD_JS, *PYSIGNALR, *CORE]
+
+
+def clients(kinds: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", kinds, ids="-".join)
 
 
 class Ground(Server):
     """A server of a Playground, and real clients that end before it."""
 
-    def __init__(self, fixture: Callable, app: Any, path: str, port: int, **options):
-        self.fixture, self.path, self.peers = fixture, path, AsyncExitStack()
-        self.diary, hub = Playground.fresh(), None
-        if app is None:
-            app = web.Application()
-            hub = kestrun.map_hub(app, path, self.diary, **{**BRISK, **options})
+    def __init__(self, fixture: Callable, port: int = 0, **options: Any) -> None:
+        app, self.diary = web.Application(), Playground.fresh()
+        options = {**BRISK, "maximum_receive_message_size": 200_000, **options}
+        hub = kestrun.map_hub(app, "/hub", self.diary, **options)
         super().__init__(app, hub, port)
+        self.fixture, self.peers = fixture, AsyncExitStack()
 
     async def __aexit__(self, *_: object) -> None:
         await self.peers.aclose()
         await super().__aexit__()
 
-    async def join(self, make: str, *wire: str, url: str = "", **options: Any) -> Any:
-        """Connect a client of this make, transport and protocol."""
-        url = url or self.origin + self.path
-        client = MAKES[make](self.fixture, url, *wire, **options)
-        return await self.peers.enter_async_context(client)
+    async def join(
+        self, make: str, transport: str, protocol: str, url="", on=(), **options: Any
+    ) -> Any:
+        """Connect a client of this make, here or at another URL."""
+        options |= {"transport": transport, "protocol": protocol}
+        options["url"] = url or f"{self.origin}/hub"
+        options["on"] = {"Message": {}, **dict(on)}
+        peer = MAKES[make](self.fixture, **options)
+        self.peers.push_async_callback(peer.end)
+        await peer.start()
+        return peer
 
     async def noted(self, word: str) -> Any:
         """Wait for the next note that begins with `word`; drop those before it."""
@@ -6291,8 +5917,8 @@ async def play(request: pytest.FixtureRequest) -> AsyncIterator[Callable]:
     """Start grounds that end with the test: `await play(option=…)`."""
     async with AsyncExitStack() as stack:
 
-        async def start(app=None, path="/hub", port=0, **options: Any) -> Ground:
-            ground = Ground(request.getfixturevalue, app, path, port, **options)
+        async def start(**options: Any) -> Ground:
+            ground = Ground(request.getfixturevalue, **options)
             return await stack.enter_async_context(ground)
 
         yield start
@@ -6314,21 +5940,12 @@ async def client(ground: Ground, kind: tuple[str, str, str]) -> Peer:
 # What the official JavaScript client (10, 8 and 6), pysignalr and signalrcore do
 # alike, over each transport and protocol that they can.
 
-EVERY = [*JS, *OLD_JS, *PYSIGNALR, *CORE]
-
-
-def clients(kinds: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("kind", kinds, ids="-".join)
-
-
-ADA = {"userName": "Ada", "birthYear": 1815}
 NESTED = {"a": [1, {"b": None}], "Ünï": "x", "": False}
 VALUES = [None, True, 0, -7, 2**40, 0.5, "", "Grüße, 世界 👋🏽\u2028", "a\nb\0c", []]
 ANSWERS = [
-    *(("Echo", (value,), value) for value in [*VALUES, VALUES, NESTED]),
+    *(("Echo", (value,), value) for value in [*VALUES, VALUES, NESTED, "€" * 30_000]),
     ("add", (2, 3), 5),
     ("ADD", (2, 3), 5),
-    ("Older", (ADA,), {**ADA, "birthYear": 1810}),
 ]
 REFUSED = "An unexpected error occurred invoking 'Refuse' on the server."
 REFUSED += " HubException: not today"
@@ -6347,16 +5964,19 @@ async def test_a_client_gets_the_answers_of_its_calls(ground, client, kind) -> N
 
 
 @clients(EVERY)
-async def test_a_client_sends_without_waiting_for_an_answer(ground, client) -> None:
-    await client.send("Note", "hello")
-    assert await ground.noted("note") == "hello"
+async def test_a_client_sends_in_order_without_waiting(ground, client) -> None:
+    for number in range(50):
+        await client.send("Note", f"{number} 👋")
+    noted = [await ground.noted("note") for _ in range(50)]
+    assert noted == [f"{number} 👋" for number in range(50)]
 
 
-@clients(EVERY)
-async def test_a_client_receives_what_is_sent_to_all(ground, client) -> None:
+async def test_clients_of_every_kind_receive_what_is_sent_to_all(ground) -> None:
+    everyone = [await ground.join(*kind) for kind in EVERY]
     for text in ("👋", "again"):
         await ground.hub.clients.all.send("Message", text, None, NESTED)
-        assert await client.event("Message") == [text, None, NESTED]
+        for client in everyone:
+            assert await client.event("Message") == [text, None, NESTED]
 
 
 @clients(EVERY)
@@ -6407,32 +6027,31 @@ async def test_a_client_leaves_and_may_come_again(ground, client, kind) -> None:
     assert await again.invoke("Add", 1, 1) == 2
 
 
-async def user_of_token(request: web.Request) -> str:
-    """An `authenticate` that takes tokens of the form user:secret."""
-    user, _, secret = (kestrun.access_token(request) or "").partition(":")
-    if secret != "secret":
-        raise web.HTTPUnauthorized
-    return user
-
-
 @clients([*JS, *OLD_JS, *PYSIGNALR, CORE[0]])
 async def test_a_client_shows_its_token_and_becomes_a_user(play, kind) -> None:
-    ground = await play(authenticate=user_of_token)
-    ada = await ground.join(*kind, token="ada:secret")
-    bob = await ground.join(*kind, token="bob:secret")
-    for user in ("ada", "bob"):
+    ground = await play(authenticate=by_token)
+    ann = await ground.join(*kind, token="a-secret")
+    bob = await ground.join(*kind, token="b-secret")
+    for user in ("Ann", "Bob"):
         await ground.hub.clients.user(user).send("Message", f"only {user}")
-    assert (await ada.invoke("Who"))[1] == "ada"
-    assert await ada.event("Message") == ["only ada"]
-    assert await bob.event("Message") == ["only bob"]
+    assert (await ann.invoke("Who"))[1] == "Ann"
+    assert await ann.event("Message") == ["only Ann"]
+    assert await bob.event("Message") == ["only Bob"]
 
 
 @clients([*JS, *OLD_JS, *PYSIGNALR])
 async def test_a_client_with_a_wrong_token_is_refused(play, kind) -> None:
-    ground = await play(authenticate=user_of_token)
+    ground = await play(authenticate=by_token)
     with pytest.raises(Failed, match="401|AuthorizationError"):
-        await ground.join(*kind, token="guess")
+        await ground.join(*kind, token="junk")
     assert not ground.hub.connections
+
+
+@clients([JS[0], JS[3], CORE[0]])
+async def test_a_client_skips_negotiation(ground, kind) -> None:
+    client = await ground.join(*kind, skip_negotiation=True)
+    assert client.id is None
+    assert (await client.invoke("Who"))[2:] == [*kind[1:]]
 
 
 async def test_clients_are_kept_connected_by_pings(play) -> None:
@@ -6442,12 +6061,6 @@ async def test_clients_are_kept_connected_by_pings(play) -> None:
     kept = [await ground.join(*kind, **pings[kind[0]]) for kind in kinds]
     await silence(1.2)
     assert [await client.invoke("Add", 1, 1) for client in kept] == [2] * len(kept)
-
-
-async def test_clients_of_every_kind_receive_one_broadcast(ground) -> None:
-    everyone = [await ground.join(*kind) for kind in EVERY]
-    await ground.hub.clients.all.send("Message", "👋", NESTED)
-    assert [await c.event("Message") for c in everyone] == [["👋", NESTED]] * len(EVERY)
 
 
 # ------------------------------------------------------------- JavaScript client
@@ -6469,41 +6082,28 @@ async def test_js_reconnects_to_a_restarted_server(play, ground, kind) -> None:
 
 @clients(JS)
 async def test_js_sends_and_reads_bytes_and_dates(client, kind) -> None:
-    noon, later = Script("new Date('2024-02-29T12:00Z')"), "2024-02-29T12:00:01.500"
-    data, reversed_data = Script("new Uint8Array([0, 1, 255])"), {"$bytes": [255, 1, 0]}
+    noon, later = script("new Date('2024-02-29T12:00Z')"), "2024-02-29T12:00:01.500"
     if kind[2] == "json":
         assert await client.invoke("Reverse", "AAH/") == "/wEA"
         assert (await client.invoke("Later", noon, 1.5)).startswith(later)
     else:
-        assert await client.invoke("Reverse", data) == reversed_data
+        data = script("new Uint8Array([0, 1, 255])")
+        assert await client.invoke("Reverse", data) == {"$bytes": [255, 1, 0]}
         assert await client.invoke("Later", noon, 1.5) == {"$date": later + "Z"}
 
 
 @clients(JS)
-async def test_js_sends_and_reads_big_messages_within_the_limit(play, kind) -> None:
-    client = await (await play(maximum_receive_message_size=200_000)).join(*kind)
-    assert await client.invoke("Echo", "€" * 50_000) == "€" * 50_000
-
-
-@clients(JS)
 async def test_js_is_disconnected_when_its_message_is_too_big(ground, client) -> None:
-    client.send("Echo", "x" * 40_000)
+    client.send("Echo", "x" * 240_000)
     assert CLOSED in await client.event("close")
     assert await ground.noted("disconnected") is not None
 
 
-# ---- streams
-
-
-async def collected(client: JavaScript, method: str, *args: Any) -> list:
-    return [item async for item in client.stream(method, *args)]
-
-
 @clients(JS)
 async def test_js_reads_streams_of_any_length_two_at_once(client) -> None:
-    assert await collected(client, "Counter", 200) == list(range(200))
-    assert await collected(client, "Counter", 0) == []
-    streams = [collected(client, "Counter", 20, 0.002) for _ in range(2)]
+    assert await client.collect("Counter", 200) == list(range(200))
+    assert await client.collect("Counter", 0) == []
+    streams = [client.collect("Counter", 20, 0.002) for _ in range(2)]
     assert await asyncio.gather(*streams) == [list(range(20))] * 2
 
 
@@ -6518,30 +6118,17 @@ async def test_js_ends_a_stream_early_and_the_generator_is_closed(ground, client
 
 
 @clients(JS)
-async def test_js_uploads_two_streams_between_plain_arguments(client) -> None:
-    left, right = await client.subject(), await client.subject()
-    joined = client.invoke("Join", left, " & ", right)
+async def test_js_uploads_two_streams_into_one_that_comes_back(client) -> None:
+    left, right = client.subject(), client.subject()
+    queue, _ = await client.subscribe("Pairs", left, " & ", right)
     for letter in "abc":
-        left.next(letter)
-        right.next(letter.upper())
-    left.complete()
-    right.complete()
-    assert await joined == "abc & ABC"
+        client.use(left, "next", letter)
+        client.use(right, "next", letter.upper())
+        assert await soon(queue.get()) == ["next", f"{letter} & {letter.upper()}"]
+    client.use(left, "complete")
+    client.use(right, "complete")
+    assert await soon(queue.get()) == ["complete", None]
 
-
-@clients(JS)
-async def test_js_uploads_into_a_stream_that_comes_back(client) -> None:
-    numbers = await client.subject()
-    async with aclosing(client.stream("Doubled", numbers)) as doubled:
-        first = asyncio.ensure_future(anext(doubled))
-        await client.invoke("Add", 1, 1)  # the stream has been asked for by now
-        numbers.next(1, 2, 3)
-        assert [await first, await anext(doubled), await anext(doubled)] == [2, 4, 6]
-        numbers.complete()
-        assert [item async for item in doubled] == []
-
-
-# ---- client results
 
 CLIENT_RESULTS = {
     "a handler": ({"GetName": {"returns": ["Ada", 1815]}}, ["Ada", 1815]),
@@ -6561,37 +6148,7 @@ async def test_js_answers_outside_of_hub_methods_too(ground, kind, on, answer) -
     assert got == answer
 
 
-# ---- broadcasts and groups
-
-
-@clients(JS)
-async def test_js_sends_and_receives_in_order(ground, client) -> None:
-    for number in range(1000):
-        await ground.hub.clients.all.send("Message", number)
-    for number in range(100):
-        client.send("Note", str(number))
-    for number in range(1000):
-        assert await client.event("Message") == [number]
-    for number in range(100):
-        assert await ground.noted("note") == str(number)
-
-
-@clients(JS)
-async def test_js_receives_only_what_is_sent_to_its_groups(ground, client, kind):
-    other, hub = await ground.join(*kind), ground.hub
-    await hub.groups.add(client.id, "Lobby")
-    await hub.clients.group("Lobby").send("Message", "first")
-    await hub.clients.group("lobby").send("Message", "another group")
-    await hub.groups.remove(client.id, "Lobby")
-    await hub.clients.group("Lobby").send("Message", "too late")
-    await hub.clients.all_except([client.id]).send("Message", "others only")
-    await hub.clients.all.send("Message", "end")
-    for member, texts in ((client, ["first"]), (other, ["others only"])):
-        received = [(await member.event("Message"))[0] for _ in "12"]
-        assert received == [*texts, "end"]
-
-
-# ---- the end of a connection
+RECONNECTS = {"reconnecting", "reconnected"}
 
 
 @clients(JS)
@@ -6599,7 +6156,7 @@ async def test_js_does_not_reconnect_after_an_abort(ground, kind) -> None:
     client = await ground.join(*kind, reconnect=[0, 0, 0])
     ground.hub.connections[client.id].abort()
     assert await client.event("close") is None
-    assert client.happened == ["close"]
+    assert RECONNECTS.isdisjoint(client.queues)
     assert await ground.noted("disconnected") is None
 
 
@@ -6607,7 +6164,7 @@ async def test_js_does_not_reconnect_after_an_abort(ground, kind) -> None:
 async def test_js_without_reconnect_is_closed_by_a_shutdown(ground, client) -> None:
     await ground.runner.cleanup()
     await client.event("close")
-    assert client.happened == ["close"]
+    assert RECONNECTS.isdisjoint(client.queues)
 
 
 async def test_js_that_falls_silent_is_disconnected_and_may_reconnect(play) -> None:
@@ -6615,21 +6172,6 @@ async def test_js_that_falls_silent_is_disconnected_and_may_reconnect(play) -> N
     client = await ground.join(*JS[0], reconnect=[0, 0, 0])
     assert CLOSED in await client.event("reconnecting")
     assert await client.event("reconnected") != client.id
-
-
-# ---- ways to connect
-
-
-@both_protocols
-async def test_js_skips_negotiation(ground, protocol) -> None:
-    client = await ground.join("js", "WebSockets", protocol, skip=True)
-    assert client.id is None
-    assert (await client.invoke("Who"))[2:] == ["WebSockets", protocol]
-
-
-async def test_signalrcore_skips_negotiation(ground) -> None:
-    client = await ground.join(*CORE[0], skip_negotiation=True)
-    assert await client.invoke("Add", 1, 1) == 2
 
 
 async def test_js_falls_back_to_what_the_server_offers(play) -> None:
@@ -6674,30 +6216,23 @@ class Network:
                 wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 writer.transport.abort()
 
-
-@asynccontextmanager
-async def bad_network(target: int) -> AsyncIterator[tuple[str, Network]]:
-    """Put a Network before a server; yield the address to use instead, and it."""
-    network = Network(target)
-    async with await asyncio.start_server(network.carry, "127.0.0.1", 0) as server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hub", network
-        while network.connections:
-            network.drop()
-            network.connections.pop()
+    def close(self, server: asyncio.Server) -> None:
+        server.close()
+        while self.connections:
+            self.drop()
+            self.connections.pop()
 
 
 async def over_network(
-    play: Callable,
-    protocol: str = "json",
-    reconnect: list[int] | None = None,
-    allowed: bool = True,
-    **options: Any,
+    play: Callable, protocol: str, reconnect=(), **options: Any
 ) -> tuple[Ground, Network, JavaScript]:
     """A ground, a network to it, and a client with stateful reconnect on it."""
-    ground = await play(allow_stateful_reconnects=allowed, **options)
-    network = bad_network(ground.port)
-    url, network = await ground.peers.enter_async_context(network)
-    how = {"url": url, "stateful": True, "reconnect": reconnect}
+    ground = await play(allow_stateful_reconnects=True, **options)
+    network = Network(ground.port)
+    server = await asyncio.start_server(network.carry, "127.0.0.1", 0)
+    ground.peers.callback(network.close, server)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hub"
+    how = {"url": url, "stateful": True, "reconnect": reconnect or None}
     client = await ground.join("js", "WebSockets", protocol, **how)
     await client.invoke("Add", 1, 1)  # the socket is in use now
     return ground, network, client
@@ -6708,21 +6243,22 @@ async def over_network(
 async def test_stateful_js_loses_nothing_with_its_sockets(play, protocol, seed) -> None:
     dice = random.Random(seed)
     ground, network, client = await over_network(play, protocol)
-    numbers, sums = await client.subject(), []
+    await ground.hub.groups.add(client.id, "Lobby")
+    numbers, sums = client.subject(), []
     total = client.invoke("Total", numbers)
-    stream = asyncio.create_task(collected(client, "Counter", 200, 0.001))
+    stream = asyncio.create_task(client.collect("Counter", 200, 0.001))
     for number in range(200):
         if number % 40 == 0:
             await client.invoke("Add", 1, 1)  # the new socket is in use now
             end = number + dice.randrange(40)
-        await ground.hub.clients.all.send("Message", number)
-        numbers.next(number)
+        await ground.hub.clients.group("Lobby").send("Message", number)
+        client.use(numbers, "next", number)
         client.send("Note", str(number))
         sums.append(client.invoke("Add", number, 1))
         await asyncio.sleep(dice.random() / 500)
         if number == end:
             network.drop(whole=dice.random() < 0.7)
-    numbers.complete()
+    client.use(numbers, "complete")
     assert await total == sum(range(200))
     assert await stream == list(range(200))
     assert await asyncio.gather(*sums) == list(range(1, 201))
@@ -6730,20 +6266,9 @@ async def test_stateful_js_loses_nothing_with_its_sockets(play, protocol, seed) 
     noted = [await ground.noted("note") for _ in range(200)]
     assert (received, noted) == ([*range(200)], [*map(str, range(200))])
     assert len(network.connections) > 5
-    assert {"close", "reconnecting", "reconnected"}.isdisjoint(client.happened)
-    assert await client.use("connectionId") == client.id
-
-
-@both_protocols
-async def test_stateful_js_keeps_its_id_and_groups(play, protocol) -> None:
-    ground, network, client = await over_network(play, protocol)
-    await ground.hub.groups.add(client.id, "Lobby")
-    network.drop()
+    assert {"close", *RECONNECTS}.isdisjoint(client.queues)
     assert (await client.invoke("Who"))[0] == client.id
-    assert await client.use("connectionId") == client.id
-    await ground.hub.clients.group("Lobby").send("Message", "still in")
-    assert await client.event("Message") == ["still in"]
-    assert [await ground.diary.next(), ground.diary.pages.qsize()] == ["connected", 0]
+    assert ground.diary.pages.empty()
 
 
 @both_protocols
@@ -6757,54 +6282,6 @@ async def test_stateful_js_that_comes_too_late_starts_afresh(play, protocol) -> 
     new_id = await client.event("reconnected")
     assert new_id != client.id
     assert (await client.invoke("Who"))[0] == new_id
-
-
-@both_protocols
-async def test_stateful_js_that_reads_much_between_acks_stays_connected(play, protocol):
-    ground, _, client = await over_network(play, protocol, outbox_limit=300_000)
-    text = "x" * 50_000
-    for number in range(40):
-        await ground.hub.clients.all.send("Message", number, text)
-        assert await client.event("Message") == [number, text]
-    assert (await client.invoke("Who"))[0] == client.id
-    assert client.happened == ["Message"] * 40
-
-
-async def test_stateful_js_gets_an_ordinary_connection_where_it_is_off(play) -> None:
-    _, network, client = await over_network(play, reconnect=[0, 50], allowed=False)
-    network.drop()
-    assert await client.event("reconnected") != client.id
-
-
-# ------------------------------------------------- a client written for the sample
-#
-# It knows the demo's routes, hub methods and events, as Kestrun's own sample does.
-
-SAMPLE = ("ReceiveLog", "ReceiveEvent", "ReceiveEcho")
-SAMPLE += ("ReceiveGroupMessage", "GroupJoined", "GroupLeft")
-BROADCAST = "POST /api/group/broadcast/Ops%20%26"
-CAUSES = {
-    "GET /api/ps/log/error": ("ReceiveLog", "level message timestamp"),
-    "GET /api/ps/event": ("ReceiveEvent", "eventName data timestamp"),
-    "POST /api/group/join/Ops": ("ReceiveEvent", "eventName data timestamp"),
-    "POST /api/group/leave/Ops": ("ReceiveEvent", "eventName data timestamp"),
-    BROADCAST: ("ReceiveGroupMessage", "Message Timestamp Sender"),
-}
-
-
-@clients(JS)
-async def test_the_sample_calls_and_receives_what_routes_cause(play, kind) -> None:
-    ground = await play(kestrun.create_app(), HUB)
-    client = await ground.join(*kind, on={name: {} for name in SAMPLE})
-    await client.invoke("JoinGroup", "Ops &")
-    assert await client.event("GroupJoined") == ["Ops &"]
-    for route, (event, fields) in CAUSES.items():
-        assert (await ground.request(*route.split())).status == 200
-        assert_payload((await client.event(event))[0], fields)
-    await client.invoke("LeaveGroup", "Ops &")
-    assert await client.event("GroupLeft") == ["Ops &"]
-    await client.send("Echo", "Grüße 👋")
-    assert await client.event("ReceiveEcho") == ["Grüße 👋"]
 
 
 # ---------------------------------------- the official client in a page elsewhere
@@ -6825,11 +6302,9 @@ ECHO = """async ([url, transport, token]) => {
 }"""
 
 
-@pytest.mark.parametrize(
-    ("allowed", "token", "result"),
-    [(True, None, "works"), (True, "sesame", "works"), (False, None, "refused")],
-    ids=["allowed", "allowed-token", "other"],
-)
+@pytest.mark.parametrize("allowed, token, result", [
+    (True, None, "works"), (True, "sesame", "works"), (False, None, "refused"),
+])  # fmt: skip
 async def test_a_page_elsewhere_connects_if_its_origin_is_allowed(
     tab, npm_folder, allowed: bool, token: str | None, result: str
 ) -> None:
@@ -6901,15 +6376,31 @@ def test_a_file_uses_no_private_names_of_others(path: Path) -> None:
     assert {name for name in used - defined if re.match(r"_[^_]", name)} == set()
 
 
+def is_field(node: ast.AST) -> bool:
+    return isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.dump(node)
+
+
+def is_set(node: ast.AST) -> bool:
+    """Whether this is an attribute of `self` that is assigned."""
+    target = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    return target and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
 LIMITS = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 220}
 
 
 def test_the_file_and_its_classes_and_functions_stay_short() -> None:
-    assert len(SOURCE.splitlines()) <= 5300
+    assert len(SOURCE.splitlines()) <= 5000
     nodes = [node for node in ast.walk(TREE) if type(node) in LIMITS]
     sizes = {node: node.end_lineno - node.lineno + 1 for node in nodes}
     long = {node.name: n for node, n in sizes.items() if n > LIMITS[type(node)]}
     assert long == {}
+    for node in nodes:
+        match node:
+            case ast.ClassDef(name=name) if name not in ("HubOptions", "Operation"):
+                fields = {field.target.id for field in node.body if is_field(field)}
+                fields |= {target.attr for target in ast.walk(node) if is_set(target)}
+                assert len(fields) <= 14, name
 
 
 def test_importing_it_has_no_effects_and_copies_live_side_by_side() -> None:
@@ -6928,12 +6419,13 @@ def test_importing_it_has_no_effects_and_copies_live_side_by_side() -> None:
 
 async def test_an_old_aiohttp_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "aiohttp").mkdir()
-    old = "__version__, web, AbstractAccessLogger = '3.9.5', None, object"
-    for name in ("__init__.py", "abc.py"):
+    old = "__version__, web, AbstractAccessLogger = '3.9.5', None, object\n"
+    old += "Request = Response = StreamResponse = None"
+    for name in ("__init__.py", "abc.py", "web.py"):
         (tmp_path / "aiohttp" / name).write_text(old)
     output = await output_of(sys.executable, KESTRUN, PYTHONPATH=str(tmp_path))
     sentence = "kestrun needs aiohttp 3.14.3 or newer: pip install -U aiohttp"
-    assert output == f"{sentence} (found 3.9.5)\n"
+    assert output == f"{sentence} (aiohttp 3.9.5 is too old)\n"
 
 
 # ------------------------------------------------------------------------ README
@@ -7065,15 +6557,15 @@ def test_the_readmes_net_client_calls_what_the_readmes_hub_has() -> None:
     assert list(inspect.signature(called).parameters) == ["self", "user", "text"]
 
 
-async def test_the_readmes_calls_work(play) -> None:
-    app = web.Application()
-    kestrun.map_hub(app, "/hub", load("calls.py").CallsHub)
-    client = await (await play(app)).join(*JS[0], on={"GetName": {"returns": "Ada"}})
+async def test_the_readmes_calls_work(serve, ground) -> None:
+    url = (await serve(load("calls.py").CallsHub)).origin + "/hub"
+    on = {"GetName": {"returns": "Ada"}}
+    client = await ground.join(*JS[0], url=url, on=on)
     assert await client.invoke("Add", 1, 2) == 3
     assert await client.invoke("Total", {"itemName": "tea", "count": 2}) == "2 x tea"
     with pytest.raises(Failed, match=r"HubException: Order at least one\."):
         await client.invoke("Total", {"itemName": "tea", "count": 0})
-    assert await collected(client, "Counter", 3) == [0, 1, 2]
+    assert await client.collect("Counter", 3) == [0, 1, 2]
     assert await client.invoke("Ask") == "Ada"
     assert await client.invoke("Who") is None
 
@@ -7086,16 +6578,14 @@ async def test_the_readmes_operations_and_schedule_work() -> None:
 async def test_the_readmes_users_need_their_token(serve) -> None:
     server = await serve(app=load("secure.py").app)
     statuses = []
-    for headers in ({}, {"Authorization": "Bearer secret-of-ada"}):
-        path = "/hubs/mine/negotiate"
+    for token in ("", "secret-of-ada"):
+        headers, path = bearer(token), "/hubs/mine/negotiate"
         answer = await server.request("POST", path, headers=headers)
         statuses.append(answer.status)
     assert statuses == [401, 200]
 
 
-async def test_the_readmes_guard_refuses_every_spelling_and_lets_users_through(
-    serve,
-) -> None:
+async def test_the_readmes_guard_refuses_every_spelling_but_lets_users_in(serve):
     async def user(request: web.Request) -> str | None:
         return request.query.get("user")
 
@@ -7119,49 +6609,38 @@ async def test_the_readmes_curl_commands_all_succeed() -> None:
 # ------------------------------------------------------------ where else it may run
 
 
-async def test_it_runs_under_gunicorn(request, tmp_path: Path) -> None:
+async def test_it_runs_under_gunicorn(tmp_path: Path) -> None:
     package("gunicorn")
     (tmp_path / "chat.py").write_text(snippet("chat.py"))
     (options,) = re.findall(r"`gunicorn (.+?)`", README)
-    bind = f"127.0.0.1:{free_port()}"
-    arguments = ["-m", "gunicorn", *shlex.split(options), "--bind", bind]
-    process = await run(sys.executable, *arguments, cwd=tmp_path)
-    try:
-        async with asyncio.timeout(TOTAL):
-            await Program(process).printed("Booting worker")
-        for kind in WIRES:
-            join = partial(
-                javascript, request.getfixturevalue, on={"ReceiveMessage": {}}
-            )
-            async with join(f"http://{bind}/hubs/chat", *kind) as client:
-                await client.invoke("Send", "Ada", "-".join(kind))
-                assert await client.event("ReceiveMessage") == ["Ada", "-".join(kind)]
-    finally:
-        process.terminate()
-        await process.communicate()
+    arguments = ["gunicorn", *shlex.split(options), "--bind", "127.0.0.1:0"]
+    async with program(*arguments, script="-m", cwd=tmp_path) as running:
+        for wire in WIRES:
+            client = await running.connect(wire, "/hubs/chat")
+            await client.invoke("Send", "Ada", "-".join(wire))
+            assert await client.received("ReceiveMessage") == ["Ada", "-".join(wire)]
+            await client.leave()
+        assert await running.end() == 0
 
 
-async def test_it_serves_websockets_behind_tls(tmp_path: Path) -> None:
+async def test_it_serves_websockets_behind_tls(serve, tmp_path: Path) -> None:
     if not shutil.which("openssl"):
         needed("install OpenSSL: apt-get install openssl")
-    key, crt = tmp_path / "key", tmp_path / "crt"
-    await output_of(
-        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"),
-        *("-subj", "/CN=localhost", "-keyout", key, "-out", crt),
-    )
+    pem, command = tmp_path / "pem", "openssl req -x509 -newkey rsa:2048 -nodes"
+    words = ("-subj", "/CN=localhost", "-keyout", pem, "-out", pem)
+    await output_of(*command.split(), *words)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(crt, key)
-    server = Server(load("chat.py").app)
-    await server.runner.setup()
+    context.load_cert_chain(pem)
+    server = await serve(app=load("chat.py").app)
     await web.TCPSite(server.runner, "127.0.0.1", 0, ssl_context=context).start()
-    origin = f"https://127.0.0.1:{server.runner.addresses[0][1]}"
+    origin = f"https://127.0.0.1:{server.runner.addresses[1][1]}"
     unchecked = aiohttp.TCPConnector(ssl=False)
-    async with aiohttp.ClientSession(origin, connector=unchecked) as server.http:
-        client = await server.connect(path="/hubs/chat")
+    client = server.client(path="/hubs/chat")
+    async with aiohttp.ClientSession(origin, connector=unchecked) as client.http:
+        assert await client.start() == {}
         await client.invoke("Send", "Ada", "x" * 20_000)
         assert await client.received("ReceiveMessage") == ["Ada", "x" * 20_000]
         await client.leave()
-    await server.runner.cleanup()
 
 
 # ----------------------------------------------------------------- measuring speed
@@ -7206,13 +6685,8 @@ BENCHED = {"kestrun": BenchHub, "kestrun-async": AsyncBenchHub}
 def bench_server(name: str, port: str, loop: str = "") -> None:
     """Serve one of the hubs. `loop` may be "uvloop"."""
 
-    async def freeze(app: web.Application) -> None:
-        gc.collect()
-        gc.freeze()  # as `python kestrun.py` does
-
     app = web.Application()
     kestrun.map_hub(app, "/hubs/bench", BENCHED[name])
-    app.on_startup.append(freeze)
     new_loop = package(loop).new_event_loop if loop else asyncio.new_event_loop
     options = {"host": "127.0.0.1", "port": int(port), "backlog": 1024}
     web.run_app(app, loop=new_loop(), access_log=None, **options)
