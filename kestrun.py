@@ -10,7 +10,7 @@ Python; over WebSockets, Server-Sent Events or long polling; in JSON, or in
 MessagePack if the `msgpack` package is installed. aiohttp is the only
 dependency.
 
-Run it, then open http://127.0.0.1:5000/ for a page that shows it all live:
+Run it, then open http://127.0.0.1:5000/ for the demo page:
 
     python kestrun.py
 
@@ -27,7 +27,7 @@ Or copy this file next to your own code and write a hub:
     kestrun.map_hub(app, "/hubs/chat", ChatHub)
     web.run_app(app)
 
-Three parties meet on every connection, and each knows only its neighbour:
+Three parts handle each connection, and each knows only its neighbour:
 
             transports                     connection                    hub
   ┌──────────────────────────┐      ┌────────────────────┐      ┌─────────────────────┐
@@ -42,14 +42,14 @@ messages are queued and leave together at the end of the event loop's iteration.
 The file reads from top to bottom; each section uses only what stands above it.
 `grep -n '^# ---' kestrun.py` prints the contents:
 
-    options         every limit and interval, in one place
+    options         every limit and interval
     messages        hub messages, and how JSON and MessagePack write them
     connection      a duplex pipe between one client and one hub
     transports      WebSockets, Server-Sent Events, long polling
     registry        connections, groups and users; publish
     hub API         what user code sees: Hub, clients, groups, context
     hub methods     finding them, binding and converting their arguments
-    hub connection  calls, streams, timeouts: a connection's life
+    hub connection  calls, streams, timeouts: from handshake to end
     endpoint        negotiate, GET, POST, DELETE, origins, users; map_hub
     operations      long-running work on asyncio tasks
     schedule        jobs on the clock, by interval or cron expression
@@ -146,9 +146,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------ options
 #
-# One home for every limit and interval. Names and defaults are SignalR's, in
-# snake case. Options are checked when they are made, so a running server never
-# meets a wrong one.
+# All limits and intervals. Where SignalR has the option, name and default are
+# SignalR's, in snake case. Options are checked when they are made, so a running
+# server never meets a wrong one.
 
 WEBSOCKETS = "WebSockets"
 SERVER_SENT_EVENTS = "ServerSentEvents"
@@ -182,8 +182,8 @@ class HubOptions:
     maximum_receive_message_size: int | None = 32768
     #: Calls of one client that run at the same time; further ones wait.
     maximum_parallel_invocations_per_client: int | None = 1
-    #: Bytes of calls and stream items that wait for user code. Above it the
-    #: client is not read until half of it is used.
+    #: Bytes of calls and stream items that wait for user code. Above it, reading
+    #: pauses until it is down to half.
     receive_buffer_limit: int | None = 131_072
     #: Send the text of every exception to the caller. For development only.
     enable_detailed_errors: bool = False
@@ -227,7 +227,8 @@ class HubOptions:
     @staticmethod
     def _check(name: str, annotation: str, value: Any) -> None:
         if annotation == "Collection[str]":
-            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            strings = isinstance(value, Collection) and not isinstance(value, str)
+            if not (strings and all(isinstance(v, str) for v in value)):
                 raise TypeError(f"{name}: a list of strings, not {value!r}")
         elif annotation == "bool" and type(value) is not bool:
             raise TypeError(f"{name}: True or False, not {value!r}")
@@ -249,9 +250,9 @@ def _or_infinite(limit: float | None) -> float:
 # ----------------------------------------------------------------- messages
 #
 # A hub message is a small value; a protocol turns messages into bytes and bytes
-# into messages. No sockets here. The wire's own spelling
-# (invocationId) stays inside the protocol classes. Follows HubProtocol.md of
-# ASP.NET Core SignalR, and the shipped clients where they differ from it.
+# into messages. No sockets here. The wire's own spelling (invocationId) stays
+# inside this section. Follows HubProtocol.md of ASP.NET Core SignalR, and
+# the shipped clients where they differ from it.
 
 
 class Invocation(NamedTuple):
@@ -434,7 +435,7 @@ class HubProtocol(Protocol):
 
     `encode` writes one message; it raises TypeError or ValueError for values that
     cannot be written. `decode` removes the complete messages from the inbox and
-    yields each with its size in bytes, of which `limit` are allowed; it raises
+    yields each with its size in bytes, which is at most `limit`; it raises
     ProtocolError at the first bad message, after yielding those before it.
     """
 
@@ -452,7 +453,7 @@ def _too_large(limit: float) -> ProtocolError:
     )
 
 
-#: The types of fields.
+#: The types that each field may have.
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "type": (int,),
     "headers": (dict, types.NoneType),
@@ -831,7 +832,7 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait in one place before their sender waits. SignalR uses 64 KiB.
 _HIGH_WATER = 65_536
 
-#: Seconds per iteration of the event loop for the messages of all clients.
+#: Seconds in each iteration of the event loop for the messages of one hub.
 _TIME_SLICE = 0.01
 
 #: The states of a connection, in order; OPEN from the handshake on.
@@ -841,9 +842,9 @@ OPENING, OPEN, CLOSING, CLOSED = range(4)
 class End(NamedTuple):
     """How a connection ended."""
 
-    #: What caused it, unless that was no fault.
+    #: The error that caused it, if any.
     error: Exception | None = None
-    #: The client left in good order, so what it sent before still counts.
+    #: The client closed normally, so what it sent before still counts.
     in_order: bool = False
 
 
@@ -876,7 +877,7 @@ class Transport:
 
 
 class Receiver(Protocol):
-    """What a connection needs from the hub. The names are asyncio's."""
+    """The hub's callbacks for a connection, named as in asyncio."""
 
     #: Handle new bytes in the inbox.
     def data_received(self) -> None: ...
@@ -941,8 +942,8 @@ class Outbox:
     #: Bytes that wait, and bytes ever taken.
     size: int = 0
     taken: int = 0
-    #: The time of the client's last progress, as far as it is known.
-    since: float = field(default_factory=time.monotonic)
+    #: When the client was last seen to make progress.
+    last_progress: float = field(default_factory=time.monotonic)
     _delivered: int = 0
     _messages: list[bytes] = field(default_factory=list)
 
@@ -963,14 +964,14 @@ class Outbox:
         self.size = 0
 
     def stalled_for(self, unsent: int, now: float) -> float:
-        """Return for how many seconds the client has taken none of what waits.
+        """Return the seconds for which the client took nothing although bytes wait.
 
         unsent: bytes that were taken from here but not yet by the client.
         """
         delivered = self.taken - unsent
         if delivered != self._delivered or not (self.size or unsent):
-            self._delivered, self.since = delivered, now
-        return now - self.since
+            self._delivered, self.last_progress = delivered, now
+        return now - self.last_progress
 
 
 @dataclass(slots=True, eq=False)
@@ -985,7 +986,7 @@ class ReconnectBuffer:
     size: int = 0
     _messages: deque[bytes] = field(default_factory=deque)
     _sent: int = 0
-    #: The last message given up although it was not acknowledged.
+    #: Number of the newest message dropped without an Ack; 0 if there is none.
     forgotten: int = 0
     #: The number of the peer's next message, the latest one received, and the
     #: latest one acknowledged to the peer.
@@ -1015,7 +1016,7 @@ class ReconnectBuffer:
         return self._sent - len(self._messages) + 1
 
     def replay(self) -> tuple[Sequence, list[bytes]]:
-        """Return what a client that resumes is sent first."""
+        """Return the Sequence and the messages for a client that resumes."""
         return Sequence(self._first()), list(self._messages)
 
     def accept(self) -> bool:
@@ -1030,7 +1031,7 @@ class ReconnectBuffer:
 
     def resume(self, number: int) -> None:
         """Continue at the number with which the peer's replay begins."""
-        if number > max(self._peer_next, self._peer_latest + 1):
+        if number > self._peer_latest + 1:
             text = "Sequence ID greater than amount of messages we've received."
             raise ProtocolError(text)
         self._peer_next = number
@@ -1044,7 +1045,7 @@ class ReconnectBuffer:
 
 
 class Shared(NamedTuple):
-    """What all connections of one hub share."""
+    """The part of a mapped hub that its connections need."""
 
     options: HubOptions
     counters: Counters
@@ -1072,11 +1073,11 @@ class Connection:
     transport: Transport | None = None
     #: Chosen by the handshake.
     protocol: HubProtocol = JSON
-    #: Made by negotiate; the handshake may take it away.
+    #: Set by negotiate; removed if the client cannot resume.
     reconnect: ReconnectBuffer | None = None
     inbox: Inbox = field(init=False)
     outbox: Outbox = field(init=False)
-    #: The hub, once it is ready.
+    #: The HubConnection, once `on_connected` has accepted.
     receiver: Receiver | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -1102,7 +1103,7 @@ class Connection:
         if self.reconnect is not None:
             if sequenced:
                 self.reconnect.keep(data, outbox.limit)
-            if self.transport is None:  # the replay will bring it
+            if self.transport is None:  # the replay has it; the rest is dropped
                 if self.reconnect.forgotten:
                     self.drop("missed too much while away")
                 return
@@ -1127,12 +1128,12 @@ class Connection:
         if self.outbox.size > self.outbox.high_water:
             return False
         limit = _or_infinite(self.shared.options.stateful_reconnect_buffer_size)
-        owes_acks = self.reconnect is not None and self.reconnect.size > limit
+        behind = self.reconnect is not None and self.reconnect.size > limit
         # Not while reading is paused: the acknowledgement could not arrive.
-        return not (owes_acks and self.can_read())
+        return not (behind and self.can_read())
 
     async def drain(self) -> None:
-        """Wait until the client has taken most of what was sent, or the end."""
+        """Wait until the client has room for more, or the end."""
         while not self.writable():
             await self.changed()
 
@@ -1148,11 +1149,11 @@ class Connection:
         self._end(CLOSING, end)
         if self.transport is not None:
             self.transport.close()
-        elif self.transport_name != LONG_POLLING:  # the next poll fetches the rest
+        elif self.transport_name != LONG_POLLING:  # no poll will fetch the rest
             self.lost(end)
 
     def drop(self, reason: str) -> None:
-        """End now, whatever is queued. Counted and logged."""
+        """Abort the connection and discard its queue; count and log it."""
         if self.state == CLOSED:
             return
         self.shared.counters.drops[reason] += 1
@@ -1174,7 +1175,7 @@ class Connection:
             transport.abort()
             return
         older, self.transport = self.transport, transport
-        self.last_change = self.outbox.since = time.monotonic()
+        self.last_change = self.outbox.last_progress = time.monotonic()
         if older is not None:
             older.abort()
         if self.reconnect is not None and self.state == OPEN:
@@ -1183,7 +1184,7 @@ class Connection:
             sequence, messages = self.reconnect.replay()
             for data in (self.protocol.encode(sequence), *messages):
                 self.outbox.add(data)
-        self.flush()
+        self.flush() if self.state < CLOSING else transport.close()
 
     def detach(self) -> None:
         """Detach the transport; the client may return until `disconnect_timeout`."""
@@ -1247,7 +1248,7 @@ class Connection:
         return data
 
     def lost(self, end: End) -> None:
-        """End because the transport is gone, or at once."""
+        """End at once: the transport is gone, or nothing more may be sent."""
         if self.state != CLOSED:
             self._end(CLOSED, end)
             self.transport = self.reconnect = None
@@ -1263,12 +1264,12 @@ class Connection:
         self.wake()
 
     async def changed(self) -> None:
-        """Wait until something has happened that waiters should look at."""
+        """Wait for the next `wake`; the caller then checks its condition again."""
         self._changed.clear()
         await self._changed.wait()
 
     def wake(self) -> None:
-        """Let everyone who waits check again."""
+        """Make all waiters check their condition again."""
         self._changed.set()
 
 
@@ -1509,7 +1510,7 @@ async def serve_poll(
 
 
 async def _send_poll(request: Request, connection: Connection) -> StreamResponse:
-    """Send what is queued; if the client is gone, so are the messages."""
+    """Send what is queued; end the connection if the client is gone."""
     kind = "application/octet-stream"
     response = _poll_response(200, connection.take(), kind)
     try:
@@ -1543,8 +1544,8 @@ async def receive_post(request: Request, connection: Connection) -> None:
 #
 # Tracks connections, groups and users, and delivers messages to them. An address
 # says who receives a message. It is a value: it can be logged, compared, and
-# published to another process. `Registry.publish` is the only way out, so it is
-# also the place for a backplane: it would be given each address and message.
+# published to another process. All messages to addresses go through
+# `Registry.publish`: a backplane would be given each address and message there.
 
 #: Connections by connection id.
 Members = dict[str, Connection]
@@ -1710,8 +1711,8 @@ class Registry:
 # `map_hub` returns.
 
 
-#: The call or hook in which user code runs; `awaiting_result` lets others run while
-#: it waits for a client result.
+#: The Call or HubConnection whose user code runs; its `awaiting_result` surrounds
+#: the wait for a client result.
 _current_call = contextvars.ContextVar[Any]("kestrun_current_call", default=None)
 
 
@@ -1774,8 +1775,8 @@ class SingleClientProxy(ClientProxy):
     ) -> Any:
         """Call `method` on the client and return what its handler returns.
 
-        timeout: seconds to wait for the answer; None waits for the connection's
-            whole life.
+        timeout: seconds to wait for the answer; None waits until the connection
+            ends.
         Meanwhile the caller's other calls may run. Raises ConnectionError if there
         is no such client or it leaves, HubException with the client's text if its
         handler fails or is missing, TimeoutError, and TypeError or ValueError for
@@ -1854,7 +1855,7 @@ class HubClients:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HubCallerClients(HubClients):
-    """The same as seen by one caller: `self.clients` inside a hub."""
+    """The same, and the caller's own view: `self.clients` inside a hub."""
 
     _caller: str
 
@@ -1959,7 +1960,7 @@ class Hub:
     async def on_disconnected(self, error: Exception | None) -> None:
         """Run when a connection that `on_connected` accepted has ended.
 
-        error: None after a proper end, else what went wrong.
+        error: what went wrong, if known; None too if the client just disappeared.
         """
 
     async def on_invocation(
@@ -2014,7 +2015,7 @@ class HubContext:
 
 # -------------------------------------------------------------- hub methods
 #
-# The methods that clients may call are collected once for each hub class, from
+# The methods that clients may call are collected when the hub is mapped, from
 # what the subclass adds; a name from the wire is looked up in that table and
 # nowhere else. Signatures are read once too: each annotated parameter gets a
 # converter, a function that returns the converted value or raises an exception.
@@ -2339,11 +2340,11 @@ def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
 
 # ----------------------------------------------------------- hub connection
 #
-# `HubConnection.run` is the life of a connection on one screen, and `dispatch`
-# the whole protocol at a glance. Only calls wait: for a slot, or until the client
-# takes its answers. Everything else is handled when it is read, so the two sides
-# never wait for each other. A plain method is called right where its message is
-# read; everything async is one ordinary task for each call.
+# `HubConnection.run` shows a connection from handshake to end, `_dispatch` what
+# each message does. Only calls wait: for a slot, or until the client takes its
+# answers. Everything else is handled when it is read, so neither side waits for
+# the other while the server reads. A plain method is called right where its
+# message is read; each async call runs in an ordinary task of its own.
 
 #: Calls and streams of one client that may run at the same time, whether they
 #: hold a slot or not.
@@ -2360,7 +2361,7 @@ class OperationCanceled(Exception):
 
 
 class MappedHub:
-    """What all connections of one mapped hub share."""
+    """One mapped hub: its class, methods, registry and running calls."""
 
     def __init__(self, hub_class: type[Hub], options: HubOptions) -> None:
         self.hub_class = hub_class
@@ -2433,7 +2434,7 @@ class UploadStream:
         self._connection.wake()
 
     def end(self, error: Exception | None = None) -> None:
-        """Take no more items: the reader gets those it has, then stops or `error`."""
+        """Accept no more items; the reader gets those left, then stops or `error`."""
         if self._end is None:
             self._end = error or StopAsyncIteration()
             self._connection.wake()
@@ -2501,19 +2502,19 @@ class Call:
             self.arguments.insert(position, stream)
 
     def close_uploads(self) -> None:
-        """Take no more items: the call has ended."""
+        """Discard the upload streams of a call that has ended."""
         for stream_id, stream in self._uploads.items():
             stream.discard()
             if self._calls.uploads.get(stream_id) is stream:
                 del self._calls.uploads[stream_id]
 
     def start(self) -> Any:
-        """Call the method and answer; return a result that must be awaited first."""
+        """Call the method; return what to await, or NO_RESULT if it is answered."""
         _current_call.set(self)
         started = time.perf_counter()
-        mapped, method = self._calls.mapped, self.method
+        method = self.method
         try:
-            if mapped.intercepts:
+            if self._calls.mapped.intercepts:
                 result = self._intercept()
             else:
                 result = method.function(self._calls.hub, *self.arguments)
@@ -2529,7 +2530,7 @@ class Call:
                 method.qualified_name,
                 seconds * 1000,
             )
-        return None
+        return NO_RESULT
 
     def _intercept(self) -> Any:
         """Let the hub's `on_invocation` call the method."""
@@ -2564,7 +2565,7 @@ class Call:
         except BaseException as error:  # noqa: BLE001 (user code)
             self._fail(error, problem)
         finally:
-            self._calls.ended(self)
+            self._calls.forget(self)
 
     async def _send_items(self, items: AsyncIterable[Any]) -> None:
         """Send the items of a stream as fast as the client takes them."""
@@ -2593,7 +2594,8 @@ class Call:
         """Answer with what the client may know of an error; log the rest."""
         if isinstance(error, KeyboardInterrupt):
             raise error
-        if isinstance(error, asyncio.CancelledError) and self._cancel_requested():
+        cancelled = isinstance(error, asyncio.CancelledError)
+        if cancelled and self.task is not None and self.task.cancelling():
             self.answer_cancelled()
             return
         _log_failure(self.method.qualified_name, self._calls.connection, error)
@@ -2607,10 +2609,6 @@ class Call:
             # In the next iteration: a task that is cancelled before its first step
             # would skip its `finally`.
             asyncio.get_running_loop().call_soon(self.task.cancel)
-
-    def _cancel_requested(self) -> bool:
-        """Return True if the client, or the end of the server, cancels the call."""
-        return self.task is not None and self.task.cancelling() > 0
 
     def answer_cancelled(self) -> None:
         """Complete a cancelled call, which its caller still expects."""
@@ -2634,7 +2632,7 @@ class Call:
             yield
         finally:
             self.awaited_results -= 1
-            if not self._cancel_requested():
+            if not self._cancelled:
                 await self._calls.resume(self)
 
 
@@ -2645,7 +2643,7 @@ class Calls:
         self.mapped = mapped
         self.connection = connection
         self.hub = hub
-        self._context = contextvars.copy_context()
+        self._variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
         #: Calls that may not begin yet.
@@ -2658,7 +2656,7 @@ class Calls:
 
     def add(self, invocation: Invocation, size: int) -> None:
         """Check a call in the reference's order; begin it, or queue it."""
-        target, context = invocation.target, self._context.copy()
+        target, context = invocation.target, self._variables.copy()
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
                 raise HubException("Method does not exist.")
@@ -2743,7 +2741,7 @@ class Calls:
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
-        """Return True if there is a slot, and the client takes answers or left."""
+        """Return True if a slot is free, and the client reads or closed normally."""
         if call.method.needs_slot:
             crowded = len(self._running) >= _MAX_RUNNING
             if crowded or self._free_slots <= self._resuming:
@@ -2772,19 +2770,21 @@ class Calls:
 
     def _begin(self, call: Call) -> None:
         """Call the method; what it returns to await continues in a task."""
-        awaitable = call.context.run(call.start)
-        if awaitable is None:
+        pending = call.context.run(call.start)
+        if pending is NO_RESULT:
             call.close_uploads()
             return
         call.task = asyncio.get_running_loop().create_task(
-            call.run(awaitable), name=call.method.qualified_name, context=call.context
+            call.run(pending), name=call.method.qualified_name, context=call.context
         )
         self._running[call.task] = call
         self.mapped.tasks.add(call.task)
         if call.method.needs_slot:
             self._take_slot(call)
+        if call.invocation.streaming and self.connection.state >= CLOSING:
+            call.cancel()  # it waited until its client had left
 
-    def ended(self, call: Call) -> None:
+    def forget(self, call: Call) -> None:
         """Forget a call that has run, and begin those that wait for its slot."""
         assert call.task is not None
         del self._running[call.task]
@@ -2807,15 +2807,15 @@ class Calls:
         """Take a slot again, if the call needs one: wait until one is free."""
         self._resuming += 1
         try:
-            while self._needs_slot(call) and self._free_slots <= 0:
+            while self._wants_slot_back(call) and self._free_slots <= 0:
                 await self.connection.changed()
-            if self._needs_slot(call):
+            if self._wants_slot_back(call):
                 self._take_slot(call)
         finally:
             self._resuming -= 1
             self._begin_waiting_soon()
 
-    def _needs_slot(self, call: Call) -> bool:
+    def _wants_slot_back(self, call: Call) -> bool:
         """Return True for a call that released its slot and wants to go on."""
         goes_on = call.task in self._running and not call.awaited_results
         return goes_on and call.method.needs_slot and not call.holds_slot
@@ -2829,10 +2829,11 @@ class Calls:
         self.connection.wake()
 
     async def finish(self, end: End) -> None:
-        """End what a client that is gone has left behind.
+        """Clean up after the connection has ended.
 
         Streams are closed and uploads fail. Running calls go on. Calls that the
-        client sent before it left in good order still begin; this waits for them.
+        client sent before it closed normally still begin; this waits for them,
+        however long the calls before them run.
         """
         if not end.in_order:
             self.clear()
@@ -2849,10 +2850,10 @@ class Calls:
 
 @dataclass(slots=True, eq=False)
 class KeepAlive:
-    """Sends pings and acks in time, and notices a client that has fallen silent."""
+    """Sends due pings and acks, and detects a silent client."""
 
     _connection: Connection
-    #: The client has sent something since the last check, and ever a ping.
+    #: Whether the client sent something since the last check, and ever a ping.
     active: bool = False
     pinged: bool = False
     _last_received: float = field(default_factory=time.monotonic)
@@ -2887,7 +2888,7 @@ class KeepAlive:
 
 
 async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
-    """Agree on a protocol, or answer why not."""
+    """Answer the handshake request; return True if it succeeds."""
     try:
         name, version = _read_handshake(await _read_first_record(connection))
         connection.protocol = _choose_protocol(mapped, connection, name, version)
@@ -2907,7 +2908,7 @@ async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
 
 
 async def _read_first_record(connection: Connection) -> bytearray:
-    """Wait for the handshake request. Raises HubException if it does not come."""
+    """Wait for the handshake request; HubException if it is late or too large."""
     inbox, options = connection.inbox, connection.shared.options
     limit = _or_infinite(options.maximum_receive_message_size)
     with contextlib.suppress(TimeoutError):
@@ -3032,7 +3033,7 @@ class HubConnection:
                 self._keep_alive.active = True
                 self._dispatch(message, size)
                 if connection.state >= CLOSING:
-                    inbox.clear()  # nothing counts after the end
+                    inbox.clear()  # ignore what follows the end
                     return
                 if time.perf_counter() > deadline and inbox:
                     inbox.unfinished = True  # `readable` goes on
@@ -3048,7 +3049,7 @@ class HubConnection:
             self._calls.begin_waiting()
 
     def _dispatch(self, message: Message, size: int) -> None:
-        """Act on one message: the whole protocol at a glance."""
+        """Act on one message; this is the whole protocol."""
         reconnect, calls = self._connection.reconnect, self._calls
         assert calls is not None
         if reconnect is not None and isinstance(message, SEQUENCED):
@@ -3096,7 +3097,7 @@ class HubConnection:
         self._close(End(), Close())
 
     def shut_down(self) -> None:
-        """End the connection because the server stops; calls get no more time."""
+        """End the connection because the server stops; drop the calls that wait."""
         if self._calls is not None:
             self._calls.clear()
         if self._connection.state == OPENING:
@@ -3107,7 +3108,7 @@ class HubConnection:
             self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
-        """Apply the client's time-out, and send what is due; the heartbeat calls this.
+        """Apply the client's timeout, and send what is due; the heartbeat calls this.
 
         now: the monotonic time in seconds.
         """
@@ -3198,7 +3199,7 @@ async def _add_cors(request: Request, response: StreamResponse) -> None:
 
 
 def _new_id() -> str:
-    """Return 128 random bits that need no escaping in a URL."""
+    """Return a random 128-bit id that is safe in a URL."""
     return secrets.token_urlsafe(16)
 
 
@@ -3274,7 +3275,7 @@ class ConnectionManager:
         return connection
 
     def run(self, connection: Connection, request: Request) -> None:
-        """Begin to serve a connection whose transport has come."""
+        """Start serving a connection, at its first GET."""
         hub_connection = HubConnection(self._mapped, connection, request)
         task = asyncio.create_task(hub_connection.run())
         self._running[task] = hub_connection
@@ -3291,7 +3292,7 @@ class ConnectionManager:
         self._heartbeat = asyncio.create_task(self._heartbeat_loop())
 
     async def _heartbeat_loop(self) -> None:
-        """Check all connections each second, or oftener if an option is shorter."""
+        """Check all connections each second, or more often for short timeouts."""
         options = self._mapped.options
         checked = [options.keep_alive_interval, options.client_timeout_interval]
         checked += [options.disconnect_timeout, options.transport_send_timeout]
@@ -3299,21 +3300,22 @@ class ConnectionManager:
         interval = min(1.0, *(_or_infinite(seconds) / 4 for seconds in checked))
         while True:
             await asyncio.sleep(interval)
-            # After a stall of the process, read what waits before checking timeouts.
+            # After a stall, let pending reads run before checking timeouts.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            try:
-                self._check_all(time.monotonic())
-            except Exception:  # one broken transport must not stop the heartbeat
-                log.exception("the heartbeat failed and goes on")
+            self._check_all(time.monotonic())
 
     def _check_all(self, now: float) -> None:
-        # A method of its own: a sleeping loop would keep the last connection alive.
+        # A method of its own: variables of a sleeping loop would keep objects alive.
         for token, connection in list(self._connections.items()):
             if connection.state == CLOSED:
                 del self._connections[token]
-            else:
+                continue
+            try:
                 _check_connection(connection, now)
+            except Exception:  # one broken transport must not stop the heartbeat
+                log.exception("connection %s", connection.connection_id)
+                connection.drop("transport error")
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
 
@@ -3337,7 +3339,7 @@ class ConnectionManager:
                 break
             for connection in opened:
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
-                    connection.lost(End())  # it has not come for its Close
+                    connection.lost(End())  # no poll fetched its Close
             await asyncio.sleep(0.02)
         for connection in self._connections.values():
             connection.drop("shutdown")
@@ -3444,7 +3446,7 @@ class Endpoint:
         return answer
 
     def _open(self, request: Request, user_id: str | None) -> Awaitable[StreamResponse]:
-        """Give a connection its transport, or a new request of the same one."""
+        """Serve a GET: attach it to its connection as the transport."""
         transport = _requested_transport(request)
         skips_negotiate = transport == WEBSOCKETS and not _query(request).get("id")
         connection = None if skips_negotiate else self.manager.find(request)
@@ -3476,11 +3478,11 @@ class Endpoint:
         if transport == LONG_POLLING or connection.can_resume():
             return
         if connection.reconnect is not None and connection.state != OPENING:
-            raise web.HTTPNotFound(text="")  # it missed too much: it starts afresh
+            raise web.HTTPNotFound(text="")  # the client starts a new connection
         raise web.HTTPConflict(text="")
 
     async def _receive(self, request: Request, user_id: str | None) -> Response:
-        """Take bytes from the client; answer when the hub has used most of them."""
+        """Take bytes from the client; answer when it may send more."""
         connection = self.manager.find(request)
         if connection.transport_name == WEBSOCKETS:
             text = "POST requests are not allowed for WebSocket connections."
@@ -3538,7 +3540,7 @@ def map_hub(
         class may be mapped twice; the two hubs share nothing.
     options, overrides: a HubOptions, and fields of it to set or change.
     Returns the hub's context, for code outside of hub methods. Raises TypeError or
-    ValueError for an unknown option, a class that is no hub, a path that is taken,
+    ValueError for an unknown option, a class that is not a hub, a path that is taken,
     and two methods with the same wire name.
     """
     if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
@@ -4842,10 +4844,10 @@ def create_app(
 ) -> web.Application:
     """Build the demo application: hub, routes, jobs and page.
 
-    hub_path: where the hub is.
+    hub_path: path of the hub.
     allowed_origins: further origins, such as "https://example.com", whose pages
         may use hub and API.
-    token: what hub and API ask for, if anything; the page and /healthz do not.
+    token: required by hub and API, if given; the page and /healthz are open.
     Raises ValueError for a path, origin or token that cannot be used.
     """
     if token is not None and not token.strip():
