@@ -396,7 +396,7 @@ class Inbox(bytearray):
         self.held = 0
         #: Too much waits: true from above the limit until half of it is used.
         self.full = False
-        #: Whole messages are left to decode, in the next iteration of the loop.
+        #: Whole messages may be left to decode, later.
         self.unfinished = False
         #: Keeps the bytes of two POSTs apart.
         self.lock = asyncio.Lock()
@@ -430,20 +430,24 @@ class Inbox(bytearray):
         return False
 
 
+Decoded = Iterator[tuple[Message | None, int]]
+
+
 class HubProtocol(Protocol):
     """How hub messages look on the wire.
 
     `encode` writes one message; it raises TypeError or ValueError for values that
     cannot be written. `decode` removes the complete messages from the inbox and
     yields each with its size in bytes, which is at most `limit`; it raises
-    ProtocolError at the first bad message, after yielding those before it.
+    ProtocolError at the first bad message, after yielding those before it. None
+    stands for a message of a later version.
     """
 
     name: ClassVar[str]
     binary: ClassVar[bool]
 
     def encode(self, message: Message) -> bytes: ...
-    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]: ...
+    def decode(self, inbox: Inbox, limit: float) -> Decoded: ...
 
 
 def _too_large(limit: float) -> ProtocolError:
@@ -649,13 +653,12 @@ class JsonProtocol:
                 return f"{_dumps(_to_fields(message))}\x1e".encode()
         return f'{{"type":{text}}}\x1e'.encode()
 
-    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]:
+    def decode(self, inbox: Inbox, limit: float) -> Decoded:
         while (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
             size = len(record) + 1
             if size > limit:
                 raise _too_large(limit)
-            if (message := _build(_json_object(record))) is not None:
-                yield message, size
+            yield _build(_json_object(record)), size
         if len(inbox) > limit:
             raise _too_large(limit)
 
@@ -742,7 +745,7 @@ class MessagePackProtocol:
         elements = cls._ELEMENTS[fields["type"]]
         return [fields.get(name, empty.get(name)) for name in elements]
 
-    def decode(self, inbox: Inbox, limit: float) -> Iterator[tuple[Message, int]]:
+    def decode(self, inbox: Inbox, limit: float) -> Decoded:
         while True:
             start, length = self._read_prefix(inbox[:5])
             size = start + length
@@ -752,8 +755,7 @@ class MessagePackProtocol:
                 return
             body = inbox[start:size]
             del inbox[:size]
-            if (message := _build(self._read(body))) is not None:
-                yield message, size
+            yield _build(self._read(body)), size
 
     @staticmethod
     def _read_prefix(data: bytearray) -> tuple[int, int]:
@@ -964,10 +966,7 @@ class Outbox:
         self.size = 0
 
     def stalled_for(self, unsent: int, now: float) -> float:
-        """Return the seconds for which the client took nothing although bytes wait.
-
-        unsent: bytes that were taken from here but not yet by the client.
-        """
+        """Return the seconds without progress. unsent: taken from here, not sent."""
         delivered = self.taken - unsent
         if delivered != self._delivered or not (self.size or unsent):
             self._delivered, self.last_progress = delivered, now
@@ -1140,7 +1139,7 @@ class Connection:
     def release(self, size: int) -> None:
         """Count a call or item as used, which may make room for reading."""
         if self.inbox.release(size):
-            self.wake()
+            asyncio.get_running_loop().call_soon(self.feed, b"")  # go on
 
     def close(self, end: End) -> None:
         """End from the hub's side: deliver what is queued, then end the transport."""
@@ -1200,14 +1199,18 @@ class Connection:
         return resumable and self.state == OPEN
 
     def feed(self, data: bytes) -> None:
-        """Handle bytes from the client at once."""
-        if self.state >= CLOSING:
+        """Handle bytes from the client at once, and what was left before."""
+        if not self.accepts_messages():
             return
         self.shared.counters.bytes_in += len(data)
         self.inbox.extend(data)
         if self.receiver is not None:
             self.receiver.data_received()
         self.wake()
+
+    def accepts_messages(self) -> bool:
+        """Return True until the end; then still for what came before a proper end."""
+        return self.state < CLOSING or self.ended.result().in_order
 
     def can_read(self) -> bool:
         """Return False while too much waits for user code."""
@@ -1220,13 +1223,9 @@ class Connection:
         """Return when the next bytes may be read, or when no more can come."""
         websocket = self.transport if self.transport_name == WEBSOCKETS else None
         while not self.can_read() and self.state < CLOSING:
-            if self.inbox.unfinished:
-                await asyncio.sleep(0)
-                self.feed(b"")
-            elif websocket is not None and websocket.is_closing():
+            if websocket is not None and websocket.is_closing():
                 return
-            else:
-                await self.changed()
+            await self.changed()
 
     def flush(self) -> None:
         """Hand the outbox to the transport, whose faults must not affect others."""
@@ -1483,8 +1482,9 @@ async def serve_poll(
     readers of one outbox would lose messages between them.
     """
     while isinstance(connection.transport, PendingResponse):
-        connection.transport.replaced = True
-        connection.wake()
+        if not connection.transport.replaced:
+            connection.transport.replaced = True
+            connection.wake()
         await connection.changed()
     if connection.state == CLOSED or request.transport is None:
         return _poll_response(404)
@@ -1527,15 +1527,22 @@ async def _send_poll(request: Request, connection: Connection) -> StreamResponse
 async def receive_post(request: Request, connection: Connection) -> None:
     """Feed the body of a POST to the connection, as fast as the hub uses it.
 
-    A body is not read beyond the end of the connection. Raises
-    aiohttp.ClientPayloadError, ConnectionError or TimeoutError if the client
+    Raises aiohttp.ClientPayloadError, ConnectionError or TimeoutError if the client
     stops in the middle.
     """
-    while connection.state < CLOSING and not request.content.at_eof():
-        async with asyncio.timeout(connection.shared.options.disconnect_timeout):
-            data = await request.content.readany()
-        connection.feed(data)
-        await connection.readable()
+    timeout, ended = connection.shared.options.disconnect_timeout, connection.ended
+    while not (ended.done() or request.content.at_eof()):
+        reading = asyncio.ensure_future(request.content.readany())
+        first = asyncio.FIRST_COMPLETED
+        try:
+            await asyncio.wait((reading, ended), timeout=timeout, return_when=first)
+            if reading.done():
+                connection.feed(reading.result())
+                await connection.readable()
+            elif not ended.done():
+                raise TimeoutError
+        finally:
+            reading.cancel()
     if not request.content.at_eof():
         request.protocol.keep_alive(False)  # the rest is not read
 
@@ -1547,7 +1554,6 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # published to another process. All messages to addresses go through
 # `Registry.publish`: a backplane would be given each address and message there.
 
-#: Connections by connection id.
 Members = dict[str, Connection]
 
 
@@ -2062,7 +2068,6 @@ class HubMethod:
         self.name = getattr(function, "__kestrun_name__", wire_name)
         #: Class and method, for logs and task names: "ChatHub.join_group".
         self.qualified_name = f"{hub_class.__name__}.{name}"
-        #: Called with the hub and the arguments.
         self.function: Callable[..., Any] = function
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         if not takes_hub:  # a static or class method
@@ -2244,8 +2249,9 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
     raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
 
 
-#: What did not fit, as ids of converter and value, while the outermost union converts.
-_failed: set[tuple[int, int]] = set()
+#: What unions made of lists and dicts (NO_RESULT: nothing), by ids, in one conversion.
+#: Without it, unions of dataclasses that contain them would take exponential time.
+_converted: dict[tuple[int, int], Any] = {}
 
 
 def _union(members: tuple[Any, ...], exact: bool) -> Converter:
@@ -2257,25 +2263,23 @@ def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
 
     def convert(value: Any) -> Any:
-        # A list or dict that did not fit once is not tried again: unions of
-        # dataclasses that contain them would take exponential time.
-        attempt, outermost = (id(convert), id(value)), not _failed
-        if attempt in _failed:
-            raise ValueError("the value does not fit")
-        if isinstance(value, (list, dict)):
-            _failed.add(attempt)
+        attempt, outermost = (id(convert), id(value)), not _converted
+        repeated = isinstance(value, (list, dict)) and attempt in _converted
+        result = _converted[attempt] if repeated else NO_RESULT
+        _converted[attempt] = result
         try:
-            for converter in converters:
+            for converter in () if repeated else converters:
                 try:
-                    result = converter(value)
+                    _converted[attempt] = result = converter(value)
+                    break
                 except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
                     continue
-                _failed.discard(attempt)
-                return result
-            raise ValueError(f"{names} expected, got {type(value).__name__}")
         finally:
             if outermost:
-                _failed.clear()
+                _converted.clear()
+        if result is NO_RESULT:
+            raise ValueError(f"{names} expected, got {type(value).__name__}")
+        return result
 
     return convert
 
@@ -2372,7 +2376,6 @@ class MappedHub:
         self.protocols = _load_protocols()
         self.shared = Shared(options, Counters(), Flusher())
         self.registry = Registry()
-        #: By connection id.
         self.contexts: dict[str, HubCallerContext] = {}
         #: The calls that run; those of clients that have left are among them.
         self.tasks: set[asyncio.Task[None]] = set()
@@ -2485,7 +2488,7 @@ class Call:
     size: int
     task: asyncio.Task[None] | None = None
     holds_slot: bool = False
-    _cancelled: bool = False
+    cancelled: bool = False
     #: Client results that its code waits for.
     awaited_results: int = 0
     #: The client's streams among the arguments, by stream id.
@@ -2604,8 +2607,8 @@ class Call:
 
     def cancel(self) -> None:
         """Cancel a running call; it is still answered."""
-        if self.task is not None and not self._cancelled:
-            self._cancelled = True
+        if self.task is not None and not self.cancelled:
+            self.cancelled = True
             # In the next iteration: a task that is cancelled before its first step
             # would skip its `finally`.
             asyncio.get_running_loop().call_soon(self.task.cancel)
@@ -2632,7 +2635,7 @@ class Call:
             yield
         finally:
             self.awaited_results -= 1
-            if not self._cancelled:
+            if not self.cancelled:
                 await self._calls.resume(self)
 
 
@@ -2805,12 +2808,20 @@ class Calls:
 
     async def resume(self, call: Call) -> None:
         """Take a slot again, if the call needs one: wait until one is free."""
+        late: asyncio.CancelledError | None = None
         self._resuming += 1
         try:
             while self._wants_slot_back(call) and self._free_slots <= 0:
-                await self.connection.changed()
+                try:
+                    await self.connection.changed()
+                except asyncio.CancelledError as error:  # its own timeout, perhaps
+                    if call.cancelled:
+                        raise
+                    late = error
             if self._wants_slot_back(call):
                 self._take_slot(call)
+            if late is not None:
+                raise late
         finally:
             self._resuming -= 1
             self._begin_waiting_soon()
@@ -2875,9 +2886,8 @@ class KeepAlive:
             return  # the client cannot take them now
         encode = connection.protocol.encode
         interval = _or_infinite(connection.shared.options.keep_alive_interval)
-        if connection.transport_name == LONG_POLLING:
-            interval = math.inf  # its polls keep it alive
-        if now - self._last_ping >= interval:
+        polls = connection.transport_name == LONG_POLLING  # which keep it alive
+        if now - self._last_ping >= interval and not polls:
             self._last_ping = now
             connection.send(encode(Ping()), sequenced=False)
         if reconnect is not None and (ack := reconnect.take_ack()) is not None:
@@ -2900,7 +2910,7 @@ async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
             text = error_text(text, error, mapped.options)
         connection.send(_handshake_response(text), sequenced=False)
         return False
-    if version < 2 or connection.transport_name != WEBSOCKETS:
+    if version < 2:
         connection.reconnect = None
     connection.state = OPEN
     connection.send(_handshake_response(), sequenced=False)
@@ -2967,8 +2977,9 @@ class HubConnection:
                 self._calls = calls
                 connection.receiver = self
                 connection.feed(b"")  # what came meanwhile
-                await connection.readable()
                 end = await connection.ended
+                while end.in_order and connection.inbox.unfinished:
+                    await connection.changed()
                 await calls.finish(end)
                 error = end.error
                 if end.in_order and error is None and connection.inbox:
@@ -3032,11 +3043,13 @@ class HubConnection:
                 mapped.shared.counters.messages_in += 1
                 self._keep_alive.active = True
                 self._dispatch(message, size)
-                if connection.state >= CLOSING:
+                if not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
                     return
-                if time.perf_counter() > deadline and inbox:
-                    inbox.unfinished = True  # `readable` goes on
+                if inbox and (inbox.full or time.perf_counter() > deadline):
+                    inbox.unfinished = True
+                    if not inbox.full:  # else `Connection.release` goes on
+                        asyncio.get_running_loop().call_soon(connection.feed, b"")
                     return
         except ProtocolError as error:
             name, text = connection.connection_id, _one_line(str(error), 200)
@@ -3048,7 +3061,7 @@ class HubConnection:
         if self._calls is not None:
             self._calls.begin_waiting()
 
-    def _dispatch(self, message: Message, size: int) -> None:
+    def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
         reconnect, calls = self._connection.reconnect, self._calls
         assert calls is not None
@@ -3071,6 +3084,7 @@ class HubConnection:
             case Ping():
                 self._keep_alive.pinged = True
             case Close(error):
+                self._connection.inbox.clear()  # ignore what follows it
                 failure = None if error is None else HubException(error)
                 self._close(End(failure, in_order=True), Close())
             case Ack(sequence_id) if reconnect is not None:
@@ -3108,10 +3122,7 @@ class HubConnection:
             self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
-        """Apply the client's timeout, and send what is due; the heartbeat calls this.
-
-        now: the monotonic time in seconds.
-        """
+        """Apply the client's timeout, and send what is due, at a monotonic time."""
         connection = self._connection
         if connection.state != OPEN:
             return
@@ -3148,11 +3159,10 @@ _FORMATS[SERVER_SENT_EVENTS] = ["Text"]
 
 
 def access_token(request: Request) -> str | None:
-    """Return the token of a request: `Authorization: Bearer`, or `access_token`.
+    """Return the token of a request, for use in `authenticate`; None without one.
 
-    Browsers cannot set headers on WebSockets and event streams, so SignalR clients
-    put the token into the query there. For use in `authenticate`. Returns None if
-    there is none.
+    It is in `Authorization: Bearer`, or in the query as `access_token`: browsers
+    cannot set headers on WebSockets and event streams.
     """
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token.strip():
@@ -3161,11 +3171,7 @@ def access_token(request: Request) -> str | None:
 
 
 def _check_origin(request: Request, allowed: Collection[str]) -> None:
-    """Raise HTTPForbidden for a page of another origin that is not allowed.
-
-    A browser sends the origin of the page whose script makes the request. Other
-    clients send none, and need no protection from foreign pages.
-    """
+    """Raise HTTPForbidden for a page of another origin that is not allowed."""
     origin = request.headers.get("Origin")
     if origin is None:
         return
@@ -3206,10 +3212,7 @@ def _new_id() -> str:
 async def _end_tasks(
     tasks: Collection[asyncio.Task[Any]], seconds: Iterable[float] = (1.0, 1.0)
 ) -> None:
-    """Wait for tasks to end; after each of the timeouts, cancel those that run.
-
-    A task that is still running then is logged and left behind.
-    """
+    """Wait for tasks to end; cancel them after each timeout; log what still runs."""
     current = asyncio.current_task()
     for timeout in seconds:
         if running := set(tasks) - {current}:
@@ -3252,10 +3255,7 @@ class ConnectionManager:
         self._stopping = False
 
     def create(self, user_id: str | None, version: int) -> tuple[str, Connection]:
-        """Make a connection and its token, the secret name that requests carry.
-
-        version: of negotiate; in version 0 the connection id is the token.
-        """
+        """Make a connection and its token; in version 0 of negotiate, its id is it."""
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
         token = _new_id()
@@ -3392,10 +3392,9 @@ class Endpoint:
             raise
 
     async def _check_request(self, request: Request) -> str | None:
-        """Check the origin and return the user id.
+        """Check the origin and return the user id; answer a CORS preflight.
 
-        Raises what `authenticate` raises, with an empty body, as the reference
-        does; and HTTPNoContent for a CORS preflight, which needs no user.
+        Raises what `authenticate` raises, with an empty body, as the reference does.
         """
         _check_origin(request, self._origins)
         if _is_preflight(request):
@@ -3462,6 +3461,8 @@ class Endpoint:
         self._check_user(connection, user_id)
         if first:
             connection.transport_name = transport
+            if transport != WEBSOCKETS:
+                connection.reconnect = None
             self.manager.run(connection, request)
         if transport == LONG_POLLING:
             return serve_poll(request, connection, first)
@@ -4946,7 +4947,6 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         app,
         access_log_class=_AccessLog,
         access_log=logging.getLogger("kestrun.access"),
-        handler_cancellation=True,
         shutdown_timeout=1.0,
     )
     stop = asyncio.Event()

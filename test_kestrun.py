@@ -1553,7 +1553,7 @@ async def test_a_lost_socket_is_noticed_while_the_server_does_not_read(serve) ->
     server = await serve(hub, receive_buffer_limit=1000, **BRISK)
     client = await SilentClient.open(server)
     await client.send(call("Wait", 0), *[call("Note", 1)] * 100)
-    await until(lambda: server.hub.stats()["messages_in"] > 100)
+    await until(lambda: server.hub.stats()["messages_in"] > 10)
     await client.end("lost socket")
     await until(lambda: not server.hub.connections)
     hub.gates[0].set()
@@ -2004,7 +2004,7 @@ class Asking(Gate):
 
     async def ask_briefly(self) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(0.05):
+            async with asyncio.timeout(0.08):
                 await self.clients.caller.invoke("GetName")
         await self.wait(1)
 
@@ -2083,12 +2083,15 @@ async def test_a_call_retakes_a_slot_after_results(serve, count, outcome) -> Non
     assert sorted(gate for _, gate in hub.log) == [0, 0, 1, 1, 2, 2]
 
 
-async def test_a_call_retakes_a_slot_after_its_own_timeout(serve) -> None:
+@pytest.mark.parametrize("answered", [False, True], ids=["no answer", "no slot"])
+async def test_a_call_retakes_a_slot_after_its_own_timeout(serve, answered) -> None:
     hub, client = await gated(serve, hub=Asking)
     asking = await client.begin("AskBriefly")
-    await client.next(1)
+    question = await client.next(1)
     waiting = await client.begin("Wait", 0)
     await until(lambda: hub.log)
+    if answered:
+        await answer(client, question, result="Ann")
     await silence(0.1)
     assert hub.log == [("start", 0)]
     for gate in range(2):
@@ -2142,6 +2145,27 @@ SOUTH = MOMENT.astimezone(datetime.timezone(datetime.timedelta(hours=2)))
 GUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 BIG = 2**60 + 1  # a float cannot hold it
 
+
+@dataclass
+class Left:
+    child: "Left | Right | None"
+    x: int
+
+
+@dataclass
+class Right:
+    child: "Left | Right | None"
+    x: str
+
+
+def deep(levels: int) -> tuple[dict, Right]:
+    """Return a value that only shows at its end what it is, and its conversion."""
+    value, result = {"child": None, "x": "s"}, Right(None, "s")
+    for _ in range(levels):
+        value, result = {"child": value, "x": "s"}, Right(result, "s")
+    return value, result
+
+
 # (annotation, what the protocol brings, what the method gets)
 ARGUMENTS = [
     (int, 3, 3), (int, 3.0, 3), (float, 3.5, 3.5), (float, 3, 3.0), (str, "ä", "ä"),
@@ -2180,6 +2204,7 @@ ARGUMENTS = [
     (dict[str, int | float], {"a": BIG, "b": 2.0}, {"a": BIG, "b": 2.0}),
     (Trail, {"points": [], "length": BIG, "next": {"points": [], "length": 2.0}},
      Trail([], length=BIG, next=Trail([], length=2.0))),
+    (Left | Right, *deep(30)),  # would take hours if each level doubled the time
 ]  # fmt: skip
 MESSAGEPACK_ARGUMENTS = [
     (bytes, b"\x00\xff", b"\x00\xff"), (Any, b"\x00\xff", b"\x00\xff"),
@@ -2783,6 +2808,41 @@ async def test_calls_run_on_and_those_that_wait_begin_if_their_client_left(
     assert await hub.next() is None or way == "lost socket"
 
 
+class SlowToStart(Gate):
+    async def on_connected(self) -> None:
+        await self.gates["open"].wait()
+
+
+@pytest.mark.parametrize("way", ["close frame", "Close message"])
+async def test_calls_before_a_clean_end_outlast_a_slow_on_connected(serve, way) -> None:
+    hub = SlowToStart.fresh()
+    client = await SilentClient.open(await serve(hub))
+    context = client.server.hub.connections[client.id]
+    await client.send(*(call("Note", number) for number in range(5)))
+    await client.end(way)
+    await silence(0.1)
+    assert context.aborted is (way == "close frame")
+    hub.gates["open"].set()
+    assert await hub.next() is None
+    assert hub.log == [*range(5)]
+
+
+async def test_calls_in_a_post_outlast_the_connection(serve) -> None:
+    class Slow(Gate):
+        def note(self, number: int) -> None:
+            time.sleep(0.004)  # so that the POST takes several turns
+            self.log.append(number)
+
+    hub, client = await gated(serve, ("LongPolling", "json"), Slow)
+    calls = [call("Note", number) for number in range(30)]
+    posting = asyncio.create_task(client.send(*calls))
+    await until(lambda: hub.log)
+    await client.leave()
+    assert [await hub.next(), await hub.next()] == ["connected", None]
+    assert hub.log == [*range(30)]
+    await asyncio.wait([posting])
+
+
 class Patient(Gate):
     async def later(self) -> AsyncIterator[int]:
         try:
@@ -3193,6 +3253,28 @@ async def test_a_method_may_be_refused(
     url = f"/hub{path}?negotiateVersion=1&id={client.token}"
     answer = await server.request(method, url)
     assert answer.plain == (status, "text/plain", text)
+
+
+async def test_a_stalled_post_ends_with_its_connection(serve) -> None:
+    client = await (await serve(Plain)).connect(("LongPolling", "json"))
+    port = URL(client.server.origin).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST {client.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    writer.write(head.encode() + b"half")
+    await silence(0.05)
+    await client.leave()
+    assert (await soon(reader.readline())).startswith(b"HTTP/1.1 404")
+    writer.close()
+
+
+async def test_a_refused_handshake_is_told_to_a_poll_that_comes_later(serve) -> None:
+    server = await serve(Plain, allow_stateful_reconnects=True)
+    client = server.client(("LongPolling", "json"))
+    await client.negotiate(useStatefulReconnect="true")
+    assert await client.poll() == (200, b"")
+    await client.write(b'{"protocol":"nope","version":2}\x1e')
+    status, body = await client.poll()
+    assert (status, b"is not supported" in body) == (200, True)
 
 
 # ------------------------------------------------------------- authentication
@@ -4228,6 +4310,30 @@ async def test_a_small_outbox_has_its_limit_too(serve) -> None:
     for _ in range(3):
         await server.hub.clients.all.send("Note", "x" * 900)
     assert server.hub.stats()["cuts"] == {"slow client": 1}
+
+
+async def test_messages_of_unknown_types_let_others_run(serve) -> None:
+    server, turns = await serve(Plain), []
+    client = await server.connect(("WebSockets", "messagepack"))
+
+    async def count() -> None:
+        while server.hub.stats()["messages_in"] < 100_000:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    await client.write(b"\x02\x91\x63" * 100_000)
+    await soon(count())
+    assert len(turns) > 5
+
+
+async def test_one_frame_of_many_calls_does_not_fill_the_memory(serve) -> None:
+    hub, client = await gated(serve)
+    await client.send(call("Wait", 0), *[call("Note", 1)] * 20_000)
+    await until(lambda: hub.log)
+    await silence()
+    assert client.server.hub.stats()["messages_in"] < 5_000
+    hub.gates[0].set()
+    await until(lambda: len(hub.log) == 20_002)
 
 
 # ------------------------------------------------- shutdown with live clients
