@@ -1200,7 +1200,7 @@ class Connection:
 
     def feed(self, data: bytes) -> None:
         """Handle bytes from the client at once, and what was left before."""
-        if not self.accepts_messages():
+        if self.state >= CLOSING and not self.accepts_messages():
             return
         self.shared.counters.bytes_in += len(data)
         self.inbox.extend(data)
@@ -2483,7 +2483,6 @@ class Call:
     invocation: Invocation
     method: HubMethod
     arguments: list[Any]
-    context: contextvars.Context
     #: Bytes of the message.
     size: int
     task: asyncio.Task[None] | None = None
@@ -2659,11 +2658,11 @@ class Calls:
 
     def add(self, invocation: Invocation, size: int) -> None:
         """Check a call in the reference's order; begin it, or queue it."""
-        target, context = invocation.target, self._variables.copy()
+        target = invocation.target
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
                 raise HubException("Method does not exist.")
-            arguments = context.run(method.bind, invocation.arguments)
+            arguments = self._variables.copy().run(method.bind, invocation.arguments)
         except (HubException, BindingError) as error:
             text = f"Failed to invoke '{target}' due to an error on the server."
             self._refuse(invocation, error_text(text, error, self.mapped.options))
@@ -2671,7 +2670,7 @@ class Calls:
         if (problem := self._call_error(invocation, method)) is not None:
             self._refuse(invocation, problem)
             return
-        call = Call(self, invocation, method, arguments, context, size)
+        call = Call(self, invocation, method, arguments, size)
         if method.uploads:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
@@ -2773,12 +2772,13 @@ class Calls:
 
     def _begin(self, call: Call) -> None:
         """Call the method; what it returns to await continues in a task."""
-        pending = call.context.run(call.start)
+        context = self._variables.copy()  # not kept by the call, which it refers to
+        pending = context.run(call.start)
         if pending is NO_RESULT:
             call.close_uploads()
             return
         call.task = asyncio.get_running_loop().create_task(
-            call.run(pending), name=call.method.qualified_name, context=call.context
+            call.run(pending), name=call.method.qualified_name, context=context
         )
         self._running[call.task] = call
         self.mapped.tasks.add(call.task)
@@ -2792,6 +2792,7 @@ class Calls:
         assert call.task is not None
         del self._running[call.task]
         self.mapped.tasks.discard(call.task)
+        call.task = None  # which refers to the call by its context
         call.close_uploads()
         self.release_slot(call)
 
@@ -3043,7 +3044,7 @@ class HubConnection:
                 mapped.shared.counters.messages_in += 1
                 self._keep_alive.active = True
                 self._dispatch(message, size)
-                if not connection.accepts_messages():
+                if connection.state >= CLOSING and not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
                     return
                 if inbox and (inbox.full or time.perf_counter() > deadline):

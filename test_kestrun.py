@@ -4438,6 +4438,26 @@ def kept() -> Counter:
     return Counter(kind for kind in kinds if kind.__module__ in ours)
 
 
+@pytest.mark.parametrize("method", ["Keep", "KeepAsync"])
+async def test_what_a_call_used_is_freed_when_it_ends(serve, method: str) -> None:
+    kept: list[weakref.ref] = []
+
+    class Keeping(Plain):
+        def keep(self, point: Point) -> None:
+            kept.append(weakref.ref(point))
+
+        async def keep_async(self, point: Point) -> None:
+            self.keep(point)
+
+    client = await (await serve(Keeping)).connect()
+    gc.disable()  # nothing may wait for the garbage collector
+    try:
+        await client.invoke(method, {"x": 1})
+        await until(lambda: kept[0]() is None)
+    finally:
+        gc.enable()
+
+
 async def test_clients_that_leave_leave_nothing_behind(serve) -> None:
     server = await serve(Leaky)
     await connect_and_leave(server, 15)
