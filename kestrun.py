@@ -1183,7 +1183,9 @@ class Connection:
             sequence, messages = self.reconnect.replay()
             for data in (self.protocol.encode(sequence), *messages):
                 self.outbox.add(data)
-        self.flush() if self.state < CLOSING else transport.close()
+        self.flush()
+        if self.state >= CLOSING:
+            transport.close()
 
     def detach(self) -> None:
         """Detach the transport; the client may return until `disconnect_timeout`."""
@@ -2251,7 +2253,7 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
 
 #: What unions made of lists and dicts (NO_RESULT: nothing), by ids, in one conversion.
 #: Without it, unions of dataclasses that contain them would take exponential time.
-_converted: dict[tuple[int, int], Any] = {}
+_results = contextvars.ContextVar[Any]("kestrun_results", default=None)
 
 
 def _union(members: tuple[Any, ...], exact: bool) -> Converter:
@@ -2263,23 +2265,24 @@ def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
 
     def convert(value: Any) -> Any:
-        attempt, outermost = (id(convert), id(value)), not _converted
-        repeated = isinstance(value, (list, dict)) and attempt in _converted
-        result = _converted[attempt] if repeated else NO_RESULT
-        _converted[attempt] = result
-        try:
-            for converter in () if repeated else converters:
+        results, attempt = _results.get(), (id(convert), id(value))
+        if results is None:  # the outermost union
+            token = _results.set({})
+            try:
+                return convert(value)
+            finally:
+                _results.reset(token)
+        if attempt not in results or not isinstance(value, (list, dict)):
+            results[attempt] = NO_RESULT
+            for converter in converters:
                 try:
-                    _converted[attempt] = result = converter(value)
+                    results[attempt] = converter(value)
                     break
                 except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
                     continue
-        finally:
-            if outermost:
-                _converted.clear()
-        if result is NO_RESULT:
+        if results[attempt] is NO_RESULT:
             raise ValueError(f"{names} expected, got {type(value).__name__}")
-        return result
+        return results[attempt]
 
     return convert
 
@@ -2715,10 +2718,7 @@ class Calls:
     def reply(
         self, invocation: Invocation, result: Any, error: str | None = None
     ) -> None:
-        """Answer a call, unless the client did not ask for an answer.
-
-        Raises TypeError or ValueError for a result that cannot be written.
-        """
+        """Answer a call, if its client wants that. Raises what `encode` raises."""
         connection, invocation_id = self.connection, invocation.invocation_id
         if invocation_id is not None:
             completion = Completion(invocation_id, result, error)
@@ -2841,22 +2841,24 @@ class Calls:
         self.connection.wake()
 
     async def finish(self, end: End) -> None:
-        """Clean up after the connection has ended.
+        """Close streams and fail uploads; running calls go on.
 
-        Streams are closed and uploads fail. Running calls go on. Calls that the
-        client sent before it closed normally still begin; this waits for them,
-        however long the calls before them run.
+        This waits until the calls that came before a normal close have begun.
         """
         if not end.in_order:
             self.clear()
         gone = ConnectionError("The underlying connection was closed.")
-        for stream in self.uploads.values():
-            stream.end(gone)
-        for call in self._running.values():
-            if call.invocation.streaming:
-                call.cancel()
         self._begin_waiting_soon()
-        while self._waiting:
+        while True:
+            unread = end.in_order and self.connection.inbox.unfinished
+            if self.connection.inbox.full or not unread:  # uploads may be what fills it
+                for stream in self.uploads.values():
+                    stream.end(gone)
+                for call in self._running.values():
+                    if call.invocation.streaming:
+                        call.cancel()
+            if not (unread or self._waiting):
+                return
             await self.connection.changed()
 
 
@@ -2979,8 +2981,6 @@ class HubConnection:
                 connection.receiver = self
                 connection.feed(b"")  # what came meanwhile
                 end = await connection.ended
-                while end.in_order and connection.inbox.unfinished:
-                    await connection.changed()
                 await calls.finish(end)
                 error = end.error
                 if end.in_order and error is None and connection.inbox:

@@ -2808,6 +2808,15 @@ async def test_calls_run_on_and_those_that_wait_begin_if_their_client_left(
     assert await hub.next() is None or way == "lost socket"
 
 
+async def test_uploads_that_wait_for_each_other_end_with_their_client(serve) -> None:
+    _, client = await gated(serve, hub=Calls, receive_buffer_limit=1000)
+    await client.begin("Zip", 7, streamIds=["a", "b"])
+    item = {"type": 2, "invocationId": "b", "item": 1}
+    await client.send(*[item] * 100)  # the method reads the other stream first
+    await client.leave()
+    await until(lambda: not client.server.hub.connections)
+
+
 class SlowToStart(Gate):
     async def on_connected(self) -> None:
         await self.gates["open"].wait()
