@@ -923,8 +923,8 @@ async def test_large_json_messages_are_read_in_linear_time(serve) -> None:
         await client.next(3)
         return (time.process_time() - start) / size
 
-    small = sorted([await cost(4 << 20) for _ in range(5)])[2]
     for _ in range(8):  # other work on the machine disturbs
+        small = sorted([await cost(4 << 20) for _ in range(5)])[2]
         if (large := await cost(64 << 20)) < 2 * small:
             break
     assert large < 2 * small
