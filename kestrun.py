@@ -255,7 +255,8 @@ def _or_infinite(limit: float | None) -> float:
 # the shipped clients where they differ from it.
 
 
-class Invocation(NamedTuple):
+@dataclass(slots=True)
+class Invocation:
     """Call `target`. Without an invocation id nobody waits for an answer."""
 
     target: str
@@ -266,14 +267,16 @@ class Invocation(NamedTuple):
     streaming: bool = False
 
 
-class StreamItem(NamedTuple):
+@dataclass(slots=True)
+class StreamItem:
     """One item of a stream, in either direction."""
 
     invocation_id: str
     item: Any
 
 
-class Completion(NamedTuple):
+@dataclass(slots=True)
+class Completion:
     """The end of a call or stream: a result, an error, or neither (NO_RESULT)."""
 
     invocation_id: str
@@ -281,30 +284,35 @@ class Completion(NamedTuple):
     error: str | None = None
 
 
-class CancelInvocation(NamedTuple):
+@dataclass(slots=True)
+class CancelInvocation:
     """The caller no longer wants the answer."""
 
     invocation_id: str
 
 
-class Ping(NamedTuple):
+@dataclass(slots=True)
+class Ping:
     """Keeps the connection alive."""
 
 
-class Close(NamedTuple):
+@dataclass(slots=True)
+class Close:
     """The last message of a connection; may allow the client to reconnect."""
 
     error: str | None = None
     allow_reconnect: bool = False
 
 
-class Ack(NamedTuple):
+@dataclass(slots=True)
+class Ack:
     """Stateful reconnect: everything up to `sequence_id` has arrived."""
 
     sequence_id: int
 
 
-class Sequence(NamedTuple):
+@dataclass(slots=True)
+class Sequence:
     """Stateful reconnect: the next message sent has this number."""
 
     sequence_id: int
@@ -424,10 +432,9 @@ class Inbox(bytearray):
     def release(self, size: int) -> bool:
         """Count it as used; return True if reading may go on because of that."""
         self.held -= size
-        if self.full and self.held <= self.limit / 2:
-            self.full = False
-            return True
-        return False
+        may_go_on = self.full and self.held <= self.limit / 2
+        self.full = self.full and not may_go_on
+        return may_go_on
 
 
 Decoded = Iterator[tuple[Message | None, int]]
@@ -579,7 +586,8 @@ def _to_fields(message: Message) -> dict[str, Any]:
         case _:
             number = _TYPES[type(message)]
             _, names = _MESSAGES[number]
-            return {"type": number, **dict(zip(names, message, strict=True))}
+            values = (getattr(message, name) for name in message.__match_args__)
+            return {"type": number, **dict(zip(names, values, strict=True))}
 
 
 RECORD_SEPARATOR = b"\x1e"
@@ -645,16 +653,17 @@ class JsonProtocol:
         # The most frequent two as text: the encoder has a fast path for a lone
         # string, while a dict costs it three times as much.
         match message:
-            case Completion(id, result, None) if result is not NO_RESULT:
-                text = f'3,"invocationId":{_dumps(id)},"result":{_dumps(result)}'
-            case StreamItem(id, item):
-                text = f'2,"invocationId":{_dumps(id)},"item":{_dumps(item)}'
+            case Completion() if message.result is not NO_RESULT:
+                number, name, value = 3, "result", message.result
+            case StreamItem():
+                number, name, value = 2, "item", message.item
             case _:
                 return f"{_dumps(_to_fields(message))}\x1e".encode()
-        return f'{{"type":{text}}}\x1e'.encode()
+        id, value = _dumps(message.invocation_id), _dumps(value)
+        return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}\x1e'.encode()
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
-        while (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
+        while inbox and (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
             size = len(record) + 1
             if size > limit:
                 raise _too_large(limit)
@@ -878,15 +887,6 @@ class Transport:
         return self._socket.is_closing()
 
 
-class Receiver(Protocol):
-    """The hub's callbacks for a connection, named as in asyncio."""
-
-    #: Handle new bytes in the inbox.
-    def data_received(self) -> None: ...
-    #: Go on: the client has taken what filled its outbox.
-    def resume_writing(self) -> None: ...
-
-
 @dataclass(slots=True)
 class Counters:
     """Plain numbers of one hub, drops by reason, for `HubContext.stats`."""
@@ -912,19 +912,15 @@ class Flusher:
     def add(self, connection: Connection) -> None:
         """Flush this connection at the end of the iteration."""
         self._queue.append(connection)
-        if not self._scheduled:
-            self._schedule()
+        self.deadline()
 
     def deadline(self) -> float:
-        """Return when this iteration's time for messages is over."""
+        """Return when this iteration's time for messages is over; flush at its end."""
         if not self._scheduled:
-            self._schedule()
+            self._scheduled = True
+            self._deadline = time.perf_counter() + _TIME_SLICE
+            asyncio.get_running_loop().call_soon(self._flush)
         return self._deadline
-
-    def _schedule(self) -> None:
-        self._scheduled = True
-        self._deadline = time.perf_counter() + _TIME_SLICE
-        asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -1043,7 +1039,8 @@ class ReconnectBuffer:
         return Ack(self._acked)
 
 
-class Shared(NamedTuple):
+@dataclass(slots=True)
+class Shared:
     """The part of a mapped hub that its connections need."""
 
     options: HubOptions
@@ -1076,8 +1073,8 @@ class Connection:
     reconnect: ReconnectBuffer | None = None
     inbox: Inbox = field(init=False)
     outbox: Outbox = field(init=False)
-    #: The HubConnection, once `on_connected` has accepted.
-    receiver: Receiver | None = None
+    #: The hub's way to read the inbox, once `on_connected` has accepted.
+    receive: Callable[[], None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -1206,8 +1203,8 @@ class Connection:
             return
         self.shared.counters.bytes_in += len(data)
         self.inbox.extend(data)
-        if self.receiver is not None:
-            self.receiver.data_received()
+        if self.receive is not None:
+            self.receive()
         self.wake()
 
     def accepts_messages(self) -> bool:
@@ -1217,7 +1214,7 @@ class Connection:
     def can_read(self) -> bool:
         """Return False while too much waits for user code."""
         inbox = self.inbox
-        if self.receiver is None:
+        if self.receive is None:
             return len(inbox) <= inbox.limit
         return not (inbox.full or inbox.unfinished)
 
@@ -1240,10 +1237,7 @@ class Connection:
 
     def take(self) -> bytes:
         """Take all that is queued: whole messages, in order."""
-        outbox = self.outbox
-        if outbox.size > outbox.high_water and self.receiver is not None:
-            asyncio.get_running_loop().call_soon(self.receiver.resume_writing)
-        data = outbox.take()
+        data = self.outbox.take()
         self.shared.counters.bytes_out += len(data)
         self.wake()
         return data
@@ -1284,6 +1278,9 @@ class Connection:
 #: aiohttp's limit for one WebSocket message, in bytes. It may hold many hub
 #: messages, so it is not lower than this.
 _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
+
+#: The types of WebSocket messages that hold bytes of the connection.
+_DATA = (web.WSMsgType.TEXT, web.WSMsgType.BINARY)
 
 
 def _socket_of(request: Request) -> asyncio.Transport:
@@ -1380,15 +1377,13 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         await websocket.prepare(request)
         transport = WebSocketTransport(connection, _socket_of(request), websocket)
         connection.attach(transport)
-        async for message in websocket:
-            if message.type is web.WSMsgType.ERROR:
-                error = message.data
-                break
+        while (message := await websocket.receive()).type in _DATA:
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
             connection.feed(message.data)
             if not connection.can_read():
                 await connection.readable()
+        error = message.data  # what is wrong, if it is a WebSocketError
     except ConnectionError:
         pass  # the client did not wait for the upgrade
     finally:
@@ -1469,9 +1464,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
     return response
 
 
-def _poll_response(
-    status: int, body: bytes = b"", kind: str = "text/plain"
-) -> Response:
+def _poll_answer(status: int, body: bytes = b"", kind: str = "text/plain") -> Response:
     return Response(status=status, body=body, content_type=kind, headers=_NO_CACHE)
 
 
@@ -1489,23 +1482,23 @@ async def serve_poll(
             connection.wake()
         await connection.changed()
     if connection.state == CLOSED or request.transport is None:
-        return _poll_response(404)
+        return _poll_answer(404)
     transport = PendingResponse(connection, request.transport)
     connection.attach(transport)
     try:
         if first:
-            return _poll_response(200, kind="application/octet-stream")
+            return _poll_answer(200, kind="application/octet-stream")
         try:
             async with asyncio.timeout(connection.shared.options.poll_timeout):
                 has_data = await transport.ready()
         except TimeoutError:
-            return _poll_response(200)
+            return _poll_answer(200)
         if has_data:
             return await _send_poll(request, connection)
         keeps_polling = transport.replaced or connection.outbox.size
         if connection.state == CLOSING and not keeps_polling:
             connection.lost(End(in_order=True))  # the client stops polling at this 204
-        return _poll_response(204)
+        return _poll_answer(204)
     finally:
         if connection.transport is transport:
             connection.detach()
@@ -1514,7 +1507,7 @@ async def serve_poll(
 async def _send_poll(request: Request, connection: Connection) -> StreamResponse:
     """Send what is queued; end the connection if the client is gone."""
     kind = "application/octet-stream"
-    response = _poll_response(200, connection.take(), kind)
+    response = _poll_answer(200, connection.take(), kind)
     try:
         await response.prepare(request)
         await response.write_eof()
@@ -1693,7 +1686,7 @@ class Registry:
 
         Raises ProtocolError if another client was asked.
         """
-        invocation_id, result, error = completion
+        invocation_id, error = completion.invocation_id, completion.error
         if invocation_id not in self._results:
             return
         owner, future = self._results[invocation_id]
@@ -1704,10 +1697,10 @@ class Registry:
             )
         if future.done():
             return
-        if error is None and result is NO_RESULT:
+        if error is None and completion.result is NO_RESULT:
             error = "Client didn't provide a result."
         if error is None:
-            future.set_result(result)
+            future.set_result(completion.result)
         else:
             future.set_exception(HubException(error))
 
@@ -1724,10 +1717,12 @@ class Registry:
 _current_call = contextvars.ContextVar[Any]("kestrun_current_call", default=None)
 
 
-def _invocation(method: str, args: tuple[Any, ...]) -> Invocation:
+def _invocation(
+    method: str, args: tuple[Any, ...], invocation_id: str | None = None
+) -> Invocation:
     if not isinstance(method, str):
         raise TypeError(f"a client method's name is a str, not {method!r}")
-    return Invocation(method, list(args))
+    return Invocation(method, list(args), invocation_id)
 
 
 def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
@@ -1797,7 +1792,7 @@ class SingleClientProxy(ClientProxy):
             if connection is None or connection.state >= CLOSING:
                 raise ConnectionError(f"Connection '{name}' does not exist.")
             with self._registry.result_from(connection) as (result_id, result):
-                message = _invocation(method, args)._replace(invocation_id=result_id)
+                message = _invocation(method, args, result_id)
                 connection.send(connection.protocol.encode(message))
                 first, either = asyncio.FIRST_COMPLETED, [result, connection.ended]
                 await asyncio.wait(either, timeout=timeout, return_when=first)
@@ -2122,19 +2117,21 @@ class HubMethod:
             log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
             text = f"Invocation provides {count} argument(s) but target expects {most}."
             raise BindingError(text)
-        parameters = self._parameters + self._rest * (count - most)
-        bound = []
-        for (name, convert), value in zip(parameters, values, strict=False):
-            try:
+        parameters = self._parameters
+        if count > most:
+            parameters = parameters + self._rest * (count - most)
+        bound, name = [], ""
+        try:
+            for (name, convert), value in zip(parameters, values):
                 bound.append(convert(value))
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # a converter may be user code
-                log.warning("%s: argument %r does not fit: %s", method, name, error)
-                raise BindingError(
-                    "Error binding arguments. Make sure that the types of the provided "
-                    "values match the types of the hub method being invoked."
-                ) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a converter may be user code
+            log.warning("%s: argument %r does not fit: %s", method, name, error)
+            raise BindingError(
+                "Error binding arguments. Make sure that the types of the provided "
+                "values match the types of the hub method being invoked."
+            ) from error
         if self.uploads:  # their positions count the parameters left out, too
             bound += self._defaults[count:]
         return bound
@@ -2351,11 +2348,14 @@ def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
 # each message does. Only calls wait: for a slot, or until the client takes its
 # answers. Everything else is handled when it is read, so neither side waits for
 # the other while the server reads. A plain method is called right where its
-# message is read; each async call runs in an ordinary task of its own.
+# message is read; a call that is async or has to wait runs in a task of its own.
 
 #: Calls and streams of one client that may run at the same time, whether they
 #: hold a slot or not.
 _MAX_RUNNING = 1000
+
+#: Seconds in each iteration of the event loop for the waiting calls of one client.
+_CALLS_SLICE = 0.001
 
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
@@ -2384,11 +2384,10 @@ class MappedHub:
         self.tasks: set[asyncio.Task[None]] = set()
 
     def make_context(self) -> HubContext:
-        registry, contexts = self.registry, types.MappingProxyType(self.contexts)
-        clients, groups = HubClients(registry), registry.groups
-        return HubContext(
-            registry, self.shared.counters, clients, groups, contexts, self.options
-        )
+        registry, counters = self.registry, self.shared.counters
+        clients, contexts = HubClients(registry), types.MappingProxyType(self.contexts)
+        groups = registry.groups
+        return HubContext(registry, counters, clients, groups, contexts, self.options)
 
     def make_hub(self, context: HubCallerContext) -> Hub:
         hub = self.hub_class()
@@ -2483,18 +2482,20 @@ class Call:
     """One accepted call, from its message to its answer."""
 
     _calls: Calls
+    #: Its arguments are bound to the method's parameters.
     invocation: Invocation
     method: HubMethod
-    arguments: list[Any]
     #: Bytes of the message.
     size: int
     task: asyncio.Task[None] | None = None
+    #: Resolved when it is the next to begin, if it waits for that.
+    turn: asyncio.Future[None] | None = None
     holds_slot: bool = False
     cancelled: bool = False
     #: Client results that its code waits for.
     awaited_results: int = 0
-    #: The client's streams among the arguments, by stream id.
-    _uploads: dict[str, UploadStream] = field(default_factory=dict)
+    #: The client's streams among the arguments.
+    _uploads: tuple[UploadStream, ...] = ()
 
     def open_uploads(self) -> None:
         """Open the client's streams when the call is read, so that items find them."""
@@ -2503,12 +2504,14 @@ class Call:
         for stream_id, (position, name, convert) in pairs:
             name = f"{method.qualified_name}: an item of {name!r}"
             stream = UploadStream(name, convert, calls.connection)
-            calls.uploads[stream_id] = self._uploads[stream_id] = stream
-            self.arguments.insert(position, stream)
+            calls.uploads[stream_id] = stream
+            self._uploads += (stream,)
+            self.invocation.arguments.insert(position, stream)
 
     def close_uploads(self) -> None:
         """Discard the upload streams of a call that has ended."""
-        for stream_id, stream in self._uploads.items():
+        ids = self.invocation.stream_ids
+        for stream_id, stream in zip(ids, self._uploads, strict=True):
             stream.discard()
             if self._calls.uploads.get(stream_id) is stream:
                 del self._calls.uploads[stream_id]
@@ -2522,12 +2525,12 @@ class Call:
             if self._calls.mapped.intercepts:
                 result = self._intercept()
             else:
-                result = method.function(self._calls.hub, *self.arguments)
+                result = method.function(self._calls.hub, *self.invocation.arguments)
             if method.streaming or hasattr(result, "__await__"):
                 return result
             self._calls.reply(self.invocation, result)
         except BaseException as error:  # noqa: BLE001 (user code)
-            self._fail(error, _failed_invoking(self.invocation.target))
+            self._fail(error)
         if (seconds := time.perf_counter() - started) > _BLOCKING:
             log.warning(
                 "%s blocked the event loop for %.0f ms; no other client was served. "
@@ -2539,8 +2542,8 @@ class Call:
 
     def _intercept(self) -> Any:
         """Let the hub's `on_invocation` call the method."""
-        hub, method, target = self._calls.hub, self.method, self.invocation.target
-        invocation = HubInvocation(method.name, target, self.arguments)
+        hub, method, call = self._calls.hub, self.method, self.invocation
+        invocation = HubInvocation(method.name, call.target, call.arguments)
 
         async def call_next() -> Any:
             result = method.function(hub, *invocation.arguments)
@@ -2549,15 +2552,22 @@ class Call:
         return hub.on_invocation(invocation, call_next)
 
     async def run(self, result: Any) -> None:
-        """Await the result, or send the stream, and answer: the task of a call."""
-        target = self.invocation.target
-        problem = _failed_invoking(target)
+        """Await the result, or send the stream, and answer: the task of a call.
+
+        result: what the method returned; NO_RESULT if it is not called yet.
+        """
+        problem = ""
         try:
+            if result is NO_RESULT:
+                await self._calls.begin_in_order(self)
+                if (result := self.start()) is NO_RESULT:
+                    return
             if hasattr(result, "__await__"):
                 result = await result
             if self.method.streaming and not hasattr(result, "__aiter__"):
-                text = f"The value returned by the streaming method '{target}' "
-                text += "is not a ChannelReader<> or IAsyncEnumerable<>."
+                text = "The value returned by the streaming method "
+                text += f"'{self.invocation.target}' is not a ChannelReader<> or "
+                text += "IAsyncEnumerable<>."
                 self._calls.reply(self.invocation, NO_RESULT, text)
                 return
             if self.method.streaming:
@@ -2576,18 +2586,17 @@ class Call:
         """Send the items of a stream as fast as the client takes them."""
         connection, sent = self._calls.connection, 0
         stream_id = self.invocation.invocation_id or ""
-        encode = connection.protocol.encode
         try:
             async for item in items:
                 if connection.state >= CLOSING:
                     return
-                data = encode(StreamItem(stream_id, item))
+                data = connection.protocol.encode(StreamItem(stream_id, item))
                 connection.send(data)
                 sent += len(data)
                 if sent > _HIGH_WATER or not connection.writable():
                     sent = 0
                     # A generator that never waits must let others run: the flush,
-                    # and then the calls that waited for it.
+                    # and then the calls that wait for it.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                     await connection.drain()
@@ -2595,15 +2604,19 @@ class Call:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
 
-    def _fail(self, error: BaseException, problem: str) -> None:
+    def _fail(self, error: BaseException, problem: str = "") -> None:
         """Answer with what the client may know of an error; log the rest."""
         if isinstance(error, KeyboardInterrupt):
             raise error
         cancelled = isinstance(error, asyncio.CancelledError)
         if cancelled and self.task is not None and self.task.cancelling():
-            self.answer_cancelled()
-            return
-        _log_failure(self.method.qualified_name, self._calls.connection, error)
+            if self.invocation.streaming:  # its caller expects no reason
+                self._calls.reply(self.invocation, NO_RESULT)
+                return
+            error = OperationCanceled("The invocation was canceled.")
+        else:
+            _log_failure(self.method.qualified_name, self._calls.connection, error)
+        problem = problem or _failed_invoking(self.invocation.target)
         text = error_text(problem, error, self._calls.mapped.options)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
@@ -2614,15 +2627,6 @@ class Call:
             # In the next iteration: a task that is cancelled before its first step
             # would skip its `finally`.
             asyncio.get_running_loop().call_soon(self.task.cancel)
-
-    def answer_cancelled(self) -> None:
-        """Complete a cancelled call, which its caller still expects."""
-        text = None
-        if not self.invocation.streaming:
-            error = OperationCanceled("The invocation was canceled.")
-            problem = _failed_invoking(self.invocation.target)
-            text = error_text(problem, error, self._calls.mapped.options)
-        self._calls.reply(self.invocation, NO_RESULT, text)
 
     @contextlib.asynccontextmanager
     async def awaiting_result(self) -> AsyncIterator[None]:
@@ -2648,24 +2652,26 @@ class Calls:
         self.mapped = mapped
         self.connection = connection
         self.hub = hub
-        self._variables = contextvars.copy_context()
+        #: Each call begins in a copy of these.
+        self.variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
-        #: Calls that may not begin yet.
+        #: The calls whose tasks wait to begin, in order.
         self._waiting: deque[Call] = deque()
-        self._running: dict[asyncio.Task[None], Call] = {}
+        self._running: set[Call] = set()
+        self._iteration = self._deadline = 0.0
         #: Running calls that need a slot again: they come before those that wait.
         self._resuming = 0
         #: The upload streams that are open, by stream id.
         self.uploads: dict[str, UploadStream] = {}
 
     def add(self, invocation: Invocation, size: int) -> None:
-        """Check a call in the reference's order; begin it, or queue it."""
+        """Check a call in the reference's order; begin it, or let it wait."""
         target = invocation.target
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
                 raise HubException("Method does not exist.")
-            arguments = self._variables.copy().run(method.bind, invocation.arguments)
+            invocation.arguments = method.bind(invocation.arguments)
         except (HubException, BindingError) as error:
             text = f"Failed to invoke '{target}' due to an error on the server."
             self._refuse(invocation, error_text(text, error, self.mapped.options))
@@ -2673,14 +2679,29 @@ class Calls:
         if (problem := self._call_error(invocation, method)) is not None:
             self._refuse(invocation, problem)
             return
-        call = Call(self, invocation, method, arguments, size)
+        call = Call(self, invocation, method, size)
         if method.uploads:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self._waiting.append(call)
             self.connection.inbox.hold(size)
-        else:
+            self._create_task(call, NO_RESULT)
+        elif (result := call.start()) is not NO_RESULT:
             self._begin(call)
+            self._create_task(call, result)
+        elif method.uploads:
+            call.close_uploads()
+
+    def _create_task(self, call: Call, result: Any) -> None:
+        """Let a call go on in a task. result: see `Call.run`."""
+        loop, name = asyncio.get_running_loop(), call.method.qualified_name
+        call.task = loop.create_task(call.run(result), name=name)
+        self.mapped.tasks.add(call.task)
+
+    def _begin(self, call: Call) -> None:
+        self._running.add(call)
+        if call.method.needs_slot:
+            self._take_slot(call)
 
     def _call_error(self, invocation: Invocation, method: HubMethod) -> str | None:
         """Return why a method cannot be called in this way, if it cannot."""
@@ -2725,21 +2746,14 @@ class Calls:
             connection.send(connection.protocol.encode(completion))
 
     def _find(self, invocation_id: str | None) -> Call | None:
-        for call in (*self._running.values(), *self._waiting):
+        for call in (*self._running, *self._waiting):
             if call.invocation.invocation_id == invocation_id:
                 return call
         return None
 
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
-        call = self._find(invocation_id)
-        if call is not None and call.task is None:
-            self._waiting.remove(call)
-            call.answer_cancelled()
-            self.connection.release(call.size)
-            call.close_uploads()
-            self._begin_waiting_soon()
-        elif call is not None:
+        if (call := self._find(invocation_id)) is not None:
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
@@ -2753,44 +2767,39 @@ class Calls:
             return connection.ended.result().in_order
         return outbox.size <= outbox.high_water
 
-    def _begin_waiting_soon(self) -> None:
-        """Begin waiting calls, outside of the call that made room for them."""
-        if self._waiting:
-            asyncio.get_running_loop().call_soon(self.begin_waiting)
-
-    def begin_waiting(self) -> None:
-        """Begin the calls that may begin now, in order, while there is time."""
-        deadline = self.mapped.shared.flusher.deadline()
-        while self._waiting and self._may_begin(self._waiting[0]):
-            call = self._waiting.popleft()
-            self.connection.release(call.size)
+    async def begin_in_order(self, call: Call) -> None:
+        """Return when a waiting call may begin, after those that came before it."""
+        waiting, connection = self._waiting, self.connection
+        try:
+            if waiting[0] is not call:
+                call.turn = _new_future()
+                await call.turn
+            while self._out_of_time():
+                await asyncio.sleep(0)  # let other clients' calls run
+            while not self._may_begin(call):
+                await connection.changed()
             self._begin(call)
-            if time.perf_counter() > deadline:
-                self._begin_waiting_soon()
-                break
-        self.connection.wake()
-
-    def _begin(self, call: Call) -> None:
-        """Call the method; what it returns to await continues in a task."""
-        context = self._variables.copy()  # not kept by the call, which it refers to
-        pending = context.run(call.start)
-        if pending is NO_RESULT:
-            call.close_uploads()
-            return
-        call.task = asyncio.get_running_loop().create_task(
-            call.run(pending), name=call.method.qualified_name, context=context
-        )
-        self._running[call.task] = call
-        self.mapped.tasks.add(call.task)
-        if call.method.needs_slot:
-            self._take_slot(call)
+        finally:
+            waiting.remove(call)
+            turn = waiting[0].turn if waiting else None
+            if turn is not None and not turn.done():
+                turn.set_result(None)
+            connection.release(call.size)
+            connection.wake()
         if call.invocation.streaming and self.connection.state >= CLOSING:
             call.cancel()  # it waited until its client had left
 
+    def _out_of_time(self) -> bool:
+        """Return True if this iteration's time for this client's calls is over."""
+        now, iteration = time.perf_counter(), self.mapped.shared.flusher.deadline()
+        if iteration != self._iteration:
+            self._iteration, self._deadline = iteration, now + _CALLS_SLICE
+        return now > self._deadline
+
     def forget(self, call: Call) -> None:
-        """Forget a call that has run, and begin those that wait for its slot."""
+        """Forget a call that has ended; its slot is free for another."""
         assert call.task is not None
-        del self._running[call.task]
+        self._running.discard(call)
         self.mapped.tasks.discard(call.task)
         call.task = None  # which refers to the call by its context
         call.close_uploads()
@@ -2804,7 +2813,6 @@ class Calls:
         if call.holds_slot:
             call.holds_slot = False
             self._free_slots += 1
-        self._begin_waiting_soon()
         self.connection.wake()
 
     async def resume(self, call: Call) -> None:
@@ -2825,20 +2833,17 @@ class Calls:
                 raise late
         finally:
             self._resuming -= 1
-            self._begin_waiting_soon()
+            self.connection.wake()
 
     def _wants_slot_back(self, call: Call) -> bool:
         """Return True for a call that released its slot and wants to go on."""
-        goes_on = call.task in self._running and not call.awaited_results
+        goes_on = call in self._running and not call.awaited_results
         return goes_on and call.method.needs_slot and not call.holds_slot
 
     def clear(self) -> None:
-        """Forget the calls that have not begun."""
+        """Cancel the calls that have not begun."""
         for call in self._waiting:
-            self.connection.release(call.size)
-            call.close_uploads()
-        self._waiting.clear()
-        self.connection.wake()
+            call.cancel()
 
     async def finish(self, end: End) -> None:
         """Close streams and fail uploads; running calls go on.
@@ -2848,13 +2853,12 @@ class Calls:
         if not end.in_order:
             self.clear()
         gone = ConnectionError("The underlying connection was closed.")
-        self._begin_waiting_soon()
         while True:
             unread = end.in_order and self.connection.inbox.unfinished
             if self.connection.inbox.full or not unread:  # uploads may be what fills it
                 for stream in self.uploads.values():
                     stream.end(gone)
-                for call in self._running.values():
+                for call in self._running:
                     if call.invocation.streaming:
                         call.cancel()
             if not (unread or self._waiting):
@@ -2966,6 +2970,7 @@ class HubConnection:
         self._connection = connection
         self._context = HubCallerContext(connection, request, self.abort)
         self._keep_alive = KeepAlive(connection)
+        self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         self._hub: Hub
         self._calls: Calls | None = None
 
@@ -2978,7 +2983,7 @@ class HubConnection:
             calls = await self._connect()
             if calls is not None:
                 self._calls = calls
-                connection.receiver = self
+                connection.receive = self._receive
                 connection.feed(b"")  # what came meanwhile
                 end = await connection.ended
                 await calls.finish(end)
@@ -3032,16 +3037,15 @@ class HubConnection:
             return error
         return None
 
-    def data_received(self) -> None:
+    def _receive(self) -> None:
         """Decode and dispatch what has arrived, until this iteration's time is up."""
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
-        deadline = mapped.shared.flusher.deadline()
-        limit = _or_infinite(mapped.options.maximum_receive_message_size)
+        counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
         inbox.unfinished = False
         try:
-            for message, size in protocol.decode(inbox, limit):
-                mapped.shared.counters.messages_in += 1
+            for message, size in protocol.decode(inbox, self._size_limit):
+                counters.messages_in += 1
                 self._keep_alive.active = True
                 self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
@@ -3058,10 +3062,6 @@ class HubConnection:
             inbox.clear()
             self._fail(error)
 
-    def resume_writing(self) -> None:
-        if self._calls is not None:
-            self._calls.begin_waiting()
-
     def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
         reconnect, calls = self._connection.reconnect, self._calls
@@ -3072,7 +3072,7 @@ class HubConnection:
                 return
         match message:
             case Invocation():
-                calls.add(message, size)
+                calls.variables.copy().run(calls.add, message, size)
             case StreamItem(stream_id, item) if stream_id in calls.uploads:
                 calls.uploads[stream_id].put(item, size)
             case Completion(stream_id, _, error) if stream_id in calls.uploads:

@@ -2528,6 +2528,33 @@ async def test_thousands_of_calls_may_wait_for_one(serve) -> None:
     assert [await client.finish(f"e{i}") for i in range(2000)] == [*range(2000)]
 
 
+@pytest.mark.parametrize("target", ["Add", "Echo"])  # plain, async
+async def test_calls_sent_together_are_answered_in_one_frame(serve, target) -> None:
+    raw = await RawSocket.open(await serve(Plain))
+    ids, args = [str(n) for n in range(16)], [1] * (1 + (target == "Add"))
+    calls = [encode("json", call(target, *args, invocationId=id)) for id in ids]
+    raw.writer.write(b"".join(RawSocket.frame(1, record) for record in calls))
+    _, answers = await raw.next()
+    found = [json.loads(text)["invocationId"] for text in answers.split(RS)[:-1]]
+    assert found == ids
+
+
+async def test_waiting_calls_that_never_pause_leave_room_for_others(serve) -> None:
+    class Spin(Gate):
+        async def spin(self, seconds: float) -> None:
+            time.sleep(seconds)  # noqa: ASYNC251 (as one does that computes)
+            self.log.append(seconds)
+
+    hub, client = await gated(serve, WIRES[0], Spin)
+    other = await client.server.connect()
+    await client.send(*[call("Spin", 0.002)] * 250, call("Echo", 1, invocationId="e"))
+    await until(lambda: hub.log)
+    assert await other.invoke("Add", 1, 2) == 3
+    assert len(hub.log) < 100
+    assert await client.finish("e") == 1
+    assert len(hub.log) == 250
+
+
 # --------------------------------------------------------------- cancellation
 
 
