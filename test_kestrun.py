@@ -6821,7 +6821,7 @@ async def test_it_runs_under_gunicorn(tmp_path: Path) -> None:
     package("gunicorn")
     (tmp_path / "chat.py").write_text(snippet("chat.py"))
     (options,) = re.findall(r"`gunicorn (.+?)`", README)
-    arguments = ["gunicorn", *shlex.split(options), "--bind", "127.0.0.1:0"]
+    arguments = ["gunicorn", *shlex.split(options.replace(":5000", ":0"))]
     async with program(*arguments, script="-m", cwd=tmp_path) as running:
         for wire in WIRES:
             client = await running.connect(wire, "/hubs/chat")
