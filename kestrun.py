@@ -100,6 +100,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, Flag
@@ -387,24 +388,21 @@ def _to_plain(value: Any) -> Any:
 
 
 class Inbox(bytearray):
-    """Bytes from the client that are not decoded yet, and the size of what waits.
-
-    It remembers how far it was searched, so a message that arrives in many pieces
-    is read in linear time.
-    """
+    """Undecoded bytes from the client, and the size of decoded messages that wait."""
 
     __slots__ = ("_searched", "full", "held", "limit", "lock", "unfinished")
 
     def __init__(self, limit: float) -> None:
         super().__init__()
+        #: How far it was searched, so that long messages are read in linear time.
         self._searched = 0
         #: Bytes that may wait for user code.
         self.limit = limit
         #: Bytes of decoded calls and stream items that wait for user code.
         self.held = 0
-        #: Too much waits: true from above the limit until half of it is used.
+        #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
-        #: Whole messages may be left to decode, later.
+        #: Complete messages may remain, to be decoded in a later iteration.
         self.unfinished = False
         #: Keeps the bytes of two POSTs apart.
         self.lock = asyncio.Lock()
@@ -653,7 +651,7 @@ class JsonProtocol:
         # The most frequent two as text: the encoder has a fast path for a lone
         # string, while a dict costs it three times as much.
         match message:
-            case Completion() if message.result is not NO_RESULT:
+            case Completion(error=None) if message.result is not NO_RESULT:
                 number, name, value = 3, "result", message.result
             case StreamItem():
                 number, name, value = 2, "item", message.item
@@ -876,7 +874,8 @@ class Transport:
 
     def abort(self) -> None:
         """Drop the client at once."""
-        self._socket.abort()
+        if self.unsent() or not self._socket.is_closing():
+            self._socket.abort()
 
     def unsent(self) -> int:
         """Return the bytes taken from the outbox but not sent."""
@@ -915,7 +914,7 @@ class Flusher:
         self.deadline()
 
     def deadline(self) -> float:
-        """Return when this iteration's time for messages is over; flush at its end."""
+        """Return when this iteration's time for messages is over; schedule the flush."""
         if not self._scheduled:
             self._scheduled = True
             self._deadline = time.perf_counter() + _TIME_SLICE
@@ -1357,7 +1356,7 @@ class WebSocketTransport(Transport):
         self._socket.close()
         if timeout is not None and self._socket.get_write_buffer_size():
             loop = asyncio.get_running_loop()
-            loop.call_later(timeout, self._socket.abort)
+            loop.call_later(timeout, self.abort)
 
 
 async def serve_websocket(request: Request, connection: Connection) -> StreamResponse:
@@ -1383,9 +1382,9 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
             connection.feed(message.data)
             if not connection.can_read():
                 await connection.readable()
-        error = message.data  # what is wrong, if it is a WebSocketError
+        error = message.data  # a WebSocketError if aiohttp refused a frame
     except ConnectionError:
-        pass  # the client did not wait for the upgrade
+        pass  # the client left during the upgrade
     finally:
         if connection.transport is transport:  # both are None after a failed upgrade
             _websocket_ended(connection, websocket.close_code, error)
@@ -1395,7 +1394,7 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
 
 
 def _websocket_ended(connection: Connection, code: int | None, error: object) -> None:
-    """Tell the connection how its socket ended: violated, closed, or lost."""
+    """Tell the connection how its socket ended: by a bad frame, closed, or lost."""
     if isinstance(error, aiohttp.WebSocketError):
         log.warning("connection %s: %s", connection.connection_id, error)
         connection.lost(End(ProtocolError(str(error))))
@@ -2117,9 +2116,7 @@ class HubMethod:
             log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
             text = f"Invocation provides {count} argument(s) but target expects {most}."
             raise BindingError(text)
-        parameters = self._parameters
-        if count > most:
-            parameters = parameters + self._rest * (count - most)
+        parameters = self._parameters + self._rest * (count - most)
         bound, name = [], ""
         try:
             for (name, convert), value in zip(parameters, values):
@@ -2248,9 +2245,9 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
     raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
 
 
-#: What unions made of lists and dicts (NO_RESULT: nothing), by ids, in one conversion.
-#: Without it, unions of dataclasses that contain them would take exponential time.
-_results = contextvars.ContextVar[Any]("kestrun_results", default=None)
+#: In one conversion, what each union made of each list and dict (NO_RESULT: nothing),
+#: by their ids. Without it, nested unions of dataclasses would take exponential time.
+_union_memo = contextvars.ContextVar[Any]("kestrun_union_memo", default=None)
 
 
 def _union(members: tuple[Any, ...], exact: bool) -> Converter:
@@ -2262,13 +2259,13 @@ def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
 
     def convert(value: Any) -> Any:
-        results, attempt = _results.get(), (id(convert), id(value))
+        results, attempt = _union_memo.get(), (id(convert), id(value))
         if results is None:  # the outermost union
-            token = _results.set({})
+            token = _union_memo.set({})
             try:
                 return convert(value)
             finally:
-                _results.reset(token)
+                _union_memo.reset(token)
         if attempt not in results or not isinstance(value, (list, dict)):
             results[attempt] = NO_RESULT
             for converter in converters:
@@ -2354,8 +2351,10 @@ def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
 #: hold a slot or not.
 _MAX_RUNNING = 1000
 
-#: Seconds in each iteration of the event loop for the waiting calls of one client.
-_CALLS_SLICE = 0.001
+#: Waiting calls of one client that have tasks, so that they can begin together.
+_TASKS_AHEAD = 32
+
+_FAILED = "An unexpected error occurred invoking '{}' on the server."
 
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
@@ -2368,7 +2367,7 @@ class OperationCanceled(Exception):
 
 
 class MappedHub:
-    """One mapped hub: its class, methods, registry and running calls."""
+    """One mapped hub: its class, methods, registry and the tasks of its calls."""
 
     def __init__(self, hub_class: type[Hub], options: HubOptions) -> None:
         self.hub_class = hub_class
@@ -2380,7 +2379,7 @@ class MappedHub:
         self.shared = Shared(options, Counters(), Flusher())
         self.registry = Registry()
         self.contexts: dict[str, HubCallerContext] = {}
-        #: The calls that run; those of clients that have left are among them.
+        #: The tasks of all calls, also of clients that have left.
         self.tasks: set[asyncio.Task[None]] = set()
 
     def make_context(self) -> HubContext:
@@ -2463,10 +2462,6 @@ class UploadStream:
         return item
 
 
-def _failed_invoking(target: str) -> str:
-    return f"An unexpected error occurred invoking '{target}' on the server."
-
-
 def _log_failure(name: str, connection: Connection, error: BaseException) -> None:
     """Log what a method or hook raised, with its traceback if that is a fault."""
     connection_id = connection.connection_id
@@ -2482,14 +2477,14 @@ class Call:
     """One accepted call, from its message to its answer."""
 
     _calls: Calls
-    #: Its arguments are bound to the method's parameters.
+    #: The message, in which converted arguments replace the client's.
     invocation: Invocation
     method: HubMethod
     #: Bytes of the message.
     size: int
     task: asyncio.Task[None] | None = None
-    #: Resolved when it is the next to begin, if it waits for that.
-    turn: asyncio.Future[None] | None = None
+    #: Resolved when the calls before it have begun, if it waits for them.
+    at_head: asyncio.Future[None] | None = None
     holds_slot: bool = False
     cancelled: bool = False
     #: Client results that its code waits for.
@@ -2542,8 +2537,8 @@ class Call:
 
     def _intercept(self) -> Any:
         """Let the hub's `on_invocation` call the method."""
-        hub, method, call = self._calls.hub, self.method, self.invocation
-        invocation = HubInvocation(method.name, call.target, call.arguments)
+        hub, method, message = self._calls.hub, self.method, self.invocation
+        invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
             result = method.function(hub, *invocation.arguments)
@@ -2559,7 +2554,7 @@ class Call:
         problem = ""
         try:
             if result is NO_RESULT:
-                await self._calls.begin_in_order(self)
+                await self._calls.wait_to_begin(self)
                 if (result := self.start()) is NO_RESULT:
                     return
             if hasattr(result, "__await__"):
@@ -2596,7 +2591,7 @@ class Call:
                 if sent > _HIGH_WATER or not connection.writable():
                     sent = 0
                     # A generator that never waits must let others run: the flush,
-                    # and then the calls that wait for it.
+                    # then a call that waits for room in the outbox.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                     await connection.drain()
@@ -2605,7 +2600,7 @@ class Call:
                 await items.aclose()
 
     def _fail(self, error: BaseException, problem: str = "") -> None:
-        """Answer with what the client may know of an error; log the rest."""
+        """Complete the call with an error; log it unless the call was cancelled."""
         if isinstance(error, KeyboardInterrupt):
             raise error
         cancelled = isinstance(error, asyncio.CancelledError)
@@ -2616,12 +2611,12 @@ class Call:
             error = OperationCanceled("The invocation was canceled.")
         else:
             _log_failure(self.method.qualified_name, self._calls.connection, error)
-        problem = problem or _failed_invoking(self.invocation.target)
+        problem = problem or _FAILED.format(self.invocation.target)
         text = error_text(problem, error, self._calls.mapped.options)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     def cancel(self) -> None:
-        """Cancel a running call; it is still answered."""
+        """Cancel a call that runs or waits; it is still answered."""
         if self.task is not None and not self.cancelled:
             self.cancelled = True
             # In the next iteration: a task that is cancelled before its first step
@@ -2652,21 +2647,23 @@ class Calls:
         self.mapped = mapped
         self.connection = connection
         self.hub = hub
-        #: Each call begins in a copy of these.
+        #: The connection's context variables. Each call runs in a copy of its own.
         self.variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
-        #: The calls whose tasks wait to begin, in order.
+        #: The calls whose tasks wait to begin, in order, and those behind them.
         self._waiting: deque[Call] = deque()
+        self._behind: deque[Call] = deque()
         self._running: set[Call] = set()
-        self._iteration = self._deadline = 0.0
-        #: Running calls that need a slot again: they come before those that wait.
+        #: Names the iteration in which the last waiting call began.
+        self._last_deadline = 0.0
+        #: Number of running calls that want a slot back. They get it first.
         self._resuming = 0
         #: The upload streams that are open, by stream id.
         self.uploads: dict[str, UploadStream] = {}
 
-    def add(self, invocation: Invocation, size: int) -> None:
-        """Check a call in the reference's order; begin it, or let it wait."""
+    def add(self, invocation: Invocation, size: int, context: Context) -> None:
+        """Check a call in the reference's order; begin it in this context, or later."""
         target = invocation.target
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
@@ -2683,25 +2680,24 @@ class Calls:
         if method.uploads:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
-            self._waiting.append(call)
             self.connection.inbox.hold(size)
-            self._create_task(call, NO_RESULT)
+            if len(self._waiting) < _TASKS_AHEAD:
+                self._create_task(call, NO_RESULT, context)
+            else:
+                self._behind.append(call)
         elif (result := call.start()) is not NO_RESULT:
-            self._begin(call)
-            self._create_task(call, result)
+            self._take_slot(call)
+            self._create_task(call, result, context)
         elif method.uploads:
             call.close_uploads()
 
-    def _create_task(self, call: Call, result: Any) -> None:
-        """Let a call go on in a task. result: see `Call.run`."""
+    def _create_task(self, call: Call, result: Any, context: Context) -> None:
+        """Let a call go on in a task, with its method's result or to wait for it."""
+        if result is NO_RESULT:
+            self._waiting.append(call)
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
-        call.task = loop.create_task(call.run(result), name=name)
+        call.task = loop.create_task(call.run(result), name=name, context=context)
         self.mapped.tasks.add(call.task)
-
-    def _begin(self, call: Call) -> None:
-        self._running.add(call)
-        if call.method.needs_slot:
-            self._take_slot(call)
 
     def _call_error(self, invocation: Invocation, method: HubMethod) -> str | None:
         """Return why a method cannot be called in this way, if it cannot."""
@@ -2728,7 +2724,7 @@ class Calls:
         else:
             return None
         options = self.mapped.options
-        return error_text(_failed_invoking(target), HubException(text), options)
+        return error_text(_FAILED.format(target), HubException(text), options)
 
     def _refuse(self, invocation: Invocation, text: str) -> None:
         """Answer a call without calling its method."""
@@ -2739,62 +2735,59 @@ class Calls:
     def reply(
         self, invocation: Invocation, result: Any, error: str | None = None
     ) -> None:
-        """Answer a call, if its client wants that. Raises what `encode` raises."""
+        """Complete a call, if it has an id. Raises what `encode` raises."""
         connection, invocation_id = self.connection, invocation.invocation_id
         if invocation_id is not None:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
 
     def _find(self, invocation_id: str | None) -> Call | None:
-        for call in (*self._running, *self._waiting):
-            if call.invocation.invocation_id == invocation_id:
-                return call
-        return None
+        calls = (*self._running, *self._waiting, *self._behind)
+        found = (c for c in calls if c.invocation.invocation_id == invocation_id)
+        return next(found, None)
 
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
         if (call := self._find(invocation_id)) is not None:
+            if call in self._behind:
+                self._behind.remove(call)
+                self._create_task(call, NO_RESULT, self.variables.copy())
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
-        if call.method.needs_slot:
-            crowded = len(self._running) >= _MAX_RUNNING
-            if crowded or self._free_slots <= self._resuming:
-                return False
+        no_slot = call.method.needs_slot and self._free_slots <= self._resuming
+        if no_slot or len(self._running) >= _MAX_RUNNING:
+            return False
         connection, outbox = self.connection, self.connection.outbox
         if connection.state >= CLOSING:
             return connection.ended.result().in_order
         return outbox.size <= outbox.high_water
 
-    async def begin_in_order(self, call: Call) -> None:
-        """Return when a waiting call may begin, after those that came before it."""
-        waiting, connection = self._waiting, self.connection
+    async def wait_to_begin(self, call: Call) -> None:
+        """Wait until a call may begin: after those before it, with time and room."""
+        waiting, flusher = self._waiting, self.mapped.shared.flusher
         try:
             if waiting[0] is not call:
-                call.turn = _new_future()
-                await call.turn
-            while self._out_of_time():
-                await asyncio.sleep(0)  # let other clients' calls run
+                call.at_head = _new_future()
+                await call.at_head
+            # However late it is, one call may begin in each iteration.
+            while self._last_deadline == flusher.deadline() < time.perf_counter():
+                await asyncio.sleep(0)  # let others run
+            self._last_deadline = flusher.deadline()
             while not self._may_begin(call):
-                await connection.changed()
-            self._begin(call)
+                await self.connection.changed()
+            self._take_slot(call)
         finally:
             waiting.remove(call)
-            turn = waiting[0].turn if waiting else None
-            if turn is not None and not turn.done():
-                turn.set_result(None)
-            connection.release(call.size)
-            connection.wake()
-        if call.invocation.streaming and self.connection.state >= CLOSING:
-            call.cancel()  # it waited until its client had left
-
-    def _out_of_time(self) -> bool:
-        """Return True if this iteration's time for this client's calls is over."""
-        now, iteration = time.perf_counter(), self.mapped.shared.flusher.deadline()
-        if iteration != self._iteration:
-            self._iteration, self._deadline = iteration, now + _CALLS_SLICE
-        return now > self._deadline
+            if self._behind:
+                following, context = self._behind.popleft(), self.variables.copy()
+                self._create_task(following, NO_RESULT, context)
+            at_head = waiting[0].at_head if waiting else None
+            if at_head is not None and not at_head.done():
+                at_head.set_result(None)
+            self.connection.release(call.size)
+            self.connection.wake()
 
     def forget(self, call: Call) -> None:
         """Forget a call that has ended; its slot is free for another."""
@@ -2806,8 +2799,11 @@ class Calls:
         self.release_slot(call)
 
     def _take_slot(self, call: Call) -> None:
-        call.holds_slot = True
-        self._free_slots -= 1
+        """Count a call as running; take a slot if it needs one."""
+        self._running.add(call)
+        if call.method.needs_slot:
+            call.holds_slot = True
+            self._free_slots -= 1
 
     def release_slot(self, call: Call) -> None:
         if call.holds_slot:
@@ -2840,24 +2836,24 @@ class Calls:
         goes_on = call in self._running and not call.awaited_results
         return goes_on and call.method.needs_slot and not call.holds_slot
 
-    def clear(self) -> None:
-        """Cancel the calls that have not begun."""
+    def cancel_waiting(self) -> None:
+        """Cancel the calls that have not begun; forget those without a task."""
+        for call in self._behind:
+            self.connection.release(call.size)
+            call.close_uploads()
+        self._behind.clear()
         for call in self._waiting:
             call.cancel()
 
     async def finish(self, end: End) -> None:
-        """Close streams and fail uploads; running calls go on.
-
-        This waits until the calls that came before a normal close have begun.
-        """
-        if not end.in_order:
-            self.clear()
-        gone = ConnectionError("The underlying connection was closed.")
+        """Close streams and fail uploads; return once no call waits any more."""
+        if not end.in_order:  # else they still run
+            self.cancel_waiting()
         while True:
             unread = end.in_order and self.connection.inbox.unfinished
-            if self.connection.inbox.full or not unread:  # uploads may be what fills it
+            if self.connection.inbox.full or not unread:  # unread items may fill it
                 for stream in self.uploads.values():
-                    stream.end(gone)
+                    stream.end(ConnectionError("The underlying connection was closed."))
                 for call in self._running:
                     if call.invocation.streaming:
                         call.cancel()
@@ -3072,7 +3068,8 @@ class HubConnection:
                 return
         match message:
             case Invocation():
-                calls.variables.copy().run(calls.add, message, size)
+                context = calls.variables.copy()
+                context.run(calls.add, message, size, context)
             case StreamItem(stream_id, item) if stream_id in calls.uploads:
                 calls.uploads[stream_id].put(item, size)
             case Completion(stream_id, _, error) if stream_id in calls.uploads:
@@ -3112,9 +3109,9 @@ class HubConnection:
         self._close(End(), Close())
 
     def shut_down(self) -> None:
-        """End the connection because the server stops; drop the calls that wait."""
+        """End the connection because the server stops; cancel the calls that wait."""
         if self._calls is not None:
-            self._calls.clear()
+            self._calls.cancel_waiting()
         if self._connection.state == OPENING:
             response = _handshake_response("Handshake was canceled.")
             self._connection.send(response, sequenced=False)
@@ -4735,7 +4732,7 @@ class Demo:
         return Response(text="Broadcasted custom event")
 
     async def send_group_request(self, verb: str, request: Request) -> Response:
-        """Ask everyone to join or leave a group."""
+        """Ask others to join or leave a group."""
         group = request.match_info["groupName"]
         data = _payload(f"Please {verb} the group {group}", GroupName=group)
         await broadcast_event(self.hub, f"Group{verb.title()}Request", data)

@@ -2522,8 +2522,10 @@ async def test_a_plain_method_that_blocks_the_loop_is_logged(serve, caplog) -> N
 async def test_thousands_of_calls_may_wait_for_one(serve) -> None:
     hub, client = await gated(serve, receive_buffer_limit=None)
     calls = [call("Echo", i, invocationId=f"e{i}") for i in range(2000)]
+    tasks = len(asyncio.all_tasks())
     await client.send(call("Wait", 0), *calls)
     await until(lambda: hub.log)
+    assert len(asyncio.all_tasks()) < tasks + 100
     hub.gates[0].set()
     assert [await client.finish(f"e{i}") for i in range(2000)] == [*range(2000)]
 
@@ -2539,6 +2541,23 @@ async def test_calls_sent_together_are_answered_in_one_frame(serve, target) -> N
     assert found == ids
 
 
+async def test_what_a_method_returns_goes_on_in_its_own_context(serve) -> None:
+    variable = contextvars.ContextVar("variable", default="unset")
+
+    class Returning(Plain):
+        def reset(self) -> Any:
+            token = variable.set("set")
+
+            async def later() -> str:
+                variable.reset(token)  # fails in another context
+                return variable.get()
+
+            return later()
+
+    client = await (await serve(Returning)).connect()
+    assert [await client.invoke("Reset") for _ in range(2)] == ["unset"] * 2
+
+
 async def test_waiting_calls_that_never_pause_leave_room_for_others(serve) -> None:
     class Spin(Gate):
         async def spin(self, seconds: float) -> None:
@@ -2546,13 +2565,15 @@ async def test_waiting_calls_that_never_pause_leave_room_for_others(serve) -> No
             self.log.append(seconds)
 
     hub, client = await gated(serve, WIRES[0], Spin)
-    other = await client.server.connect()
-    await client.send(*[call("Spin", 0.002)] * 250, call("Echo", 1, invocationId="e"))
+    other, clients = await client.server.connect(), [client]
+    clients += [await client.server.connect() for _ in range(3)]
+    for one in clients:
+        await one.send(*[call("Spin", 0.002)] * 99, call("Echo", 1, invocationId="e"))
     await until(lambda: hub.log)
     assert await other.invoke("Add", 1, 2) == 3
-    assert len(hub.log) < 100
-    assert await client.finish("e") == 1
-    assert len(hub.log) == 250
+    assert len(hub.log) < 200
+    assert [await one.finish("e") for one in clients] == [1] * 4
+    assert len(hub.log) == 4 * 99
 
 
 # --------------------------------------------------------------- cancellation
@@ -4314,6 +4335,20 @@ async def test_streams_of_one_client_are_bounded(busy) -> None:
     assert await client.invoke("Echo", 1) == 1
 
 
+async def test_streams_behind_a_waiting_call_are_bounded_too(serve) -> None:
+    hub, client = await gated(serve, receive_buffer_limit=None)
+    ids = [f"s{n}" for n in range(1100)]
+    streams = [call("Ticks", 3600, type=4, invocationId=id) for id in ids]
+    await client.send(call("Wait", 1), call("Wait", 2), *streams)
+    for gate in (1, 2):
+        hub.gates[gate].set()
+    await until(lambda: hub.log.count(0) == 1000)
+    await silence()
+    assert hub.log.count(0) == 1000
+    await client.send(*map(cancel, ids[:100]))
+    await until(lambda: hub.log.count(0) == 1100)
+
+
 async def test_calls_that_ask_their_client_are_bounded(serve) -> None:
     options = {"maximum_receive_message_size": None}
     _, client = await gated(serve, hub=Busy, **options)
@@ -4328,6 +4363,17 @@ async def test_calls_that_ask_their_client_are_bounded(serve) -> None:
         if message["type"] == 1:
             await answer(client, message, result=1)
     assert await client.invoke("Echo", 1) == 1
+
+
+async def test_a_slow_reader_that_closes_is_not_aborted_later(serve, caplog) -> None:
+    server = await serve(Plain, close_timeout=0.1, outbox_limit=None)
+    raw = await RawSocket.open(server, receive_buffer=4096)
+    await server.hub.clients.all.send("Note", "x" * 3_000_000)
+    raw.send(8, b"\x03\xe8")
+    await until(lambda: not server.hub.connections)
+    assert await raw.close_code() == 1000
+    await silence(0.3)
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
 async def test_a_ping_that_met_a_full_socket_is_answered_later(serve) -> None:
