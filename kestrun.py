@@ -2652,7 +2652,7 @@ class Calls:
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
         #: The calls whose tasks wait to begin, in order, and those behind them.
-        self._waiting: deque[Call] = deque()
+        self._waiting: list[Call] = []
         self._behind: deque[Call] = deque()
         self._running: set[Call] = set()
         #: Names the iteration in which the last waiting call began.
