@@ -911,7 +911,7 @@ class Flusher:
     def add(self, connection: Connection) -> None:
         """Flush this connection at the end of the iteration."""
         self._queue.append(connection)
-        self.deadline()
+        self.deadline()  # schedules the flush
 
     def deadline(self) -> float:
         """Return when this iteration's time for messages is over; schedule the flush."""
@@ -2354,7 +2354,7 @@ _MAX_RUNNING = 1000
 #: Waiting calls of one client that have tasks, so that they can begin together.
 _TASKS_AHEAD = 32
 
-_FAILED = "An unexpected error occurred invoking '{}' on the server."
+_FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
 
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
@@ -2611,7 +2611,7 @@ class Call:
             error = OperationCanceled("The invocation was canceled.")
         else:
             _log_failure(self.method.qualified_name, self._calls.connection, error)
-        problem = problem or _FAILED.format(self.invocation.target)
+        problem = problem or _FAILED_INVOKING.format(self.invocation.target)
         text = error_text(problem, error, self._calls.mapped.options)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
@@ -2648,7 +2648,7 @@ class Calls:
         self.connection = connection
         self.hub = hub
         #: The connection's context variables. Each call runs in a copy of its own.
-        self.variables = contextvars.copy_context()
+        self._variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
         #: The calls whose tasks wait to begin, in order, and those behind them.
@@ -2662,13 +2662,13 @@ class Calls:
         #: The upload streams that are open, by stream id.
         self.uploads: dict[str, UploadStream] = {}
 
-    def add(self, invocation: Invocation, size: int, context: Context) -> None:
-        """Check a call in the reference's order; begin it in this context, or later."""
-        target = invocation.target
+    def add(self, invocation: Invocation, size: int) -> None:
+        """Check a call in the reference's order; begin it, or let it wait."""
+        target, context = invocation.target, self._variables.copy()
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
                 raise HubException("Method does not exist.")
-            invocation.arguments = method.bind(invocation.arguments)
+            invocation.arguments = context.run(method.bind, invocation.arguments)
         except (HubException, BindingError) as error:
             text = f"Failed to invoke '{target}' due to an error on the server."
             self._refuse(invocation, error_text(text, error, self.mapped.options))
@@ -2685,7 +2685,7 @@ class Calls:
                 self._create_task(call, NO_RESULT, context)
             else:
                 self._behind.append(call)
-        elif (result := call.start()) is not NO_RESULT:
+        elif (result := context.run(call.start)) is not NO_RESULT:
             self._take_slot(call)
             self._create_task(call, result, context)
         elif method.uploads:
@@ -2696,16 +2696,17 @@ class Calls:
         if result is NO_RESULT:
             self._waiting.append(call)
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
-        call.task = loop.create_task(call.run(result), name=name, context=context)
-        self.mapped.tasks.add(call.task)
+        task = loop.create_task(call.run(result), name=name, context=context)
+        if not task.done():  # as it may be, with an eager task factory
+            call.task = task
+            self.mapped.tasks.add(task)
 
     def _call_error(self, invocation: Invocation, method: HubMethod) -> str | None:
         """Return why a method cannot be called in this way, if it cannot."""
         target, streaming = invocation.target, invocation.streaming
         if method.needs_slot and not (streaming or invocation.stream_ids):
             return None  # the usual call
-        ids = invocation.stream_ids
-        sent, expected = len(ids), len(method.uploads)
+        ids, expected = invocation.stream_ids, len(method.uploads)
         used = [i for n, i in enumerate(ids) if i in self.uploads or i in ids[:n]]
         if streaming != method.streaming:
             kinds = ("non-streaming", "streaming")
@@ -2717,14 +2718,14 @@ class Calls:
             return "The client has too many calls and streams under way."
         if streaming and self._find(invocation.invocation_id) is not None:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
-        if sent != expected:
-            text = f"Client sent {sent} stream(s), Hub method expects {expected}."
+        if len(ids) != expected:
+            text = f"Client sent {len(ids)} stream(s), Hub method expects {expected}."
         elif used:
             text = f"Stream ID '{used[0]}' is already in use."
         else:
             return None
         options = self.mapped.options
-        return error_text(_FAILED.format(target), HubException(text), options)
+        return error_text(_FAILED_INVOKING.format(target), HubException(text), options)
 
     def _refuse(self, invocation: Invocation, text: str) -> None:
         """Answer a call without calling its method."""
@@ -2741,17 +2742,16 @@ class Calls:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
 
-    def _find(self, invocation_id: str | None) -> Call | None:
+    def _find(self, id: str | None) -> Call | None:
         calls = (*self._running, *self._waiting, *self._behind)
-        found = (c for c in calls if c.invocation.invocation_id == invocation_id)
-        return next(found, None)
+        return next((c for c in calls if c.invocation.invocation_id == id), None)
 
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
         if (call := self._find(invocation_id)) is not None:
             if call in self._behind:
                 self._behind.remove(call)
-                self._create_task(call, NO_RESULT, self.variables.copy())
+                self._create_task(call, NO_RESULT, self._variables.copy())
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
@@ -2781,7 +2781,7 @@ class Calls:
         finally:
             waiting.remove(call)
             if self._behind:
-                following, context = self._behind.popleft(), self.variables.copy()
+                following, context = self._behind.popleft(), self._variables.copy()
                 self._create_task(following, NO_RESULT, context)
             at_head = waiting[0].at_head if waiting else None
             if at_head is not None and not at_head.done():
@@ -2791,9 +2791,9 @@ class Calls:
 
     def forget(self, call: Call) -> None:
         """Forget a call that has ended; its slot is free for another."""
-        assert call.task is not None
         self._running.discard(call)
-        self.mapped.tasks.discard(call.task)
+        if call.task is not None:
+            self.mapped.tasks.discard(call.task)
         call.task = None  # which refers to the call by its context
         call.close_uploads()
         self.release_slot(call)
@@ -3068,8 +3068,7 @@ class HubConnection:
                 return
         match message:
             case Invocation():
-                context = calls.variables.copy()
-                context.run(calls.add, message, size, context)
+                calls.add(message, size)
             case StreamItem(stream_id, item) if stream_id in calls.uploads:
                 calls.uploads[stream_id].put(item, size)
             case Completion(stream_id, _, error) if stream_id in calls.uploads:

@@ -1560,18 +1560,18 @@ async def test_a_lost_socket_is_noticed_while_the_server_does_not_read(serve) ->
 
 
 async def test_sends_that_reach_nobody_let_others_run(serve) -> None:
-    server, turns = await serve(Plain), []
+    server, iterations = await serve(Plain), []
 
     async def count() -> None:
-        for turn in itertools.count():
-            turns.append(turn)
+        for iteration in itertools.count():
+            iterations.append(iteration)
             await asyncio.sleep(0)
 
     counter = asyncio.create_task(count())
     for _ in range(500):
         await server.hub.clients.client("nobody").send("Note", "x" * 1000)
     counter.cancel()
-    assert len(turns) > 5
+    assert len(iterations) > 5
 
 
 # --------------------------------------------------------------- long polling
@@ -2558,6 +2558,15 @@ async def test_what_a_method_returns_goes_on_in_its_own_context(serve) -> None:
     assert [await client.invoke("Reset") for _ in range(2)] == ["unset"] * 2
 
 
+async def test_calls_run_with_an_eager_task_factory(serve) -> None:
+    factory = getattr(asyncio, "eager_task_factory", None)  # of Python 3.12
+    asyncio.get_running_loop().set_task_factory(factory)
+    _, client = await gated(serve, WIRES[0], Busy)
+    await client.send(*numbered(200, "NoteLater", "Echo"))
+    for n in range(200):
+        await client.finish(str(n))
+
+
 async def test_waiting_calls_that_never_pause_leave_room_for_others(serve) -> None:
     class Spin(Gate):
         async def spin(self, seconds: float) -> None:
@@ -2887,7 +2896,7 @@ async def test_calls_before_a_clean_end_outlast_a_slow_on_connected(serve, way) 
 async def test_calls_in_a_post_outlast_the_connection(serve) -> None:
     class Slow(Gate):
         def note(self, number: int) -> None:
-            time.sleep(0.004)  # so that the POST takes several turns
+            time.sleep(0.004)  # so that the POST takes several iterations
             self.log.append(number)
 
     hub, client = await gated(serve, ("LongPolling", "json"), Slow)
@@ -4395,17 +4404,17 @@ async def test_a_small_outbox_has_its_limit_too(serve) -> None:
 
 
 async def test_messages_of_unknown_types_let_others_run(serve) -> None:
-    server, turns = await serve(Plain), []
+    server, iterations = await serve(Plain), []
     client = await server.connect(("WebSockets", "messagepack"))
 
     async def count() -> None:
         while server.hub.stats()["messages_in"] < 100_000:
-            turns.append(1)
+            iterations.append(1)
             await asyncio.sleep(0)
 
     await client.write(b"\x02\x91\x63" * 100_000)
     await soon(count())
-    assert len(turns) > 5
+    assert len(iterations) > 5
 
 
 async def test_one_frame_of_many_calls_does_not_fill_the_memory(serve) -> None:
