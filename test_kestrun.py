@@ -2870,7 +2870,7 @@ async def test_uploads_that_wait_for_each_other_end_with_their_client(serve) -> 
     await client.begin("Zip", 7, streamIds=["a", "b"])
     item = {"type": 2, "invocationId": "b", "item": 1}
     await client.send(*[item] * 100)  # the method reads the other stream first
-    await client.leave()
+    await client.drop()
     await until(lambda: not client.server.hub.connections)
 
 
@@ -8203,24 +8203,24 @@ async def print_figures(redis: Redis, many: int) -> None:
         print(
             f"s until the loss of Redis is noticed: {time.perf_counter() - begun:.3f}"
         )
-        await asyncio.sleep(2)
+        await asyncio.sleep(many / 5000)
         begun = time.perf_counter()
         await redis.start()
         while await here.invoke("State") == "Disconnected":
             pass
         print(f"s until its return is noticed: {time.perf_counter() - begun:.2f}")
-    for url in ("", redis.url):
-        async with bench(url) as alone:
+    async with bench() as alone, bench(redis.url) as one, bench(redis.url) as two:
+        for server, name in ((alone, "no"), (one, "with")):
             used = []
             for _ in range(3):  # the first ones also fill caches
                 for _ in range(many // 20):
-                    client = await alone.connect(path="/hubs/bench")
+                    client = await server.connect(path="/hubs/bench")
                 used.append((await client.invoke("Usage"))[1])
             size = (used[2] - used[0]) / (2 * (many // 20))
-            print(
-                f"bytes for each connection, {'with' if url else 'no'} Redis: {size:,.0f}"
-            )
-    async with bench() as alone, bench(redis.url) as one, bench(redis.url) as two:
+            print(f"bytes for each connection, {name} Redis: {size:,.0f}")
+            for client in server.clients:
+                await client.leave()
+            server.clients.clear()
         for servers in ([alone], [one, two]):
             us = await cost(servers, many // 50, many // 100)
             print(f"us for each delivery, {len(servers)} process(es): {us:.1f}")
