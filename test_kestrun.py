@@ -7577,6 +7577,46 @@ async def test_a_link_that_redis_cuts_is_dialled_again(cluster, redis) -> None:
         assert await people[0].received("Note") == ["found"]
 
 
+class Stuck(Network):
+    """A network that carries nothing any more over the connections in `stuck`."""
+
+    stuck: tuple = ()
+
+    async def pump(self, reader: Any, writer: Any) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                if writer not in self.stuck:
+                    writer.write(data)
+
+
+async def test_a_link_over_a_broken_network_is_dialled_again(cluster, redis) -> None:
+    """Either of its two sockets may hang, while the other goes on, or be cut."""
+    (near,), far, networks = await cluster(1), [], []
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            networks.append(Stuck(redis.port))
+            proxy = await asyncio.start_server(networks[-1].carry, "127.0.0.1", 0)
+            stack.callback(networks[-1].close, proxy)
+            port = proxy.sockets[0].getsockname()[1]
+            url = f"redis://127.0.0.1:{port}"
+            far += await cluster(1, backplane=partial(redis.backplane, url))
+        clients = [await server.connect() for server in (near, *far)]
+        networks[0].stuck = networks[0].connections[0]
+        networks[1].stuck = networks[1].connections[1]
+        networks[2].drop()
+        async with asyncio.timeout(8):
+            while not all(link(server)["reconnects"] for server in far):
+                await near.hub.clients.all.send("Busy")
+                await asyncio.sleep(0.1)
+        await linked(*far, state="Connected", reconnects=1)
+        for server in (near, *far):
+            await server.hub.clients.all.send("Note", "hi")
+        for client in clients:
+            heard = Counter[str]()
+            while heard["Note"] < 4:
+                heard[(await client.next(1))["target"]] += 1
+
+
 async def test_what_others_publish_changes_nothing_and_ends_no_link(cluster, redis):
     """Junk, a megabyte, and real messages that were cut short or altered."""
     one, two = servers = await cluster(2)
