@@ -2574,12 +2574,10 @@ class HubBackplane(Backplane):
             case "send", [kind, names, excluding, sizes]:
                 address = Address(kind, tuple(names), frozenset(excluding))
                 self._deliver(address, sizes, body)
-            case "ask", [number, question, arguments] if (
-                sender,
-                number,
-            ) not in self._redis.replies:
-                reply = self._reply(sender, number, question, arguments)
-                self._redis.replies.start((sender, number), reply)
+            case "ask", [number, question, arguments]:
+                if (key := (sender, number)) not in self._redis.replies:
+                    reply = self._reply(*key, question, arguments)
+                    self._redis.replies.start(key, reply)
             case "give up", [number] if (sender, number) in self._redis.replies:
                 self._redis.replies[sender, number].cancel()
             case "answer", [number, answer]:
@@ -2894,7 +2892,7 @@ class Everywhere:
     async def members(self, name: str) -> list[str]:
         """List the connection ids in a group."""
         answers = await self._registry.ask(f"group:{name}", "members", name)
-        return [id for members in answers for id in members or ()]
+        return [id for members in answers for id in members]
 
     async def groups_of(self, connection_id: str) -> list[str]:
         """List the groups that a connection is in."""
@@ -2904,8 +2902,7 @@ class Everywhere:
 
     async def count(self) -> int:
         """Count the connections."""
-        answers = await self._registry.ask("all", "count")
-        return sum(number or 0 for number in answers)
+        return sum(await self._registry.ask("all", "count"))
 
     async def is_online(self, user_id: str) -> bool:
         """Return whether a user has a connection."""
