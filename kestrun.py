@@ -1625,9 +1625,9 @@ class Backplane(Protocol):
         """Stop receiving from a channel."""
         return
 
-    async def subscribed(self, channel: str) -> None:
-        """Wait until a subscription is active, for a second at most."""
-        return
+    async def subscribed(self, channel: str) -> bool:
+        """Wait until a subscription is active, for a second at most; tell if it is."""
+        return False
 
     async def subscribers(self, channel: str) -> int:
         """Count the processes that have subscribed to a channel."""
@@ -2389,17 +2389,16 @@ class RedisBackplane:
         if self._link is not None:
             self._link.want(channel, wanted)
 
-    async def wait_active(self, channel: bytes) -> None:
-        """Wait until a wanted channel is active, while Redis is there."""
+    async def wait_active(self, channel: bytes) -> bool:
+        """Wait until a wanted channel is active, while Redis is there; tell if it is."""
         link = self._link
-        if link is None or channel in link.active:
-            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                while link is self._link and channel in self._wanted:
-                    if channel in link.active:
-                        return
+                while link is not None and channel not in link.active:
                     await link.active_changed()
+                    if link is not self._link or channel not in self._wanted:
+                        break
+        return link is not None and channel in link.active
 
     @property
     def connected(self) -> bool:
@@ -2483,8 +2482,8 @@ class HubBackplane(Backplane):
     def unsubscribe(self, channel: str) -> None:
         self._redis.want(self.channel(channel), False)
 
-    async def subscribed(self, channel: str) -> None:
-        await self._redis.wait_active(self.channel(channel))
+    async def subscribed(self, channel: str) -> bool:
+        return await self._redis.wait_active(self.channel(channel))
 
     async def subscribers(self, channel: str) -> int:
         name = self.channel(channel)
@@ -4354,11 +4353,10 @@ class ConnectionManager:
         backplane = self._mapped.registry.backplane
         channel = f"connection:{ticket.connection_id}"
         backplane.subscribe(channel)
-        await backplane.subscribed(channel)
-        try:
-            elsewhere = await backplane.subscribers(channel) > 1
-        except ConnectionError:
-            elsewhere = False  # the clients of this process need no other
+        elsewhere = False
+        with contextlib.suppress(ConnectionError):  # this process can do without it
+            if await backplane.subscribed(channel):
+                elsewhere = await backplane.subscribers(channel) > 1
         if ticket.connection_id in self._used:
             return self._connections.get(token)
         if elsewhere:
