@@ -8307,7 +8307,7 @@ for _test in [t for n, t in globals().items() if n.startswith("test_")]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tests on two processes; further arguments are pytest's."""
+    """Run the tests on three processes, as many wait; further arguments are pytest's."""
     options = [
         "asyncio_default_fixture_loop_scope=function",
         "faulthandler_timeout=150",
@@ -8315,7 +8315,7 @@ def main(arguments: list[str]) -> int:
     settings = [word for option in options for word in ("-o", option)]
     # This module has imported the plug-in already, to be started as a program.
     settings += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return pytest.main([__file__, "-q", "-n", "2", *settings, *arguments])
+    return pytest.main([__file__, "-q", "-n", "3", *settings, *arguments])
 
 
 if __name__ == "__main__":
