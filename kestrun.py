@@ -198,8 +198,8 @@ class HubOptions:
     transports: Collection[str] = TRANSPORTS
     #: Seconds after which a long poll without data is answered empty.
     poll_timeout: float | None = 90
-    #: Seconds for which an unused token, a client between two polls, or a
-    #: stateful client without a socket is kept.
+    #: Seconds for which an unused token (an hour at most), a client between two
+    #: polls, or a stateful client without a socket is kept.
     disconnect_timeout: float | None = 15
     #: Seconds to wait for the peer's WebSocket close frame.
     close_timeout: float | None = 5
@@ -2273,8 +2273,8 @@ class RedisBackplane:
         self._tasks: list[asyncio.Task[None]] = []
         self._echoed = False
         self.questions = Questions()
-        #: What tells the application of lost and new links, in order.
-        self._news: asyncio.Queue[bool] = asyncio.Queue()
+        #: Lost and new links, in order, of which the application is still to be told.
+        self._news: asyncio.Queue[bool]
         self.replies = Replies()
         self._counts = Counter[str]()
 
@@ -2297,6 +2297,7 @@ class RedisBackplane:
         if self._tasks:
             raise RuntimeError("a RedisBackplane can serve one application only")
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
+        self._news = asyncio.Queue()  # of this event loop
         for hub in self._hubs.values():
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
@@ -2924,7 +2925,10 @@ class Everywhere:
         self._registry.handlers[f"own {question}"] = handler
 
     async def ask(self, question: str, *arguments: Any) -> list[Any]:
-        """Ask all processes; return their answers, this one's first."""
+        """Ask all processes; return their answers, this one's first.
+
+        Raises KeyError if this process has no handler for the question.
+        """
         return await self._registry.ask("all", f"own {question}", *arguments)
 
     async def ask_process(self, process_id: str, question: str, *arguments: Any) -> Any:
@@ -4471,16 +4475,9 @@ async def _stop_all(app: web.Application) -> None:
 class Endpoint:
     """The routes of one hub."""
 
-    def __init__(
-        self,
-        hub_class: type[Hub],
-        options: HubOptions,
-        path: str,
-        backplane: RedisBackplane | None,
-    ) -> None:
-        self._options = options
-        mapped = MappedHub(hub_class, options, path, backplane)
-        key = secrets.token_bytes(32) if backplane is None else backplane.key
+    def __init__(self, mapped: MappedHub, path: str) -> None:
+        self._options = options = mapped.options
+        key = mapped.backplane.key if mapped.backplane else secrets.token_bytes(32)
         self.manager = ConnectionManager(mapped, Tokens(key, path))
         self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
@@ -4688,7 +4685,7 @@ def map_hub(
     path = path.rstrip("/")
     if any(r.canonical == (path or "/") for r in app.router.resources()):
         raise ValueError(f"path: {path or '/'!r} is taken by another route")
-    endpoint = Endpoint(hub_class, options, path, backplane)
+    endpoint = Endpoint(MappedHub(hub_class, options, path, backplane), path)
     for slash in ("", "/"):  # ASP.NET accepts both
         app.router.add_route("*", f"{path}{slash}", endpoint.handle)
         app.router.add_route("*", f"{path}/negotiate{slash}", endpoint.handle_negotiate)
@@ -5884,7 +5881,7 @@ class Demo:
         return Response(text="Broadcasted custom event")
 
     async def send_group_request(self, verb: str, request: Request) -> Response:
-        """Ask others to join or leave a group."""
+        """Ask everyone to join or leave a group."""
         group = request.match_info["groupName"]
         data = _payload(f"Please {verb} the group {group}", GroupName=group)
         await broadcast_event(self.hub, f"Group{verb.title()}Request", data)
@@ -6124,7 +6121,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
     add("--redis", metavar="URL", default=os.environ.get("KESTRUN_REDIS"), help=text)
-    text = "secret of these processes, 16 characters (environment KESTRUN_SECRET)"
+    text = "their common secret, 16 characters or more (environment KESTRUN_SECRET)"
     add("--secret", default=os.environ.get("KESTRUN_SECRET"), help=text)
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
