@@ -47,7 +47,8 @@ The file reads from top to bottom; each section uses only what stands above it.
     connection      a duplex pipe between one client and one hub
     transports      WebSockets, Server-Sent Events, long polling
     registry        connections, groups and users; publish
-    backplane       several processes as one hub, through Redis
+    redis           a connection to Redis: publish and subscribe
+    backplane       several processes as one hub
     hub API         what user code sees: Hub, clients, groups, context
     hub methods     finding them, binding and converting their arguments
     hub connection  calls, streams, timeouts: from handshake to end
@@ -1953,51 +1954,20 @@ class Registry:
             future.set_result(completion)
 
 
-# ---------------------------------------------------------------- backplane
+# -------------------------------------------------------------------- redis
 #
-# Several processes act as one hub through the pub/sub of Redis (optional; it needs
-# the `redis` package). Redis stores nothing: its table of subscriptions says which
-# processes have members of a group, a user or a connection. A message is delivered
-# to this process's clients first and then published, encoded; what arrives from
-# others is delivered and never published again. While Redis is away, all that is
-# local goes on, and what others should get is dropped and counted.
-#
-#   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
-#   all                               every process            messages, questions
-#   group:NAME, user:ID               those who have members   messages, questions
-#   connection:ID                     the one who has it       messages, questions
-#   process:ID                        that process             questions, answers,
-#                                                              its own beat
-#
-# Each packet is signed with the secret: signature, sender, a header in JSON, and
-# after a line break the encoded message.
+# One connection to Redis, through the optional `redis` package, which packs commands
+# and parses replies. Commands never wait for each other: what is queued in one
+# iteration of the event loop leaves in one write. Nothing here knows of hubs.
 
-#: Seconds between beats, and how many may fail to come back before redialling.
-_BEAT, _MISSED_BEATS = 1.0, 5
-#: Seconds for which a process works on an answer that nobody asks after.
-_LEASE = 10.0
 #: Seconds to dial Redis.
 _DIAL_TIMEOUT = 5.0
-#: Seconds to wait for answers, and for a subscription to be active.
-_ANSWER_TIMEOUT = 1.0
 #: Bytes that may wait for Redis; more are dropped. Redis itself keeps 32 MiB for
 #: each receiver unless it is told otherwise.
 _LINK_LIMIT = 24 * 2**20
-_NO_ANSWER = "Another process does not answer."
-_FAILED_ELSEWHERE = "Another process failed; see its log."
 #: Channels in one command, commands in one write, messages read without a pause:
 #: so that a flood lets the clients of this process have their turn.
 _AT_ONCE = 200
-#: Bytes of a signature, and of a process id in hexadecimal.
-_SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
-
-
-def _sign(key: bytes, *parts: bytes) -> bytes:
-    """Return a signature: keyed BLAKE2b. (RFC 7693)"""
-    signature = hashlib.blake2b(key=key, digest_size=_SIGNATURE_SIZE)
-    for part in parts:
-        signature.update(len(part).to_bytes(8, "big") + part)
-    return signature.digest()
 
 
 def _make_pool(url: str) -> Any:
@@ -2185,6 +2155,45 @@ class RedisLink:
         """Wait until more channels are active, or for the end of the link."""
         self._active_changed.clear()
         await self._active_changed.wait()
+
+
+# ---------------------------------------------------------------- backplane
+#
+# Several processes act as one hub through the pub/sub of Redis, which stores
+# nothing: its table of subscriptions says which processes have members of a group, a
+# user or a connection. A message is delivered to this process's clients first and
+# then published, encoded; what arrives from others is delivered and never published
+# again. While Redis is away, all that is local goes on, and what others should get
+# is dropped and counted.
+#
+#   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
+#   all                               every process            messages, questions
+#   group:NAME, user:ID               those who have members   messages, questions
+#   connection:ID                     the one who has it       messages, questions
+#   process:ID                        that process             questions, answers,
+#                                                              its own beat
+#
+# Each packet is signed with the secret: signature, sender, a header in JSON, and
+# after a line break the encoded message.
+
+#: Seconds between beats, and how many may fail to come back before redialling.
+_BEAT, _MISSED_BEATS = 1.0, 5
+#: Seconds for which a process works on an answer that nobody asks after.
+_LEASE = 10.0
+#: Seconds to wait for answers, and for a subscription to be active.
+_ANSWER_TIMEOUT = 1.0
+_NO_ANSWER = "Another process does not answer."
+_FAILED_ELSEWHERE = "Another process failed; see its log."
+#: Bytes of a signature, and of a process id in hexadecimal.
+_SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
+
+
+def _sign(key: bytes, *parts: bytes) -> bytes:
+    """Return a signature: keyed BLAKE2b. (RFC 7693)"""
+    signature = hashlib.blake2b(key=key, digest_size=_SIGNATURE_SIZE)
+    for part in parts:
+        signature.update(len(part).to_bytes(8, "big") + part)
+    return signature.digest()
 
 
 class Questions(dict[int, asyncio.Queue[Any]]):
