@@ -75,6 +75,7 @@ import functools
 import hashlib
 import html
 import inspect
+import ipaddress
 import itertools
 import json
 import logging
@@ -139,6 +140,7 @@ __all__ = [
     "Progress",
     "RedisBackplane",
     "Schedule",
+    "TooManyOperations",
     "access_token",
     "broadcast_event",
     "broadcast_log",
@@ -193,6 +195,15 @@ class HubOptions:
     #: Bytes of calls and stream items that wait for user code. Above it, reading
     #: pauses until it is down to half.
     receive_buffer_limit: int | None = 131_072
+    #: Streams that one client reads, and streams that it uploads, at the same time.
+    maximum_streams_per_client: int | None = 100
+    #: Groups that one client can be in.
+    maximum_groups_per_client: int | None = None
+    #: Messages of one client in a second, on average; at most twice as many at once.
+    #: Its answers to the server do not count. A client that sends more is cut off.
+    invocations_per_second: float | None = None
+    #: Connections of this hub in one process; further ones get 503.
+    maximum_connections: int | None = 10_000
     #: Send the text of every exception to the caller. For development only.
     enable_detailed_errors: bool = False
     #: What negotiate offers, out of `TRANSPORTS`.
@@ -1317,6 +1328,7 @@ _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
 
 #: The types of WebSocket messages that hold bytes of the connection.
 _DATA = (web.WSMsgType.TEXT, web.WSMsgType.BINARY)
+_READ = (*_DATA, web.WSMsgType.PING, web.WSMsgType.PONG)
 
 
 def _socket_of(request: Request) -> asyncio.Transport:
@@ -1402,6 +1414,7 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
     limit = options.maximum_receive_message_size
     websocket = web.WebSocketResponse(
         autoclose=False,
+        autoping=False,
         compress=False,
         decode_text=False,
         max_msg_size=0 if limit is None else max(limit + 1, _WEBSOCKET_MESSAGE_SIZE),
@@ -1413,12 +1426,17 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         await websocket.prepare(request)
         transport = WebSocketTransport(connection, _socket_of(request), websocket)
         connection.attach(transport)
-        while (message := await websocket.receive()).type in _DATA:
+        while (message := await websocket.receive()).type in _READ:
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
-            connection.feed(message.data)
-            if not connection.can_read():
-                await connection.readable()
+            if message.type in _DATA:
+                connection.feed(message.data)
+                if not connection.can_read():
+                    await connection.readable()
+                continue
+            if message.type is web.WSMsgType.PING:
+                await websocket.pong(message.data)
+            await asyncio.sleep(0)  # so that a flood of pings delays nobody
         error = message.data  # a WebSocketError if aiohttp refused a frame
     except ConnectionError:
         pass  # the client left during the upgrade
@@ -1587,6 +1605,7 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # processes that serve the same hub, if there are any.
 
 Members = dict[str, Connection]
+_LONGEST_GROUP_NAME = 256
 #: One message as each protocol writes it.
 Encoded = dict[HubProtocol, bytes]
 
@@ -1667,12 +1686,19 @@ class GroupManager:
 
         When this returns, what any process sends to the group reaches the member;
         it waits for that no longer than a second, and not while Redis is away.
-        Raises ConnectionError if the connection is not here and the other processes
-        cannot be reached.
+        Raises HubException if the name does not have 1 to 256 characters, or if the
+        connection is in `maximum_groups_per_client` groups; ConnectionError if it is
+        not here and the other processes cannot be reached.
         """
-        if await self.join(connection_id, name) is None:
+        if not 1 <= len(name) <= _LONGEST_GROUP_NAME:
+            text = f"A group name must have 1 to {_LONGEST_GROUP_NAME} characters."
+            raise HubException(text)
+        problem = await self.join(connection_id, name)
+        if problem is None:
             others, channel = self._registry.backplane, f"connection:{connection_id}"
-            await others.ask_owner(channel, "join", connection_id, name)
+            problem = await others.ask_owner(channel, "join", connection_id, name)
+        if problem:
+            raise HubException(problem)
 
     async def remove(self, connection_id: str, name: str) -> None:
         """Remove a connection; do nothing if it is not a member.
@@ -1700,18 +1726,22 @@ class GroupManager:
         """Return the connections in a group."""
         return self._groups.get(name, {})
 
-    async def join(self, connection_id: str, name: str) -> bool | None:
-        """Add a connection of this process; return None if it is not here."""
+    async def join(self, connection_id: str, name: str) -> str | None:
+        """Add a connection; return what forbids it, or None if it is not here."""
         connection = self._registry.connections.get(connection_id)
         if connection is None:
             return None
+        limit = connection.shared.options.maximum_groups_per_client
+        joined = self._groups_of.get(connection_id, ())
+        if name not in joined and len(joined) >= _or_infinite(limit):
+            return f"A connection can be in at most {limit} groups."
         if name not in self._groups:
             self._groups[name] = {}
             self._registry.backplane.subscribe(f"group:{name}")
         self._groups[name][connection_id] = connection
         self._groups_of.setdefault(connection_id, set()).add(name)
         await self._registry.backplane.subscribed(f"group:{name}")
-        return True
+        return ""
 
     def leave(self, connection_id: str, name: str) -> bool | None:
         """Remove a connection of this process; return None if it is not here."""
@@ -1933,6 +1963,12 @@ class Registry:
             except ConnectionError:
                 return None
         return protocol.name, to_text(protocol.encode(completion))
+
+    def expects(self, message: Message | None) -> bool:
+        """Return True for a client result that somebody waits for."""
+        return isinstance(message, Completion) and (
+            message.invocation_id in self._results
+        )
 
     def complete(self, connection: Connection, completion: Completion) -> None:
         """Give a client's result to the call that waits for it; ignore others.
@@ -3343,6 +3379,8 @@ _MAX_RUNNING = 1000
 #: Waiting calls of one client that have tasks, so that they can begin together.
 _TASKS_AHEAD = 32
 
+_KINDS = ("non-streaming", "streaming")
+_WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invocation."
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
 
 #: Seconds for which a plain method may block the event loop before a warning.
@@ -3723,28 +3761,26 @@ class Calls:
         ids, expected = invocation.stream_ids, len(method.uploads)
         used = [i for n, i in enumerate(ids) if i in self.uploads or i in ids[:n]]
         if streaming != method.streaming:
-            kinds = ("non-streaming", "streaming")
-            return (
-                f"The client attempted to invoke the {kinds[method.streaming]} "
-                f"'{target}' method with a {kinds[streaming]} invocation."
-            )
-        if len(self._running) >= _MAX_RUNNING and not method.needs_slot:
-            return "The client has too many calls and streams under way."
+            return _WRONG_KIND.format(_KINDS[not streaming], target, _KINDS[streaming])
         if streaming and self._find(invocation.invocation_id) is not None:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
-        if len(ids) != expected:
+        options = self.mapped.options
+        limit = options.maximum_streams_per_client
+        streams = streaming + sum(call.invocation.streaming for call in self._all())
+        if max(streams, len(ids) + len(self.uploads)) > _or_infinite(limit):
+            text = f"A client can have at most {limit} streams at the same time."
+        elif len(ids) != expected:
             text = f"Client sent {len(ids)} stream(s), Hub method expects {expected}."
         elif used:
             text = f"Stream ID '{used[0]}' is already in use."
         else:
             return None
-        options = self.mapped.options
         return error_text(_FAILED_INVOKING.format(target), HubException(text), options)
 
     def _refuse(self, invocation: Invocation, text: str) -> None:
         """Answer a call without calling its method."""
-        shown = _one_line(text, 200)
-        log.info("connection %s: %s", self.connection.connection_id, shown)
+        name = self.connection.connection_id
+        log.info("connection %s: %s", name, _one_line(text, 200))
         self.reply(invocation, NO_RESULT, text)
 
     def reply(
@@ -3756,9 +3792,11 @@ class Calls:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
 
+    def _all(self) -> Iterator[Call]:
+        return itertools.chain(self._running, self._waiting, self._behind)
+
     def _find(self, id: str | None) -> Call | None:
-        calls = (*self._running, *self._waiting, *self._behind)
-        return next((c for c in calls if c.invocation.invocation_id == id), None)
+        return next((c for c in self._all() if c.invocation.invocation_id == id), None)
 
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
@@ -3911,6 +3949,23 @@ class KeepAlive:
             connection.send(encode(ack), sequenced=False)
 
 
+class RateLimit:
+    """Counts a client's messages against the limit for a second."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        #: Messages that may be sent at once, and how many of them are left.
+        self._burst = self._left = max(1.0, 2 * rate)
+        self._last = time.monotonic()
+
+    def count(self) -> bool:
+        """Count a message; return False if it is one too many."""
+        now = time.monotonic()
+        earned = (now - self._last) * self._rate
+        self._left, self._last = min(self._burst, self._left + earned) - 1, now
+        return self._left >= 0
+
+
 # The handshake (HubProtocol.md, Handshake)
 
 
@@ -3981,6 +4036,8 @@ class HubConnection:
         self._context = HubCallerContext(connection, request, self.abort)
         self._keep_alive = KeepAlive(connection)
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
+        rate = mapped.options.invocations_per_second
+        self._rate_limit = None if rate is None else RateLimit(rate)
         self._hub: Hub
         self._calls: Calls | None = None
 
@@ -4054,11 +4111,15 @@ class HubConnection:
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
         counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
-        inbox.unfinished = False
+        rate, inbox.unfinished = self._rate_limit, False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 counters.messages_in += 1
                 self._keep_alive.active = True
+                if rate is not None and not (self._is_answer(message) or rate.count()):
+                    inbox.clear()
+                    self._cut_off()
+                    return
                 self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
@@ -4073,6 +4134,18 @@ class HubConnection:
             log.warning("connection %s: %s", name, text)
             inbox.clear()
             self._fail(error)
+
+    def _is_answer(self, message: Message | None) -> bool:
+        """Return True for what a client sends only because the server sent something."""
+        return isinstance(message, Ack) or self._mapped.registry.expects(message)
+
+    def _cut_off(self) -> None:
+        """End the connection of a client that sends too often."""
+        rate = self._mapped.options.invocations_per_second
+        self._mapped.shared.counters.drops["rate limit"] += 1
+        log.warning("connection %s: too many messages", self._connection.connection_id)
+        text = f"The client sent more than {rate:g} messages a second."
+        self._fail(HubException(text))
 
     def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
@@ -4166,6 +4239,9 @@ _LAST_POLL_TIMEOUT = 0.3
 #: Seconds at shutdown for everything together.
 _SHUTDOWN_TIMEOUT = 3.0
 
+#: Seconds after which a client that was refused for lack of room may try again.
+_RETRY_AFTER = 5
+
 #: Seconds for which an unused token is valid at most.
 _LONGEST_LIFETIME = 3600.0
 
@@ -4199,6 +4275,28 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
         log.warning("refused %s: %s", refused, advice)
         text = f"Pages of this origin may not connect. The server can {advice}."
         raise web.HTTPForbidden(text=text)
+
+
+def _check_site(request: Request, allowed: Collection[str]) -> None:
+    """Raise HTTPForbidden if a page of another site asks for something to be done.
+
+    Browsers leave out the origin of images, links and prefetches, and say in other
+    headers what they do. (Fetch Metadata; other clients send no such headers.)
+    """
+    _check_origin(request, allowed)
+    headers = request.headers
+    names = ("Sec-Purpose", "Purpose", "X-Moz")
+    if any("prefetch" in headers.get(name, "").lower() for name in names):
+        raise web.HTTPForbidden(text="This cannot be fetched in advance.")
+    site = headers.get("Sec-Fetch-Site", "none").lower()
+    if "Origin" not in headers and site not in ("same-origin", "none"):
+        raise web.HTTPForbidden(text="Pages of other sites may not do this.")
+
+
+def _check_encoding(request: Request) -> None:
+    """Raise HTTPUnsupportedMediaType for a compressed body, which could be a bomb."""
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
 
 
 def _is_preflight(request: Request) -> bool:
@@ -4317,7 +4415,7 @@ class ConnectionManager:
         self, user_id: str | None, version: int, stateful: bool
     ) -> tuple[str, str]:
         """Return a new token and its connection id. Raises HTTP errors."""
-        self._check_open()
+        self._check_room()
         timeout = _or_infinite(self._mapped.options.disconnect_timeout)
         lifetime = min(timeout, _LONGEST_LIFETIME)
         token = self._tokens.create(user_id, lifetime, version, stateful)
@@ -4325,9 +4423,17 @@ class ConnectionManager:
         assert ticket is not None
         return token, ticket.connection_id
 
-    def _check_open(self) -> None:
+    def _check_room(self) -> None:
+        """Raise HTTPServiceUnavailable if no connection may be made."""
+        limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
+        if len(self._connections) >= limit:
+            self._forget_closed()
+        if len(self._connections) >= limit:
+            text = "The server has too many connections. Try again later."
+            headers = {"Retry-After": str(_RETRY_AFTER)}
+            raise web.HTTPServiceUnavailable(text=text, headers=headers)
 
     def create(self, user_id: str | None) -> Connection:
         """Make a connection without negotiation."""
@@ -4336,7 +4442,7 @@ class ConnectionManager:
     def _create(
         self, token: str, connection_id: str, user_id: str | None
     ) -> Connection:
-        self._check_open()
+        self._check_room()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
         self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
@@ -4414,12 +4520,8 @@ class ConnectionManager:
 
     def _check_all(self, now: float) -> None:
         # A method of its own: variables of a sleeping loop would keep objects alive.
-        for token, connection in list(self._connections.items()):
-            if connection.state == CLOSED:
-                del self._connections[token]
-                if connection.connection_id not in self._used:
-                    self._unsubscribe(connection.connection_id)
-                continue
+        self._forget_closed()
+        for connection in list(self._connections.values()):
             try:
                 _check_connection(connection, now)
             except Exception:  # one broken transport must not stop the heartbeat
@@ -4428,6 +4530,13 @@ class ConnectionManager:
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
         self._forget_used()
+
+    def _forget_closed(self) -> None:
+        for token, connection in list(self._connections.items()):
+            if connection.state == CLOSED:
+                del self._connections[token]
+                if connection.connection_id not in self._used:
+                    self._unsubscribe(connection.connection_id)
 
     def _forget_used(self) -> None:
         """Forget used tokens that have expired."""
@@ -4525,7 +4634,7 @@ class Endpoint:
 
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
-        _check_origin(request, self._origins)
+        _check_site(request, self._origins)
         if _is_preflight(request):
             raise web.HTTPNoContent
         if (authenticate := self._options.authenticate) is None:
@@ -4617,6 +4726,7 @@ class Endpoint:
             text = "POST requests are not allowed for WebSocket connections."
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
         self._check_user(connection, user_id)
+        _check_encoding(request)
         async with connection.inbox.lock:
             try:
                 await receive_post(request, connection)
@@ -4719,6 +4829,10 @@ NOT_STARTED, RUNNING = "NotStarted", "Running"
 COMPLETED, FAULTED, CANCELED = "Completed", "Faulted", "Canceled"
 
 
+class TooManyOperations(RuntimeError):
+    """So many operations are under way that no other can start."""
+
+
 @dataclass(eq=False, repr=False)
 class Operation:
     """One piece of work. Read it at any time; only `Operations` changes it."""
@@ -4793,6 +4907,7 @@ Work = Callable[[Progress], Awaitable[Any]]
 class Operations:
     """Starts operations, keeps the newest, and cancels them all on `close`.
 
+    running: how many may be under way; `start` refuses more.
     limit: how many are kept. The oldest final ones are forgotten first; running
         ones are always kept.
     retention: seconds for which a final operation is kept.
@@ -4802,6 +4917,7 @@ class Operations:
     Raises ValueError for a limit below 1 or a negative retention.
     """
 
+    running: int = 32
     limit: int = 1000
     retention: float = 3600
     on_change: Callable[[Operation], Awaitable[None] | None] | None = None
@@ -4810,17 +4926,20 @@ class Operations:
     _closed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.limit < 1 or self.retention < 0:
-            raise ValueError("limit must be at least 1, retention at least 0 seconds")
+        if min(self.running, self.limit) < 1 or self.retention < 0:
+            text = "running and limit must be at least 1, retention at least 0 seconds"
+            raise ValueError(text)
 
     def start(self, work: Work, *, name: str = "", description: str = "") -> Operation:
         """Run `await work(progress)` in a task of its own.
 
         name, description: for people; the default name is the function's.
-        Raises RuntimeError after `close`.
+        Raises TooManyOperations if `running` are under way, RuntimeError after `close`.
         """
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
+        if sum(not o.final for o in self._operations.values()) >= self.running:
+            raise TooManyOperations(f"{self.running} operations are under way already")
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
         operation._task = asyncio.create_task(self._run(operation, work))
@@ -5684,6 +5803,21 @@ HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
 LEVELS = {"Trace": 5, "Verbose": 5, "Debug": 10, "Information": 20}
 LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
 
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+?)\.?(?::[0-9]*)?")
+
+#: Bytes of a body that the API accepts, and seconds for it to arrive.
+_LARGEST_BODY, _BODY_TIMEOUT = 65_536, 10.0
+
+#: For all answers: browsers must not guess types, tell where they come from, or show
+#: this site inside of another.
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Server": "kestrun",
+}
+
+Names = Collection[str]
 Handler = Callable[[Request], Awaitable[StreamResponse]]
 
 
@@ -5738,6 +5872,68 @@ def _check_name(text: str, what: str = "groupName") -> str:
     return text
 
 
+def _host_name(host: str) -> str:
+    """Return a host name without port and final dot; "" if it is none."""
+    found = _HOST.fullmatch(host.strip().lower())
+    return found[1] if found else ""
+
+
+def _is_loopback(host: str) -> bool:
+    """Return True for a name or an address of this machine for itself."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return False
+
+
+def _check_host(request: Request, allowed: Collection[str] | None) -> None:
+    """Raise HTTPMisdirectedRequest for a host name that is not this server's.
+
+    Otherwise a page could reach a server on its visitor's machine by giving its own
+    host name the address 127.0.0.1 (DNS rebinding).
+    """
+    address = request.get_extra_info("sockname")
+    local = isinstance(address, tuple) and _is_loopback(address[0])
+    if allowed is None or not (allowed or local):
+        return
+    for host in map(_host_name, request.headers.getall("Host", ())):
+        if not (_is_loopback(host) or host in allowed):
+            text = "This host name is not allowed. The server can add it to "
+            text += "allowed_hosts (--allow-host)."
+            raise web.HTTPMisdirectedRequest(text=text)
+
+
+def _only_reads(request: Request) -> bool:
+    get = request.method in ("GET", "HEAD")
+    return get and not request.path.startswith("/api/ps/")  # whose routes broadcast
+
+
+async def _read_body(request: Request) -> None:
+    """Read the body of a request that needs none. Raises HTTP errors for a bad one."""
+    _check_encoding(request)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT):
+            await request.read()
+    except (aiohttp.ClientPayloadError, ConnectionError, TimeoutError):
+        raise web.HTTPBadRequest(text="The body is incomplete.") from None
+
+
+async def _add_security_headers(request: Request, response: StreamResponse) -> None:
+    response.headers.update(_SECURITY_HEADERS)
+
+
+def _content_security_policy(page: str) -> str:
+    """Allow a page its own scripts and styles, by their hashes, and its server."""
+    rules = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    rules += "form-action 'self'; frame-ancestors 'none'"
+    for tag in ("script", "style"):
+        for text in re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", page, re.DOTALL):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+            rules += f"; {tag}-src 'sha256-{digest.decode()}'"
+    return rules
+
+
 class KestrunHub(Hub):
     """The hub of the sample."""
 
@@ -5759,6 +5955,14 @@ def _memory_mb() -> float:
         pages = int(statm.read().split()[1])
         return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
     return 0.0
+
+
+def _system_info() -> dict[str, Any]:
+    return {
+        "ProcessorCount": os.cpu_count(),
+        "PythonVersion": platform.python_version(),
+        "MemoryMB": _memory_mb(),
+    }
 
 
 def _success(message: str, **fields: Any) -> Response:
@@ -5806,10 +6010,11 @@ async def _reachable(question: Awaitable[Any]) -> Any:
 class Demo:
     """The sample: its jobs, its operations and its routes."""
 
-    def __init__(self, token: str | None, origins: Collection[str]) -> None:
+    def __init__(self, token: str | None, origins: Names, hosts: Names | None) -> None:
         self.started = time.monotonic()
         self.token = (token or "").encode(errors="surrogateescape")
         self.origins = frozenset(origin.lower() for origin in origins)
+        self.hosts = None if hosts is None else {_host_name(host) for host in hosts}
         self.hub: HubContext
         self.operations: Operations
         #: What belongs to the hub, whose errors are not JSON, and what needs the token.
@@ -5832,13 +6037,17 @@ class Demo:
         """Check what a request may do; answer errors in JSON. The hub does its own."""
         resource = request.match_info.route.resource
         if resource in self.hub_routes:
+            _check_host(request, self.hosts)
             return await handler(request)
         try:
-            _check_origin(request, self.origins)
+            _check_host(request, self.hosts)
+            check = _check_origin if _only_reads(request) else _check_site
+            check(request, self.origins)
             if _is_preflight(request):
                 return Response(status=204)
             if resource in self.api_routes:
                 await self.authenticate(request)
+                await _read_body(request)
                 for part in map(unquote_to_bytes, request.rel_url.raw_parts):
                     name = part.decode(errors="surrogateescape")  # refused as well
                     _check_name(name, "Each name in the path")
@@ -5916,6 +6125,10 @@ class Demo:
 
         try:
             operation = self.operations.start(work, name="LongOperation")
+        except TooManyOperations:
+            text = "Too many operations are under way. Try again later."
+            headers = {"Retry-After": str(_RETRY_AFTER)}
+            raise web.HTTPTooManyRequests(text=text, headers=headers) from None
         except RuntimeError:
             text = "The server is shutting down. Try again later."
             raise web.HTTPServiceUnavailable(text=text) from None
@@ -6011,11 +6224,7 @@ class Demo:
         await self.hub.local.all.send("ReceiveEvent", event)
 
     async def _send_admin_status(self) -> None:
-        system = {
-            "ProcessorCount": os.cpu_count(),
-            "PythonVersion": platform.python_version(),
-            "MemoryMB": _memory_mb(),
-        }
+        system = _system_info()
         update = _payload("Admin status update", Type="AdminUpdate", SystemInfo=system)
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
@@ -6024,6 +6233,7 @@ def create_app(
     *,
     hub_path: str = "/hubs/kestrun",
     allowed_origins: Collection[str] = (),
+    allowed_hosts: Collection[str] | None = (),
     token: str | None = None,
     backplane: RedisBackplane | None = None,
     sticky: bool = True,
@@ -6033,17 +6243,22 @@ def create_app(
     hub_path: path of the hub.
     allowed_origins: further origins, such as "https://example.com", whose pages
         may use hub and API.
+    allowed_hosts: host names under which a proxy passes requests on. Requests that
+        come in at a loopback address are served under these names and loopback's;
+        all requests are, if there are any names. None: every name will do.
     token: required by hub and API, if given; the page and /healthz are open.
     backplane: connects the processes that run this application.
     sticky: whether all requests of one connection reach the same process. If not,
         clients can use WebSockets only, and cannot resume a lost one.
-    Raises ValueError for a path, origin or token that cannot be used.
+    Raises ValueError for a path, origin, host or token that cannot be used.
     """
     if token is not None and not token.strip():
         raise ValueError("token must not be empty; leave it out to need none")
-    demo = Demo(token, allowed_origins)
-    app = web.Application(middlewares=[demo.guard])
-
+    if not all(map(_host_name, allowed_hosts or ())):
+        raise ValueError("allowed_hosts: names such as 'example.com'")
+    demo = Demo(token, allowed_origins, allowed_hosts)
+    app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
+    app.on_response_prepare.append(_add_security_headers)
     app.on_startup.append(demo.open_operations)
     # Before the hub's own, so that clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
@@ -6054,6 +6269,7 @@ def create_app(
         backplane=backplane,
         transports=TRANSPORTS if sticky else [WEBSOCKETS],
         allow_stateful_reconnects=sticky,
+        maximum_groups_per_client=100,
         allowed_origins=allowed_origins,
         authenticate=demo.authenticate,
     )
@@ -6064,8 +6280,10 @@ def create_app(
     relative = html.escape(hub_path.lstrip("/"))
     page = PAGE.replace('content="hubs/kestrun"', f'content="{relative}"')
 
+    headers = {"Content-Security-Policy": _content_security_policy(page)}
+
     async def show_page(request: Request) -> Response:
-        return Response(text=page, content_type="text/html")
+        return Response(text=page, content_type="text/html", headers=headers)
 
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     app.add_routes([web.get("/", show_page), web.get("/healthz", demo.show_health)])
@@ -6076,6 +6294,10 @@ def create_app(
 #
 # The command line of the demo. Only this section configures logging and signals,
 # which a library leaves to the program that imports it.
+
+
+#: Seconds for the next request of a client, including all of its headers.
+_IDLE_TIMEOUT = 15.0
 
 
 class _OneLine(logging.Formatter):
@@ -6124,8 +6346,12 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--hub-path", default="/hubs/kestrun", help="path of the hub (%(default)s)")
     text = "another origin whose pages may connect; may be repeated"
     add("--allow-origin", action="append", default=[], metavar="URL", help=text)
+    text = "host name, besides localhost, under which to serve; may be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=text)
     text = "token that hub and API require (environment KESTRUN_TOKEN)"
     add("--token", default=os.environ.get("KESTRUN_TOKEN"), help=text)
+    text = "let anybody in who reaches an address that is not this machine's own"
+    add("--insecure", action="store_true", help=text)
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
@@ -6141,11 +6367,19 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _stop_event() -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    """Return an event that SIGINT or SIGTERM sets; the next one ends the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def take() -> None:
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    with contextlib.suppress(NotImplementedError):  # Windows
+        for number in numbers:
+            loop.add_signal_handler(number, take)
     return stop
 
 
@@ -6161,6 +6395,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         app,
         access_log_class=_AccessLog,
         access_log=logging.getLogger("kestrun.access"),
+        keepalive_timeout=_IDLE_TIMEOUT,
         shutdown_timeout=1.0,
     )
     stop, address = _stop_event(), (arguments.host, arguments.port)
@@ -6267,6 +6502,18 @@ def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     return RedisBackplane(arguments.redis, secret=arguments.secret)
 
 
+def _hosts(arguments: argparse.Namespace) -> Collection[str] | None:
+    """Return `allowed_hosts`. Raises ValueError if strangers would get in."""
+    if _is_loopback(arguments.host):
+        return arguments.allow_host  # type: ignore[no-any-return]
+    if not (arguments.token or arguments.insecure):
+        raise ValueError(
+            f"--host {arguments.host} can be reached from other machines: give "
+            "--token, or --insecure to let anybody in"
+        )
+    return arguments.allow_host or None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
     arguments = _parse_arguments(argv)
@@ -6276,6 +6523,7 @@ def main(argv: list[str] | None = None) -> int:
         app = create_app(
             hub_path=arguments.hub_path,
             allowed_origins=arguments.allow_origin,
+            allowed_hosts=_hosts(arguments),
             token=arguments.token,
             backplane=backplane,
             sticky=not arguments.worker,
