@@ -1605,7 +1605,6 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # processes that serve the same hub, if there are any.
 
 Members = dict[str, Connection]
-_LONGEST_GROUP_NAME = 256
 #: One message as each protocol writes it.
 Encoded = dict[HubProtocol, bytes]
 
@@ -1690,9 +1689,8 @@ class GroupManager:
         connection is in `maximum_groups_per_client` groups; ConnectionError if it is
         not here and the other processes cannot be reached.
         """
-        if not 1 <= len(name) <= _LONGEST_GROUP_NAME:
-            text = f"A group name must have 1 to {_LONGEST_GROUP_NAME} characters."
-            raise HubException(text)
+        if not 1 <= len(name) <= 256:
+            raise HubException("A group name must have 1 to 256 characters.")
         problem = await self.join(connection_id, name)
         if problem is None:
             others, channel = self._registry.backplane, f"connection:{connection_id}"
@@ -1966,9 +1964,8 @@ class Registry:
 
     def expects(self, message: Message | None) -> bool:
         """Return True for a client result that somebody waits for."""
-        return isinstance(message, Completion) and (
-            message.invocation_id in self._results
-        )
+        id = message.invocation_id if isinstance(message, Completion) else None
+        return id in self._results
 
     def complete(self, connection: Connection, completion: Completion) -> None:
         """Give a client's result to the call that waits for it; ignore others.
@@ -3949,23 +3946,6 @@ class KeepAlive:
             connection.send(encode(ack), sequenced=False)
 
 
-class RateLimit:
-    """Counts a client's messages against the limit for a second."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        #: Messages that may be sent at once, and how many of them are left.
-        self._burst = self._left = max(1.0, 2 * rate)
-        self._last = time.monotonic()
-
-    def count(self) -> bool:
-        """Count a message; return False if it is one too many."""
-        now = time.monotonic()
-        earned = (now - self._last) * self._rate
-        self._left, self._last = min(self._burst, self._left + earned) - 1, now
-        return self._left >= 0
-
-
 # The handshake (HubProtocol.md, Handshake)
 
 
@@ -4036,8 +4016,9 @@ class HubConnection:
         self._context = HubCallerContext(connection, request, self.abort)
         self._keep_alive = KeepAlive(connection)
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
-        rate = mapped.options.invocations_per_second
-        self._rate_limit = None if rate is None else RateLimit(rate)
+        self._rate = mapped.options.invocations_per_second
+        #: Messages that may be sent now, and when they were counted.
+        self._credit, self._counted_at = math.inf, 0.0
         self._hub: Hub
         self._calls: Calls | None = None
 
@@ -4111,14 +4092,13 @@ class HubConnection:
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
         counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
-        rate, inbox.unfinished = self._rate_limit, False
+        inbox.unfinished = False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 counters.messages_in += 1
                 self._keep_alive.active = True
-                if rate is not None and not (self._is_answer(message) or rate.count()):
+                if self._rate is not None and not self._in_rate(message, self._rate):
                     inbox.clear()
-                    self._cut_off()
                     return
                 self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
@@ -4135,17 +4115,21 @@ class HubConnection:
             inbox.clear()
             self._fail(error)
 
-    def _is_answer(self, message: Message | None) -> bool:
-        """Return True for what a client sends only because the server sent something."""
-        return isinstance(message, Ack) or self._mapped.registry.expects(message)
-
-    def _cut_off(self) -> None:
-        """End the connection of a client that sends too often."""
-        rate = self._mapped.options.invocations_per_second
+    def _in_rate(self, message: Message | None, rate: float) -> bool:
+        """Count a message, unless it answers the server; cut off who sends too many."""
+        if isinstance(message, Ack) or self._mapped.registry.expects(message):
+            return True
+        now = time.monotonic()
+        earned = (now - self._counted_at) * rate
+        self._credit = min(max(1.0, 2 * rate), self._credit + earned) - 1
+        self._counted_at = now
+        if self._credit >= 0:
+            return True
         self._mapped.shared.counters.drops["rate limit"] += 1
         log.warning("connection %s: too many messages", self._connection.connection_id)
         text = f"The client sent more than {rate:g} messages a second."
         self._fail(HubException(text))
+        return False
 
     def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
