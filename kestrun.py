@@ -1083,7 +1083,7 @@ class Shared:
 async def _end_tasks(
     tasks: Collection[asyncio.Task[Any]], seconds: Iterable[float] = (1.0, 1.0)
 ) -> None:
-    """Wait for tasks to end; cancel them after each timeout; log what still runs."""
+    """Wait for tasks to end; cancel them after each timeout; stop what still runs."""
     current = asyncio.current_task()
     for timeout in seconds:
         if running := set(tasks) - {current}:
@@ -1093,6 +1093,10 @@ async def _end_tasks(
     for task in set(tasks) - {current}:
         if not task.done():
             log.error("task ignored its cancellation: %r", task)
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+            with contextlib.suppress(Exception):  # from its `finally`
+                task.get_coro().close()  # or the event loop could not end
+            task.cancel()
 
 
 def _new_future() -> asyncio.Future[Any]:
@@ -4559,8 +4563,7 @@ class ConnectionManager:
             await asyncio.sleep(0.02)
         for connection in self._connections.values():
             connection.drop("shutdown")
-        for task in self._running:
-            task.cancel()
+        await _end_tasks(self._running, (0.0, 0.2))
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         self._connections.clear()
