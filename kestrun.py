@@ -4469,8 +4469,12 @@ class ConnectionManager:
         if elsewhere:
             backplane.unsubscribe(channel)
             return None
+        try:
+            connection = self._create(token, ticket.connection_id, user_id)
+        except web.HTTPException:  # the token can be used when there is room
+            backplane.unsubscribe(channel)
+            raise
         self._used[ticket.connection_id] = ticket.ends
-        connection = self._create(token, ticket.connection_id, user_id)
         if ticket.stateful:
             connection.reconnect = ReconnectBuffer()
         return connection
@@ -5870,7 +5874,9 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost" or host.endswith(".localhost"):
         return True
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
+        # A socket for both versions writes IPv4 addresses as ::ffff:127.0.0.1.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     return False
 
 
@@ -6241,7 +6247,7 @@ def create_app(
     """
     if token is not None and not token.strip():
         raise ValueError("token must not be empty; leave it out to need none")
-    if not all(map(_host_name, allowed_hosts or ())):
+    if isinstance(allowed_hosts, str) or not all(map(_host_name, allowed_hosts or ())):
         raise ValueError("allowed_hosts: names such as 'example.com'")
     demo = Demo(token, allowed_origins, allowed_hosts)
     app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
