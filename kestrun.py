@@ -4022,7 +4022,8 @@ class HubConnection:
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         self._rate = mapped.options.invocations_per_second
         #: Messages that may be sent now, and when they were counted.
-        self._credit, self._counted_at = math.inf, 0.0
+        self._credit = max(1.0, 2 * (self._rate or 0.0))
+        self._counted_at = time.monotonic()
         self._hub: Hub
         self._calls: Calls | None = None
 
@@ -4096,15 +4097,13 @@ class HubConnection:
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
         counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
-        inbox.unfinished = False
+        paused, inbox.unfinished = inbox.unfinished, False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 counters.messages_in += 1
                 self._keep_alive.active = True
-                if self._rate is not None and not self._in_rate(message, self._rate):
-                    inbox.clear()
-                    return
-                self._dispatch(message, size)
+                if self._is_new(message) and self._in_rate(message, paused):
+                    self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
                     return
@@ -4119,14 +4118,27 @@ class HubConnection:
             inbox.clear()
             self._fail(error)
 
-    def _in_rate(self, message: Message | None, rate: float) -> bool:
-        """Count a message, unless it answers the server; cut off who sends too many."""
-        if isinstance(message, Ack) or self._mapped.registry.expects(message):
+    def _is_new(self, message: Message | None) -> bool:
+        """Number a message for stateful reconnect; return False for a repeated one."""
+        reconnect = self._connection.reconnect
+        if reconnect is None or not isinstance(message, SEQUENCED):
+            return True
+        return reconnect.accept()
+
+    def _in_rate(self, message: Message | None, paused: bool) -> bool:
+        """Count a message, unless it answers the server; cut off who sends too many.
+
+        paused: the server did not read for a while, so what waited counts for all of it.
+        """
+        rate = self._rate
+        if rate is None or isinstance(message, Ack):
+            return True
+        if self._mapped.registry.expects(message):
             return True
         now = time.monotonic()
+        most = math.inf if paused else max(1.0, 2 * rate, self._credit)
         earned = (now - self._counted_at) * rate
-        self._credit = min(max(1.0, 2 * rate), self._credit + earned) - 1
-        self._counted_at = now
+        self._credit, self._counted_at = min(most, self._credit + earned) - 1, now
         if self._credit >= 0:
             return True
         self._mapped.shared.counters.drops["rate limit"] += 1
@@ -4139,10 +4151,6 @@ class HubConnection:
         """Act on one message; this is the whole protocol."""
         reconnect, calls = self._connection.reconnect, self._calls
         assert calls is not None
-        if reconnect is not None and isinstance(message, SEQUENCED):
-            repeated = not reconnect.accept()
-            if repeated:
-                return
         match message:
             case Invocation():
                 calls.add(message, size)
