@@ -8983,12 +8983,19 @@ def sockets(pid: int) -> int:
     return count
 
 
+async def hears(client: Client, text: str) -> bool:
+    """Receive a log message, or find that the process of the client has ended."""
+    with suppress(EOFError):
+        assert (await payload(client, "ReceiveLog"))["message"] == text
+        return True
+    return False
+
+
 async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
     """Redis and the secret come from the environment."""
-    if not Path("/proc/self/task").exists():
-        needed("run the tests on Linux, which shows processes in /proc")
     env = {"KESTRUN_REDIS": redis.url, "KESTRUN_SECRET": SECRET}
-    async with program("--workers", "4", "--port", str(free_port()), **env) as running:
+    words = ("--workers", "4", "--port", str(free_port()))
+    async with program(*words, total=CROWDED, **env) as running:
         await running.printed(f"hub   {running.origin}{HUB}")
         await redis.has(4, HUB, TOTAL)
         workers = children(running.process.pid)
@@ -8997,24 +9004,23 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert negotiated["availableTransports"] == ALL_TRANSPORTS[:1]
         assert "useStatefulReconnect" not in negotiated
         before = {pid: sockets(pid) for pid in workers}
-        clients = [await running.connect(path=HUB) for _ in range(300)]
-        assert min(sockets(pid) - before[pid] for pid in workers) >= 40
+        clients = [await running.connect(path=HUB) for _ in range(1000)]
+        assert min(sockets(pid) - before[pid] for pid in workers) >= 100
         await running.request("GET", "/api/ps/log/Error?message=one")
-        for client in clients:
-            assert (await payload(client, "ReceiveLog"))["message"] == "one"
+        assert all([await hears(client, "one") for client in clients])
         os.kill(workers[0], signal.SIGKILL)
-        async with asyncio.timeout(2):
-            await until(lambda: {*children(running.process.pid)} - {*workers})
-        await redis.has(4, HUB, PATIENCE)
+        async with asyncio.timeout(4):  # two seconds, unless the machine is busy
+            await redis.has(3, HUB)
+            await redis.has(4, HUB, PATIENCE)
+        assert len({*children(running.process.pid)} - {*workers}) == 1
+        await running.request("GET", "/api/ps/log/Error?message=two")
+        living = [client for client in clients if await hears(client, "two")]
+        assert 500 < len(living) <= 900
         workers = children(running.process.pid)
-        assert len(workers) == 4
-        await until(lambda: any(client.ended for client in clients))
-        living = [client for client in clients if not client.ended]
-        assert 150 <= len(living) < 300
         assert await running.end() == 0
         for client in living:
             assert await client.next(7) == {"type": 7, "allowReconnect": True}
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(shown(pid).exists() for pid in workers)
     assert "Traceback" not in running.output
 
 
