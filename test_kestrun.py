@@ -8802,6 +8802,17 @@ async def test_a_token_is_refused_by_another_process(cluster, serve, redis, faul
         assert await client.invoke("Add", 1, 2) == 3
 
 
+@pytest.mark.xfail(strict=True, reason="its token makes a connection that stays deaf")
+async def test_a_poll_whose_process_was_killed_is_refused_elsewhere(redis, sample):
+    here = await sample()
+    async with worker(redis) as there:
+        client = await there.connect(("LongPolling", "json"), path=HUB)
+        there.process.kill()
+        await redis.has(1, HUB)
+        answer = await here.request("GET", str(client.url))
+    assert (answer.status, answer.body) == (404, UNKNOWN_ID)
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_later_requests_of_another_user_are_forbidden(cluster, method) -> None:
     one, two = await cluster(2)
