@@ -1250,8 +1250,8 @@ class Connection:
 
     def feed(self, data: bytes) -> None:
         """Handle bytes from the client at once, and what was left before."""
-        if self.state >= CLOSING and not self.accepts_messages():
-            return
+        if self.state >= CLOSING and (data or not self.accepts_messages()):
+            return  # what comes after the end does not count
         self.shared.counters.bytes_in += len(data)
         self.inbox.extend(data)
         if self.receive is not None:

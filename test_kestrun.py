@@ -2953,6 +2953,19 @@ async def test_calls_before_a_clean_end_outlast_a_slow_on_connected(serve, way) 
     assert hub.log == [*range(5)]
 
 
+@both_protocols
+async def test_what_a_client_sends_after_its_close_message_does_not_count(
+    serve, slow_to_leave, protocol
+) -> None:
+    client = await (await serve(slow_to_leave)).connect(("WebSockets", protocol))
+    late = [call("Note", "late"), {"type": 6}, call("Nope", invocationId="1")]
+    await client.send(call("Note", "in time"), {"type": 7}, *late)
+    await client.send(*late)  # before the client reads the answer
+    assert await client.next() == {"type": 7}
+    await client.end()
+    assert (client.unread, slow_to_leave.log) == ([], ["in time"])
+
+
 async def test_calls_in_a_post_outlast_the_connection(serve) -> None:
     class Slow(Gate):
         def note(self, number: int) -> None:
