@@ -616,7 +616,16 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+class _TooLarge(float):
+    """A JSON number beyond the range of a float, so that it binds to none."""
+
+
+def _read_float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _TooLarge(number)
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_float)
 _encoder = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_to_plain
 )
@@ -3316,8 +3325,7 @@ def _dict(convert_key: Converter, convert_value: Converter) -> Converter:
         try:
             return convert_key(key)
         except ValueError:  # JSON writes a key that is a number as text
-            whole = key.lstrip("-").isdigit()
-            return convert_key(int(key) if whole else float(key))
+            return convert_key(_decoder.decode(key))
 
     return lambda value: {
         convert_any_key(key): convert_value(item)

@@ -2283,6 +2283,8 @@ WRONG_ARGUMENTS = [
     (list[int], ["x"]), (list[int], {}), (list[int], "12"), (dict[str, int], []),
     (dict[str, int], {"a": "b"}), (int | None, "x"), (str | int, 1.5),
     (float | int, True), (float | str, 10**400), (dict[int, int], {"a": 1}),
+    *((dict[float, int], {key: 1}) for key in ("1e400", "NaN", "Infinity", "1_0")),
+    (dict[int, int], {"9" * 4301: 1}), (int, "9" * 4301), (float, "9" * 4301),
     (Point, {}), (Point, {"x": "a"}), (Point, 5), (Point, None), (Point, [1, "a"]),
     (list[Point], [{"x": 1}, {}]), (Trail, {"points": [{}]}),
     (Colour, "purple"), (Colour, 7), (Colour, None), (Colour, []), (Colour, {}),
@@ -2327,6 +2329,21 @@ async def test_an_argument_that_does_not_fit_fails_its_call_and_is_named_in_the_
     with caplog.at_level(logging.DEBUG, "kestrun"):
         assert await client.error("Take", 1, value) == FAILED.format("Take")
     assert any("peculiar" in r.getMessage() for r in caplog.records)
+    assert (seen, await client.invoke("Add", 1, 2)) == ([], 3)
+
+
+@pytest.mark.parametrize("annotation, text", [
+    (float, "1e400"), (float, "-1e999999999999999999999"), (float, "9" * 400 + ".0"),
+    (int, "1e400"), (float | None, "1e400"), (float | int, "1e400"),
+    (list[float], "[1e400]"), (dict[str, float], '{"a":1e400}'),
+    (Trail, '{"points":[],"length":1e400}'),
+], ids=short)  # fmt: skip
+async def test_a_number_too_large_for_a_float_is_none(serve, annotation, text) -> None:
+    hub, seen = taking(annotation)
+    client = await (await serve(hub)).connect()
+    data = encode("json", call("Take", 1, "?", invocationId="1"))
+    await client.write(data.replace(b'"?"', text.encode()))
+    assert (await client.next(3))["error"] == FAILED.format("Take")
     assert (seen, await client.invoke("Add", 1, 2)) == ([], 3)
 
 
