@@ -1726,8 +1726,15 @@ async def test_an_event_is_a_data_line_of_whole_messages(serve) -> None:
 
 FRAME = RawSocket.frame
 HARE = encode("json", call("Echo", "?", invocationId="1")).replace(b"?", b"h\xc3\xa4")
-PADDED_PING = b'{"type":6' + b" " * 30_000 + b"}" + RS
+HARE_BACK = (1, b'{"type":3,"invocationId":"1","result":"h\xc3\xa4"}' + RS)
 FRAME_LIMIT = 2**22  # aiohttp's own, unless the hub's limit for messages is higher
+
+
+def padded(size: int) -> bytes:
+    """Return so many bytes of which only the call of Echo at their end is answered."""
+    ping = b'{"type":6' + b" " * 30_000 + b"}" + RS
+    pings, spaces = divmod(size - len(HARE), len(ping))
+    return ping * pings + b" " * spaces + HARE
 
 
 def fragments(data: bytes, *sizes: int) -> bytes:
@@ -1739,98 +1746,143 @@ def fragments(data: bytes, *sizes: int) -> bytes:
     return frames + FRAME(opcode, data)
 
 
-GOOD_FRAMES = {
-    "text": FRAME(1, HARE),
-    "binary": FRAME(2, HARE),
-    "two fragments": fragments(HARE, 1),
-    "an empty fragment": fragments(HARE, 7, 0, 9),
-    "empty fragments first": fragments(HARE, 0, 0, 1),
-    "a letter in two fragments": fragments(HARE, HARE.index(b"\xa4")),
-    "a byte in each frame": b"".join(FRAME(2, bytes([byte])) for byte in HARE),
-    "a pong that nobody asked for": FRAME(10, b"hm") + FRAME(1, HARE),
-    "three messages in a frame": FRAME(1, PADDED_PING * 2 + HARE),
-    "a large frame": FRAME(1, PADDED_PING * 130 + HARE),
-}
+def chopped(data: bytes, size: int) -> list[bytes]:
+    """Split bytes into pieces that are sent one after the other."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-@pytest.mark.parametrize("frames", GOOD_FRAMES.values(), ids=GOOD_FRAMES)
-async def test_messages_may_be_spread_over_frames_in_any_way(serve, frames) -> None:
-    raw = await RawSocket.open(await serve(Plain))
-    raw.writer.write(frames)
-    opcode, message = await raw.next()
-    assert (opcode, json.loads(message[:-1])["result"]) == (1, "hä")
+def masked(data: bytes) -> bytes:
+    """Build a text frame whose mask changes its payload."""
+    key = b"\x07\x00\xff\x1e"
+    payload = bytes(byte ^ key[at % 4] for at, byte in enumerate(data))
+    return bytes([0x81, 0x80 | len(data)]) + key + payload
 
 
-@pytest.mark.parametrize("payload", [b"", b"still there?", b"x" * 125])
-async def test_a_ping_between_fragments_is_answered_at_once(serve, payload) -> None:
-    raw = await RawSocket.open(await serve(Plain))
-    raw.send(1, HARE[:9], fin=False)
-    raw.send(9, payload)
-    assert await raw.next() == (10, payload)
-    raw.send(0, HARE[9:])
-    assert b'"result":"' in (await raw.next())[1]
+def closing(code: int, reason: bytes = b"") -> tuple[int, bytes]:
+    """Return opcode and payload of a close frame."""
+    return 8, struct.pack(">H", code) + reason
 
 
-LAST_FRAMES = {
-    **{f"close code {code}": (FRAME(8, struct.pack(">H", code)), 1000)
-        for code in (1000, 1001, 3000, 4999)},
-    "close without a code": (FRAME(8), 1000),
-    "reserved bit 1": (FRAME(0x41), 1002), "reserved bit 2": (FRAME(0x21), 1002),
-    "reserved bit 3": (FRAME(0x11), 1002), "unknown opcode": (FRAME(3), 1002),
-    "unknown control opcode": (FRAME(11), 1002),
-    "continuation of nothing": (FRAME(0, b"x"), 1002),
-    "text inside a message": (FRAME(1, b"x", fin=False) + FRAME(1, b"x"), 1002),
-    "ping too long": (FRAME(9, b"x" * 126), 1002),
-    "ping in fragments": (FRAME(9, b"x", fin=False), 1002),
-    "close with half a code": (FRAME(8, b"\x03"), 1002),
-    "close code 0": (FRAME(8, b"\x00\x00"), 1002),
-    "close code 999": (FRAME(8, b"\x03\xe7"), 1002),
-    "close code 1005": (FRAME(8, b"\x03\xed"), 1002),
-    "close reason not UTF-8": (FRAME(8, b"\x03\xe8\xff"), 1007),
-    "4 MiB": (FRAME(1, length=FRAME_LIMIT), 1009),
-    "2**62 bytes": (FRAME(2, length=2**62), 1009),
-    "4 MiB in fragments": (FRAME(1, bytes(FRAME_LIMIT // 2), fin=False)
-        + FRAME(0, length=FRAME_LIMIT // 2), 1009),
+BAD_FRAME, CLOSE_FRAME, GOOD = closing(1002), closing(1000), FRAME(1, HARE)
+INTERRUPTED = FRAME(1, HARE[:9], fin=False), FRAME(0, HARE[9:])
+NOT_JSON = (1, b'{"type":7,"error":"%s","allowReconnect":true}\x1e' % CLOSED.encode())
+
+# What a client sends, whole or in pieces, and the frames that it then gets, in the
+# order of the sections of the Autobahn test suite. "(lax)": RFC 6455 forbids it and
+# aiohttp reads it.
+FRAMES = {
+    # 1 framing
+    "an empty text": ([FRAME(1) + GOOD], [HARE_BACK]),
+    "an empty binary": ([FRAME(2) + FRAME(2, HARE)], [HARE_BACK]),
+    **{f"{size} bytes as {kind}": ([FRAME(opcode, padded(size))], [HARE_BACK])
+        for size in (125, 126, 127, 128, 65_535, 65_536)
+        for opcode, kind in [((1, "text"), (2, "binary"))[size % 2]]},
+    "65536 bytes in chops": (chopped(FRAME(1, padded(65_536)), 997), [HARE_BACK]),
+    "three messages in a frame": ([FRAME(1, padded(70_000))], [HARE_BACK]),
+    "a mask": ([masked(HARE)], [HARE_BACK]),
+    "no mask (lax)": ([FRAME(1, HARE, mask=False)], [HARE_BACK]),
+    "a length in more bytes than needed (lax)":
+        ([b"\x81\xff" + len(HARE).to_bytes(8, "big") + bytes(4) + HARE], [HARE_BACK]),
+    # 2 pings and pongs
+    **{f"a ping of {len(data)} bytes": ([FRAME(9, data)], [(10, data)])
+        for data in (b"", b"there?", b"\x00\xff\xfe", b"x" * 125)},
+    "a ping of 126 bytes": ([FRAME(9, b"x" * 126)], [BAD_FRAME]),
+    "a ping in chops": (chopped(FRAME(9, b"x" * 125), 1), [(10, b"x" * 125)]),
+    "a pong that nobody asked for": ([FRAME(10) + FRAME(10, b"hm") + GOOD], [HARE_BACK]),
+    "a pong, then a ping": ([FRAME(10, b"hm") + FRAME(9, b"?")], [(10, b"?")]),
+    "ten pings": ([FRAME(9, b"%d" % n) for n in range(10)],
+        [(10, b"%d" % n) for n in range(10)]),
+    # 3 reserved bits
+    **{f"reserved bits {bits} on opcode {opcode}":
+        ([FRAME(bits << 4 | opcode, b"")], [BAD_FRAME])
+        for bits, opcode in zip(range(1, 8), (1, 1, 1, 1, 2, 9, 8), strict=True)},
+    "reserved bits in chops": (chopped(FRAME(0x41, HARE), 1), [BAD_FRAME]),
+    # 4 opcodes
+    **{f"opcode {opcode}": ([FRAME(opcode, b"x" * (opcode % 2))], [BAD_FRAME])
+        for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+    # 5 fragmentation
+    "a ping in fragments": ([FRAME(9, b"x", fin=False) + FRAME(0, b"y")], [BAD_FRAME]),
+    "a pong in fragments": ([FRAME(10, b"x", fin=False) + FRAME(0)], [BAD_FRAME]),
+    "two fragments": ([fragments(HARE, 1)], [HARE_BACK]),
+    "two fragments in chops": (chopped(fragments(HARE, 9), 1), [HARE_BACK]),
+    "a byte in each fragment": ([fragments(HARE, *[1] * 30)], [HARE_BACK]),
+    "a byte in each frame": ([FRAME(2, bytes([byte])) for byte in HARE], [HARE_BACK]),
+    "a ping between fragments": ([FRAME(9, b"?").join(INTERRUPTED)],
+        [(10, b"?"), HARE_BACK]),
+    "a ping between fragments in chops": (chopped(FRAME(9, b"?").join(INTERRUPTED), 1),
+        [(10, b"?"), HARE_BACK]),
+    "a continuation of nothing": ([FRAME(0, HARE) + GOOD], [BAD_FRAME]),
+    "an open continuation of nothing": ([FRAME(0, HARE, fin=False)], [BAD_FRAME]),
+    "a continuation of what is finished":
+        ([fragments(b" ", 0) + FRAME(0, HARE, fin=False)], [BAD_FRAME]),
+    "a text inside a message": ([INTERRUPTED[0] + GOOD], [BAD_FRAME]),
+    "an open text inside a message": ([INTERRUPTED[0] * 2], [BAD_FRAME]),
+    "a text inside an empty message (lax)": ([FRAME(1, fin=False) + GOOD], [HARE_BACK]),
+    "empty fragments around others": ([fragments(HARE, 0, 0, 7, 0, 9)], [HARE_BACK]),
+    "endless empty fragments (lax)":
+        ([FRAME(1, fin=False) + FRAME(0, fin=False) * 100_000], []),
+    # 6 UTF-8: for frames are opaque, it is checked where messages are read
+    "three empty fragments": ([fragments(b"", 0, 0) + GOOD], [HARE_BACK]),
+    "a letter in two fragments": ([fragments(HARE, HARE.index(b"\xa4"))], [HARE_BACK]),
+    **{f"text with {data!r}":
+        ([FRAME(1, HARE.replace(b"h\xc3\xa4", data))], [NOT_JSON, CLOSE_FRAME])
+        for data in (b"\xff", b"\xc3", b"\xa4", b"\xc0\xaf", b"\xed\xa0\x80",
+            b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80")},
+    "half a letter in a frame (lax)": ([GOOD + FRAME(1, b"\xc3")], [HARE_BACK]),
+    # 7 close handling
+    "a close without a code": ([FRAME(8)], [CLOSE_FRAME]),
+    "a close twice": ([FRAME(*closing(1000)) * 2], [CLOSE_FRAME]),
+    "a ping after a close": ([FRAME(8) + FRAME(9, b"?")], [CLOSE_FRAME]),
+    "a call after a close": ([FRAME(8) + GOOD], [CLOSE_FRAME]),
+    "a close inside a message": ([FRAME(8).join(INTERRUPTED)], [CLOSE_FRAME]),
+    "a bad frame after a close": ([FRAME(8) + FRAME(3)], [CLOSE_FRAME]),
+    "a close with half a code": ([FRAME(8, b"\x03")], [BAD_FRAME]),
+    "a close with a reason": ([FRAME(*closing(1000, b"bye"))], [CLOSE_FRAME]),
+    "a close with a long reason": ([FRAME(*closing(1000, b"x" * 123))], [CLOSE_FRAME]),
+    "a close of 126 bytes": ([FRAME(*closing(1000, b"x" * 124))], [BAD_FRAME]),
+    "a close with a reason that is not UTF-8":
+        ([FRAME(*closing(1000, b"\xff"))], [closing(1007)]),
+    **{f"close code {code}": ([FRAME(*closing(code))], [CLOSE_FRAME])
+        for code in (1000, 1001, 1003, 1011, 3000, 4999)},
+    **{f"close code {code} (lax)": ([FRAME(*closing(code))], [CLOSE_FRAME])
+        for code in (1006, 5000, 65_535)},
+    **{f"close code {code}": ([FRAME(*closing(code))], [BAD_FRAME])
+        for code in (0, 999, 1004, 1005, 1015, 1016, 2999)},
+    # 9 limits
+    "almost 4 MiB": ([FRAME(1, padded(FRAME_LIMIT - 1))], [HARE_BACK]),
+    "almost 4 MiB in fragments":
+        ([fragments(padded(FRAME_LIMIT - 1), *[65_536] * 50)], [HARE_BACK]),
+    "4 MiB": ([FRAME(1, length=FRAME_LIMIT)], [closing(1009)]),
+    "4 MiB in fragments": ([FRAME(1, bytes(FRAME_LIMIT // 2), fin=False)
+        + FRAME(0, length=FRAME_LIMIT // 2)], [closing(1009)]),
+    "2**62 bytes": ([FRAME(2, length=2**62)], [closing(1009)]),
+    "2**64 - 1 bytes": ([FRAME(2, length=2**64 - 1)], [closing(1009)]),
+    # 12 compression, which is not offered
+    "a compressed text": ([FRAME(0x41, zlib.compress(HARE)[2:-4])], [BAD_FRAME]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("frames, code", LAST_FRAMES.values(), ids=LAST_FRAMES)
-async def test_a_last_frame_is_answered_with_a_close_code_after_what_came_before(
-    serve, frames: bytes, code: int
+@pytest.mark.parametrize("pieces, answers", FRAMES.values(), ids=FRAMES)
+async def test_whatever_frames_a_client_sends_its_neighbour_is_served(
+    serve, pieces: list[bytes], answers: list[tuple[int, bytes]]
 ) -> None:
     hub = Gate.fresh()
-    raw = await RawSocket.open(await serve(hub))
-    raw.writer.write(FRAME(1, encode("json", call("Note", 7))) + frames)
-    assert await raw.close_code() == code
-    if code == 1000:
-        assert await soon(raw.reader.read()) == b""
-    assert await hub.next() == "connected"
-    assert (await hub.next() is None) == (code == 1000)
-    assert hub.log == [7]
-
-
-#: Frames that RFC 6455 forbids and aiohttp reads.
-TOLERATED = {
-    "unmasked": FRAME(1, HARE, mask=False),
-    "text inside an empty message": FRAME(1, fin=False) + FRAME(1, HARE),
-    "close code 1006": FRAME(8, b"\x03\xee"),
-    "close code 65535": FRAME(8, b"\xff\xff"),
-    "endless fragments": FRAME(1, fin=False) + FRAME(0, fin=False) * 100_000,
-}
-
-
-@pytest.mark.parametrize("data", TOLERATED.values(), ids=TOLERATED)
-async def test_a_forbidden_frame_that_is_tolerated_harms_nobody(serve, data) -> None:
-    hub = Gate.fresh()
     server = await serve(hub)
-    raw = await RawSocket.open(server)
+    headers = {**UPGRADE, "Sec-WebSocket-Extensions": "permessage-deflate"}
+    raw, neighbour = await RawSocket.open(server, headers=headers), server.client()
     assert await hub.next() == "connected"
-    raw.writer.write(data)
-    other = await server.connect()
-    assert await other.invoke("Add", 1, 2) == 3
+    await neighbour.start()
+    for piece in (FRAME(1, encode("json", call("Note", "before"))), *pieces):
+        raw.writer.write(piece)
+        await asyncio.sleep(0)
+    assert [await raw.next() for _ in answers] == answers
+    assert await neighbour.invoke("Add", 1, 2) == 3
+    if answers == [CLOSE_FRAME]:
+        assert await soon(raw.reader.read()) == b""
     raw.writer.close()
-    entries = [await hub.next(), await hub.next()]
-    assert entries.count("connected") == 1
+    assert await hub.next() == "connected"
+    broken = any(a == NOT_JSON or a[0] == 8 and a != CLOSE_FRAME for a in answers)
+    assert (await hub.next() is not None, hub.log) == (broken, ["before"])
 
 
 @pytest.mark.parametrize("way", [way for t, way in ENDS if t == "WebSockets"])
