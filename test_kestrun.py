@@ -3219,20 +3219,47 @@ async def test_a_silent_client_that_has_pinged_times_out(serve, wire, detailed) 
     assert isinstance(await hub.next(), Exception)
 
 
-@pytest.mark.parametrize("data, stays", [
-    (encode("json", {"type": 6}), True), (b" ", False),
-], ids=["pings", "bytes without a message"])  # fmt: skip
-async def test_only_a_message_is_a_sign_of_life(serve, data, stays) -> None:
-    client = await (await serve(Plain, client_timeout_interval=0.5)).connect()
-    await client.send({"type": 6})
-    with suppress(aiohttp.ClientConnectionError):
-        for _ in range(15):
-            await client.write(data)
-            await silence()
-    if stays:
-        assert await client.invoke("Add", 1, 2) == 3
-    else:
-        assert (await client.next(7))["error"] == CLOSED
+PING = encode("json", {"type": 6})
+# What a client sends again and again, and whether that keeps it alive.
+LIFE = {
+    "pings": (FRAME(1, PING), True),
+    "pings in fragments": (fragments(PING, 5), True),
+    "bytes without a message": (FRAME(1, b" "), False),
+    "empty messages": (FRAME(1), False),
+    "empty fragments": (FRAME(0, fin=False), False),
+    "fragments": (FRAME(0, b" ", fin=False), False),
+    "WebSocket pings": (FRAME(9, b"still here"), False),
+    "WebSocket pongs": (FRAME(10), False),
+}
+
+
+@pytest.mark.parametrize("flood", [False, True], ids=["again and again", "flood"])
+@pytest.mark.parametrize("frame, stays", LIFE.values(), ids=LIFE)
+async def test_only_a_message_is_a_sign_of_life(serve, frame, stays, flood) -> None:
+    async def send_on() -> None:
+        with suppress(ConnectionError):
+            while True:
+                raw.writer.write(frame * (1 + 1000 * flood))
+                await raw.writer.drain()
+                await asyncio.sleep(0.001 if flood else 0.1)
+
+    server = await serve(Plain, client_timeout_interval=0.5, handshake_timeout=0.5)
+    for shake in (False, True):  # before the handshake nothing keeps it alive
+        raw = await RawSocket.open(server, shake=shake)
+        raw.send(1, PING if shake else b"")  # from now on silence would be a timeout
+        if frame.startswith(b"\0"):
+            raw.send(1, fin=False)  # the message of which these are fragments
+        sending = asyncio.create_task(send_on())
+        if stays and shake:
+            await silence(1)
+            raw.send(1, HARE)
+            while b"result" not in (answer := await raw.next())[1]:
+                pass
+            assert answer == HARE_BACK
+        else:
+            assert await raw.close_code() in (1000, None)
+        sending.cancel()
+        raw.writer.close()
 
 
 # ------------------------------------------------------------------ negotiate
