@@ -958,6 +958,18 @@ def packed(*arrays: list) -> bytes:
     )
 
 
+EXTENSION = msgpack.ExtType(5, b"x")
+PING = encode("json", {"type": 6})
+PING_IN_BINARY = encode("messagepack", {"type": 6})
+
+
+def echoing(value: bytes) -> bytes:
+    """Write the call "1" of Echo with a value that is MessagePack already."""
+    return prefixed(b"\x96\x01\x80\xa11\xa4Echo\x91" + value + b"\x90")
+
+
+#: A byte alone, half a letter, too long a letter, and half a surrogate pair.
+NOT_UTF_8 = (b"\xff", b"\xc3", b"\xc0\xaf", b"\xed\xa0\x80")
 # What detailed errors say, and below it the JSON messages that they say it of. No
 # answer could name the last ones: half of a surrogate pair is not text.
 BREACHES = r"""
@@ -1019,15 +1031,28 @@ TOO_LARGE = "Messages over 2GB in size are not supported."
 @pytest.mark.parametrize("protocol, data, reason", [
     *(("json", data + RS, reason) for data, reason in [
         *flat(BREACHES),
-        (b"", "Error reading JSON."), (DEEP, "Error reading JSON."),
-        (b'{"type":1,"target":"\xff","arguments":[]}', "Error reading JSON."),
-        (b"[" * 20000, "Error reading JSON."),
-        (b'{"a":' * 6000, "Error reading JSON."),
+        *((data, "Error reading JSON.") for data in [
+            b"", DEEP, b"[" * 20000, b'{"a":' * 6000, b"[" * 16000 + b"]" * 16000,
+            DEEP.replace(b"[" * 63 + b"]" * 63, b"[" * 16000 + b"]" * 16000),
+            *(b'{"type":6,"x":%s}' % n for n in (b"9" * 4301, b"-1" + b"0" * 4300)),
+            b"\xef\xbb\xbf" + PING[:-1],
+            *map(PING[:-1].decode().encode, ("UTF-16", "UTF-16-LE", "UTF-16-BE")),
+            *(b'{"type":1,"target":"%s","arguments":[]}' % t for t in NOT_UTF_8),
+            *(b'{"type":1,"target":"Echo","arguments":["%s"]}' % t for t in NOT_UTF_8),
+        ]),
     ]),
     *(("messagepack", data, reason) for data, reason in [
-        (b"\x00", ".*"), (b"\x01\xc1", ".*"), (b"\x01\x06", ".*"), (b"\x01\x80", ".*"),
+        (b"\x00", ".*"), (b"\x82\x80\0\x91\1", ".*"),
+        (b"\x01\xc1", ".*"), (b"\x01\x06", ".*"), (b"\x01\x80", ".*"),
         (b"\x02\x91\x91", ".*"), (b"\x01\x90", ".*"), (prefixed(b"\x91" * 3000), ".*"),
-        (b"\xff\xff\xff\xff\x08", TOO_LARGE), (b"\xff\xff\xff\xff\xff\x01", TOO_LARGE),
+        *((d, TOO_LARGE) for d in (b"\xff\xff\xff\xff\x08", b"\x80" * 5 + b"\x01")),
+        (prefixed(b"\x91\6\x91\6"), ".*"), (prefixed(b"\xdd\xff\xff\xff\xff\6"), ".*"),
+        *((echoing(value), ".*") for value in [
+            b"\xc1", b"\xa9", b"\xd4\x05",
+            b"\x91" * 10_000 + b"\xc0", b"\x81\1" * 9000 + b"\xc0",
+            *(bytes([kind]) + b"\xff\xff\xff\xff" for kind in b"\xc6\xc9\xdb\xdd\xdf"),
+            b"\xd4\xfe\7", b"\xc7\5\xff12345", b"\x81\x90\1", b"\x81\x80\1",
+        ]),
     ]),
     *(("messagepack", packed(array), reason) for array, reason in [
         ([1, {}, "1", 5, [], []], ".*'target'.*"),
@@ -1036,10 +1061,12 @@ TOO_LARGE = "Messages over 2GB in size are not supported."
         ([1, {}, "1"], ".*"), (["1", {}, "1", "Add", []], ".*"), ([2, {}, "1"], ".*"),
         ([3, {}, "1", 9, 1], "Invalid invocation result kind."),
         ([3, {}, "1", 0], "Invalid invocation result kind."),
+        ([3, {}, "1", [], 1], "Invalid invocation result kind."),
+        ([EXTENSION, {}, "1", "Add", []], ".*"), ([True], ".*"), ([6.0], ".*"),
     ]),
 ], ids=short)  # fmt: skip
 async def test_a_message_that_breaks_the_protocol_ends_the_connection(
-    serve, protocol: str, data: bytes, reason: str, detailed: bool
+    serve, caplog, protocol: str, data: bytes, reason: str, detailed: bool
 ) -> None:
     server = await serve(Plain, enable_detailed_errors=detailed)
     client = await server.connect(("WebSockets", protocol))
@@ -1050,6 +1077,58 @@ async def test_a_message_that_breaks_the_protocol_ends_the_connection(
     assert close == {**CLOSE, "error": close["error"]}
     await client.end()
     assert (client.unread, client.close_code) == ([], 1000)
+    assert not any(record.exc_info for record in caplog.records)
+
+
+#: For each member of a message the types that it may have.
+MEMBER_TYPES = {
+    "target": (str,),
+    "arguments": (list,),
+    "invocationId": (str,),
+    "streamIds": (list, type(None)),
+    "headers": (dict, type(None)),
+    "error": (str, type(None)),
+    "allowReconnect": (bool,),
+    "sequenceId": (int,),
+}
+WRONG_MEMBERS = [
+    (kind, name, value)
+    for kind, names in MEMBERS.items()
+    for name in names
+    if name in MEMBER_TYPES
+    for value in (None, True, 7, 1.5, "x", [], {}, EXTENSION)
+    if type(value) not in MEMBER_TYPES[name]
+    if (kind, name, value) != (1, "invocationId", None)  # as if it were missing
+]
+
+
+@both_protocols
+async def test_a_member_of_a_wrong_type_ends_the_connection(serve, protocol) -> None:
+    server = await serve(Plain)
+    for kind, name, value in WRONG_MEMBERS:
+        if protocol == "json" and value is EXTENSION:
+            continue
+        client = await server.connect(("WebSockets", protocol))
+        members = {"target": "Echo", "arguments": [], "invocationId": "1"}
+        await client.send({"type": kind, **members, name: value})
+        assert await client.next() == CLOSE, (kind, name, value)
+        await client.leave()
+
+
+@pytest.mark.parametrize("protocol, data", [
+    ("json", PING[:-1]), ("json", b'{"type":1,"target":"Note","arguments":[1]}'),
+    ("json", b" "), ("messagepack", b"\x80"), ("messagepack", PING_IN_BINARY[:-1]),
+    *(("messagepack", prefix + PING_IN_BINARY) for prefix in (b"\x20", b"\xff\1")),
+])  # fmt: skip
+async def test_a_message_without_its_end_waits_for_it_and_then_counts_as_an_error(
+    serve, protocol: str, data: bytes
+) -> None:
+    hub, client = await gated(serve, ("WebSockets", protocol))
+    assert await hub.next() == "connected"
+    await client.write(data)
+    await client.leave()
+    assert str(await hub.next()) == "Connection terminated while reading a message."
+    assert (hub.log, client.unread) == ([], [])
 
 
 # ---- what is tolerated
@@ -1076,7 +1155,10 @@ UNANSWERED = r"""
     {"type":1,"invocationId":"","target":"Keep","arguments":[1]}
     {"type":1,"streamIds":null,"target":"Keep","arguments":[1]}
     {"type":1,"headers":null,"target":"Keep","arguments":[1]}
+    {"type":6,"type":1,"target":"Echo","target":"Keep","arguments":5,"arguments":[1]}
+    {"type":1,"headers":{"k":1,"k":""},"target":"Keep","arguments":[1],"x":1e400}
 0
+    {"type":1,"target":"Keep","arguments":[1],"type":6}
     {"type":3,"invocationId":"1","error":null}
     {"type":3,"invocationId":"1","error":null,"result":1}
     {"type":3,"invocationId":"nobody","result":null}
@@ -1126,6 +1208,9 @@ async def test_the_server_writes_compact_json_in_utf8(serve, sent, answer) -> No
 
 ADD, SUM = [1, {}, "1", "Add", [1, 2]], [3, {}, "1", 3, 3]
 TOO_MUCH = [3, {}, "1", 1, "An unexpected error occurred invoking 'Add' on the server."]
+ECHO = [*ADD[:3], "Echo"]
+NO_ECHO = [3, {}, "1", 1, TOO_MUCH[4].replace("Add", "Echo")]
+LEVELS = msgpack.unpackb(b"\x91" * 500 + b"\xc0")
 # (arrays that are sent, arrays that are answered, what the hub keeps)
 EXCHANGES = {
     "five, six and seven elements": ([ADD, [*ADD, []], [*ADD, [], {}]], [SUM] * 3, []),
@@ -1151,6 +1236,15 @@ EXCHANGES = {
     "text that is not UTF-8": (
         [[1, {}, "\udcff", "Echo", ["a\udcff"]]], [[3, {}, "\ufffd", 3, "a\ufffd"]], [],
     ),
+    "headers with numbers for names": ([[1, {7: "b"}, *ADD[2:]]], [SUM], []),
+    "an unknown extension": ([[*ECHO, [EXTENSION]]], [[*SUM[:4], EXTENSION]], []),
+    "numbers as keys": ([[*ECHO, [{1: {2.5: 0}}]]], [[*SUM[:4], {1: {2.5: 0}}]], []),
+    "an extension as a key": ([[*ECHO, [{EXTENSION: 0}]], ADD], [NO_ECHO, SUM], []),
+    "items and ends of unknown streams": (
+        [[2, {}, "nobody", 1], [3, {}, "nobody", 3, 1], [3, {}, "nobody", 1, "x"], ADD],
+        [SUM], [],
+    ),
+    "500 levels": ([[*ECHO, [LEVELS]]], [[*SUM[:4], LEVELS]], []),
     "too large a result": ([[*ADD[:4], [2**63, 2**63]], ADD], [TOO_MUCH, SUM], []),
     "a call of the client": (
         [[1, {}, None, "NotifyMe", [[5]]]], [[1, {}, None, "m", [5], []]], [],
@@ -1171,6 +1265,24 @@ async def test_messagepack_is_read_from_all_clients_and_written_compactly(
     expected = packed(*answers)
     assert await read(raw, len(expected)) == expected
     assert hub.log == kept
+
+
+@pytest.mark.parametrize("protocol, value, answer", [
+    ("json", b'"%s"' % (b"[" * 16_000), "[" * 16_000),
+    ("json", b'"%s"' % (b"9" * 4301), "9" * 4301),
+    ("json", b'"1e400"', "1e400"), ("json", b'"NaN"', "NaN"),
+    ("json", b"1e400", None), ("json", b'"\\ud800"', None),
+    *(("messagepack", b"\x91" * depth + b"\xc0", None) for depth in (900, 1015)),
+], ids=short)  # fmt: skip
+async def test_a_value_that_may_be_read_is_echoed_or_fails_its_call(
+    serve, protocol: str, value: bytes, answer: str | None
+) -> None:
+    client = await (await serve(Plain)).connect(("WebSockets", protocol))
+    data = encode("json", call("Echo", 0, invocationId="1")).replace(b"0", value)
+    await client.write(data if protocol == "json" else echoing(value))
+    end = {"result": answer} if answer else {"error": THREW.format("Echo")}
+    assert await client.next() == {"type": 3, "invocationId": "1", **end}
+    assert await client.invoke("Add", 1, 2) == 3
 
 
 # ----------------------------------------------------------------- connection
@@ -1788,7 +1900,7 @@ FRAMES = {
         for data in (b"", b"there?", b"\x00\xff\xfe", b"x" * 125)},
     "a ping of 126 bytes": ([FRAME(9, b"x" * 126)], [BAD_FRAME]),
     "a ping in chops": (chopped(FRAME(9, b"x" * 125), 1), [(10, b"x" * 125)]),
-    "a pong that nobody asked for": ([FRAME(10) + FRAME(10, b"hm") + GOOD], [HARE_BACK]),
+    "pongs that nobody asked for": ([FRAME(10) + FRAME(10, b"hm") + GOOD], [HARE_BACK]),
     "a pong, then a ping": ([FRAME(10, b"hm") + FRAME(9, b"?")], [(10, b"?")]),
     "ten pings": ([FRAME(9, b"%d" % n) for n in range(10)],
         [(10, b"%d" % n) for n in range(10)]),
@@ -3219,7 +3331,6 @@ async def test_a_silent_client_that_has_pinged_times_out(serve, wire, detailed) 
     assert isinstance(await hub.next(), Exception)
 
 
-PING = encode("json", {"type": 6})
 # What a client sends again and again, and whether that keeps it alive.
 LIFE = {
     "pings": (FRAME(1, PING), True),
