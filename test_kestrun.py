@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14.3", "gunicorn", "msgpack", "playwright", "pysignalr", "pytest",
-#     "pytest-asyncio", "pytest-xdist", "redis", "signalrcore",
+#     "aiohttp>=3.14.3", "gunicorn", "hypothesis", "msgpack", "playwright",
+#     "pysignalr", "pytest", "pytest-asyncio", "pytest-xdist", "redis", "signalrcore",
 # ]
 # ///
 """The tests of kestrun.py: run this file, or pytest.
@@ -69,10 +69,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import aiohttp
+import hypothesis
 import msgpack
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from hypothesis import strategies as some
 from yarl import URL
 
 import kestrun
@@ -1258,9 +1260,9 @@ async def test_the_server_writes_compact_json_in_utf8(serve, sent, answer) -> No
 
 ADD, SUM = [1, {}, "1", "Add", [1, 2]], [3, {}, "1", 3, 3]
 TOO_MUCH = [3, {}, "1", 1, "An unexpected error occurred invoking 'Add' on the server."]
-ECHO = [*ADD[:3], "Echo"]
+ECHOED = [*ADD[:3], "Echo"]
 NO_ECHO = [3, {}, "1", 1, TOO_MUCH[4].replace("Add", "Echo")]
-LEVELS = msgpack.unpackb(b"\x91" * 500 + b"\xc0")
+NESTED = msgpack.unpackb(b"\x91" * 500 + b"\xc0")
 # (arrays that are sent, arrays that are answered, what the hub keeps)
 EXCHANGES = {
     "five, six and seven elements": ([ADD, [*ADD, []], [*ADD, [], {}]], [SUM] * 3, []),
@@ -1287,14 +1289,14 @@ EXCHANGES = {
         [[1, {}, "\udcff", "Echo", ["a\udcff"]]], [[3, {}, "\ufffd", 3, "a\ufffd"]], [],
     ),
     "headers with numbers for names": ([[1, {7: "b"}, *ADD[2:]]], [SUM], []),
-    "an unknown extension": ([[*ECHO, [EXTENSION]]], [[*SUM[:4], EXTENSION]], []),
-    "numbers as keys": ([[*ECHO, [{1: {2.5: 0}}]]], [[*SUM[:4], {1: {2.5: 0}}]], []),
-    "an extension as a key": ([[*ECHO, [{EXTENSION: 0}]], ADD], [NO_ECHO, SUM], []),
+    "an unknown extension": ([[*ECHOED, [EXTENSION]]], [[*SUM[:4], EXTENSION]], []),
+    "numbers as keys": ([[*ECHOED, [{1: {2.5: 0}}]]], [[*SUM[:4], {1: {2.5: 0}}]], []),
+    "an extension as a key": ([[*ECHOED, [{EXTENSION: 0}]], ADD], [NO_ECHO, SUM], []),
     "items and ends of unknown streams": (
         [[2, {}, "nobody", 1], [3, {}, "nobody", 3, 1], [3, {}, "nobody", 1, "x"], ADD],
         [SUM], [],
     ),
-    "500 levels": ([[*ECHO, [LEVELS]]], [[*SUM[:4], LEVELS]], []),
+    "500 levels": ([[*ECHOED, [NESTED]]], [[*SUM[:4], NESTED]], []),
     "too large a result": ([[*ADD[:4], [2**63, 2**63]], ADD], [TOO_MUCH, SUM], []),
     "a call of the client": (
         [[1, {}, None, "NotifyMe", [[5]]]], [[1, {}, None, "m", [5], []]], [],
@@ -1923,7 +1925,7 @@ def closing(code: int, reason: bytes = b"") -> tuple[int, bytes]:
     return 8, struct.pack(">H", code) + reason
 
 
-BAD_FRAME, CLOSE_FRAME, GOOD = closing(1002), closing(1000), FRAME(1, HARE)
+BAD_FRAME, CLOSE_FRAME, ECHO_HARE = closing(1002), closing(1000), FRAME(1, HARE)
 INTERRUPTED = FRAME(1, HARE[:9], fin=False), FRAME(0, HARE[9:])
 NOT_JSON = (1, b'{"type":7,"error":"%s","allowReconnect":true}\x1e' % CLOSED.encode())
 
@@ -1932,7 +1934,7 @@ NOT_JSON = (1, b'{"type":7,"error":"%s","allowReconnect":true}\x1e' % CLOSED.enc
 # aiohttp reads it.
 FRAMES = {
     # 1 framing
-    "an empty text": ([FRAME(1) + GOOD], [HARE_BACK]),
+    "an empty text": ([FRAME(1) + ECHO_HARE], [HARE_BACK]),
     "an empty binary": ([FRAME(2) + FRAME(2, HARE)], [HARE_BACK]),
     **{f"{size} bytes as {kind}": ([FRAME(opcode, padded(size))], [HARE_BACK])
         for size in (125, 126, 127, 128, 65_535, 65_536)
@@ -1948,7 +1950,8 @@ FRAMES = {
         for data in (b"", b"there?", b"\x00\xff\xfe", b"x" * 125)},
     "a ping of 126 bytes": ([FRAME(9, b"x" * 126)], [BAD_FRAME]),
     "a ping in chops": (chopped(FRAME(9, b"x" * 125), 1), [(10, b"x" * 125)]),
-    "pongs that nobody asked for": ([FRAME(10) + FRAME(10, b"hm") + GOOD], [HARE_BACK]),
+    "pongs that nobody asked for":
+        ([FRAME(10) + FRAME(10, b"hm") + ECHO_HARE], [HARE_BACK]),
     "a pong, then a ping": ([FRAME(10, b"hm") + FRAME(9, b"?")], [(10, b"?")]),
     "ten pings": ([FRAME(9, b"%d" % n) for n in range(10)],
         [(10, b"%d" % n) for n in range(10)]),
@@ -1971,29 +1974,30 @@ FRAMES = {
         [(10, b"?"), HARE_BACK]),
     "a ping between fragments in chops": (chopped(FRAME(9, b"?").join(INTERRUPTED), 1),
         [(10, b"?"), HARE_BACK]),
-    "a continuation of nothing": ([FRAME(0, HARE) + GOOD], [BAD_FRAME]),
+    "a continuation of nothing": ([FRAME(0, HARE) + ECHO_HARE], [BAD_FRAME]),
     "an open continuation of nothing": ([FRAME(0, HARE, fin=False)], [BAD_FRAME]),
     "a continuation of what is finished":
         ([fragments(b" ", 0) + FRAME(0, HARE, fin=False)], [BAD_FRAME]),
-    "a text inside a message": ([INTERRUPTED[0] + GOOD], [BAD_FRAME]),
+    "a text inside a message": ([INTERRUPTED[0] + ECHO_HARE], [BAD_FRAME]),
     "an open text inside a message": ([INTERRUPTED[0] * 2], [BAD_FRAME]),
-    "a text inside an empty message (lax)": ([FRAME(1, fin=False) + GOOD], [HARE_BACK]),
+    "a text inside an empty message (lax)":
+        ([FRAME(1, fin=False) + ECHO_HARE], [HARE_BACK]),
     "empty fragments around others": ([fragments(HARE, 0, 0, 7, 0, 9)], [HARE_BACK]),
     "endless empty fragments (lax)":
         ([FRAME(1, fin=False) + FRAME(0, fin=False) * 100_000], []),
     # 6 UTF-8: for frames are opaque, it is checked where messages are read
-    "three empty fragments": ([fragments(b"", 0, 0) + GOOD], [HARE_BACK]),
+    "three empty fragments": ([fragments(b"", 0, 0) + ECHO_HARE], [HARE_BACK]),
     "a letter in two fragments": ([fragments(HARE, HARE.index(b"\xa4"))], [HARE_BACK]),
     **{f"text with {data!r}":
         ([FRAME(1, HARE.replace(b"h\xc3\xa4", data))], [NOT_JSON, CLOSE_FRAME])
         for data in (b"\xff", b"\xc3", b"\xa4", b"\xc0\xaf", b"\xed\xa0\x80",
             b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80")},
-    "half a letter in a frame (lax)": ([GOOD + FRAME(1, b"\xc3")], [HARE_BACK]),
+    "half a letter in a frame (lax)": ([ECHO_HARE + FRAME(1, b"\xc3")], [HARE_BACK]),
     # 7 close handling
     "a close without a code": ([FRAME(8)], [CLOSE_FRAME]),
     "a close twice": ([FRAME(*closing(1000)) * 2], [CLOSE_FRAME]),
     "a ping after a close": ([FRAME(8) + FRAME(9, b"?")], [CLOSE_FRAME]),
-    "a call after a close": ([FRAME(8) + GOOD], [CLOSE_FRAME]),
+    "a call after a close": ([FRAME(8) + ECHO_HARE], [CLOSE_FRAME]),
     "a close inside a message": ([FRAME(8).join(INTERRUPTED)], [CLOSE_FRAME]),
     "a bad frame after a close": ([FRAME(8) + FRAME(3)], [CLOSE_FRAME]),
     "a close with half a code": ([FRAME(8, b"\x03")], [BAD_FRAME]),
@@ -4736,6 +4740,278 @@ async def test_a_post_of_too_large_a_message_is_not_read_on(serve, wire) -> None
             await writer.drain()
     assert server.hub.stats()["bytes_in"] < 500_000
     writer.close()
+
+
+# ---- generated messages
+
+
+class Target(Asking):
+    """Methods for generated calls: none fails, and each can write its result."""
+
+    def add(self, a: int, b: int) -> None: ...
+
+    def take(self, value: Any) -> int:
+        return len(str(value))
+
+    async def pick(self, value: list[float | Colour] | dict[str, Point | None]) -> bool:
+        return bool(value)
+
+    async def join(self, name: str) -> None:
+        await self.groups.add(self.context.connection_id, name)
+        await self.clients.caller.send("Note", len(name))
+
+    async def ask(self) -> str:
+        with suppress(kestrun.HubException):
+            await self.clients.caller.invoke("GetName")
+        return "asked"
+
+    async def counter(self, count: int) -> AsyncIterator[int]:
+        for number in range(min(count, 3)):
+            yield number
+
+    async def tell(self, *values: int) -> AsyncIterator[bool]:
+        for _ in values:
+            yield True
+            await asyncio.sleep(0.001)
+
+    async def total(self, numbers: AsyncIterator[float]) -> int:
+        with suppress(kestrun.HubException):
+            return len([None async for _ in numbers])
+        return -1
+
+    async def double(self, points: AsyncIterator[Point]) -> AsyncIterator[int]:
+        with suppress(kestrun.HubException):
+            async for _ in points:
+                yield 2
+
+
+TARGETS = [
+    *("Add", "take", "PICK", "Join", "ask", "Counter", "Tell", "Total", "double"),
+    *("Nope", "OnConnected", "_"),
+]
+ODD = {
+    "json": [10**400, "\ud800", {"": {"a": []}}, 2**64],
+    "messagepack": [
+        EXTENSION,
+        float("nan"),
+        b"\xff",
+        msgpack.Timestamp(5),
+        {1: {2: 3}},
+    ],
+}
+
+SPLINTERS = {
+    "json": [
+        *(b"1e400", b"NaN", b"[" * 600, b"9" * 4301, b"\\ud800", b'"', b"{}", b"\xff"),
+        *(b"", b"\\", b"\x1e", b"\0", b'"type":7,', b'"invocationId":"2",', b"null"),
+    ],
+    "messagepack": [
+        *(b"\x81\x90\1", b"\xc1", b"\xdd\xff\xff\xff\xff", b"\xd4\5", b"\x91" * 600),
+        *(b"", b"\0", b"\xc7\5\xff12345", b"\xd6\xff\0\0\0\1", b"\xff" * 5, b"\xc0"),
+    ],
+}
+ERROR_TEXTS = re.compile(
+    "Failed to invoke '|An unexpected error occurred invoking '|Invocation ID '|"
+    "The client attempted to invoke the |An error occurred on the server while stream|"
+    "Connection closed with an error"
+)
+
+
+def a_message(protocol: str) -> Any:
+    """Describe the messages that no server may close the connection for."""
+    ids = some.sampled_from(["0", "1", "2", "s1", "s2", "ü" * 40])
+    leaves = some.none() | some.booleans() | some.integers(-(2**63), 2**64 - 1)
+    leaves |= some.floats(allow_nan=False, allow_infinity=False) | some.text(max_size=9)
+    leaves |= some.sampled_from(ODD[protocol])
+    value = leaves | some.recursive(
+        leaves,
+        lambda inner: (
+            some.lists(inner, max_size=3)
+            | some.dictionaries(some.sampled_from(["x", "userName", ""]), inner)
+        ),
+        max_leaves=4,
+    )
+    call_ = {
+        "target": some.sampled_from(TARGETS) | some.text(max_size=9),
+        "arguments": some.lists(some.integers(-2, 5) | value, max_size=3),
+    }
+    more = {"streamIds": some.lists(ids, max_size=2)}
+    more["headers"] = some.just({"a": "b"})
+    item = {"invocationId": ids, "item": value}
+
+    def of(kind: int, members: dict, **optional: Any) -> Any:
+        kinds = {"type": some.just(kind)}
+        return some.fixed_dictionaries(kinds | members, optional=optional)
+
+    return some.one_of(
+        of(1, call_, invocationId=ids, **more),
+        of(4, {**call_, "invocationId": ids}, **more),
+        of(2, item),
+        of(3, {"invocationId": ids}, result=value),
+        of(3, {"invocationId": ids}, error=some.text(max_size=9)),
+        of(5, {"invocationId": ids}),
+        of(8, {"sequenceId": some.integers(0, 2**31)}),
+        some.just({"type": 6}),
+    )
+
+
+def crossed(chance: random.Random, messages: list[dict]) -> dict:
+    """Return one of the messages, perhaps with members of another of its type."""
+    message = chance.choice(messages)
+    other = chance.choice(messages)
+    return {**message, **other} if other["type"] == message["type"] != 3 else message
+
+
+def mutated(chance: random.Random, protocol: str, messages: list[dict]) -> bytes:
+    """Return a message that may break the protocol."""
+    message, other = chance.choice(messages), chance.choice(messages)
+    member = chance.choice([*message])
+    odd = chance.choice([None, True, 7, 1.5, "x", [], {}, *ODD[protocol] * 2])
+    match chance.randrange(12):
+        case 0:
+            message = {name: v for name, v in message.items() if name != member}
+        case 1 | 2 | 3:
+            message = {**message, member: odd}
+        case 4:
+            message = {**message, "streamIds": [odd], "headers": {}}
+        case 5:
+            message = {**message, "streamIds": [], "headers": {"a": odd}}
+        case 6:
+            message = {**message, **other, "type": message["type"]}
+        case 7:
+            message = {**message, "type": chance.choice([7, 9, 0, -1, 99])}
+        case 8:
+            message = {"type": 7, "error": "bye"}
+    with suppress(KeyError, TypeError):  # `encode` cannot write it
+        data = bytearray(encode(protocol, message))
+        if chance.randrange(3) == 0:
+            at, size = chance.randrange(len(data)), chance.randrange(4)
+            data[at : at + size] = chance.choice(SPLINTERS[protocol])
+            if protocol == "messagepack" and chance.randrange(3):
+                data = bytearray(prefixed(bytes(data[1:])))
+        return bytes(data)
+    return b"\x1e"
+
+
+class Fuzzer:
+    """A client that sends generated messages, and connects again when closed."""
+
+    raw: RawSocket | None = None
+    parser: Client
+    connections = 0
+
+    def __init__(self, server: Server, protocol: str) -> None:
+        self.server, self.protocol = server, protocol
+
+    async def play(self, messages: list[dict], seed: int, count: int) -> None:
+        """Send so many messages; after each that may close the connection, wait."""
+        chance, left = random.Random(seed), count
+        while left > 0:
+            size = min(left, chance.randrange(1, 60))
+            left -= size
+            run = [crossed(chance, messages) for _ in range(size - 1)]
+            data = b"".join(encode(self.protocol, message) for message in run)
+            await self.send(data, chance.randrange(1, 4))
+            await self.send(mutated(chance, self.protocol, messages), 1)
+            await self.settle()
+            if chance.randrange(2):  # whatever follows might be taken for its rest
+                self.leave()
+
+    async def send(self, data: bytes, frames: int) -> None:
+        if self.raw is None:
+            self.connections += 1
+            self.parser = Client(self.server, "WebSockets", self.protocol, "", "")
+            self.raw = await RawSocket.open(self.server, shake=False)
+            self.raw.send(1, HELLO.replace(b"json", self.protocol.encode()))
+        size = len(data) // frames + 1
+        for at in range(0, len(data), size):
+            self.raw.send(2, data[at : at + size])
+
+    def leave(self) -> None:
+        if self.raw is not None:
+            self.raw.writer.close()
+            self.raw = None
+
+    async def settle(self) -> None:
+        """Wait until what was sent has been read or the connection has ended."""
+        self.raw.send(9, b"read?")
+        while (frame := await self.raw.next()) != (10, b"read?"):
+            if frame[0] == 8:
+                assert frame == CLOSE_FRAME
+                self.leave()
+                break
+            self.parser.feed(frame[1])
+        for message in self.parser.unread:
+            assert message.get("type", 6) in (1, 2, 3, 6, 7)
+            assert ERROR_TEXTS.match(message.get("error", CLOSED))
+        self.parser.unread.clear()
+
+
+@contextmanager
+def no_fault() -> Iterator[None]:
+    """Fail if anything is logged as an error or with a traceback meanwhile."""
+    faults: list[str] = []
+
+    class Faults(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if record.levelno >= logging.ERROR or record.exc_info:
+                faults.append(text)
+
+    handler, root = Faults(), logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+        assert faults == []
+    finally:
+        root.removeHandler(handler)
+
+
+async def fuzz(server: Server, protocol: str, messages: int) -> None:
+    """Send generated messages while a neighbour goes on; nothing may be left."""
+    loop, each = asyncio.get_running_loop(), 400
+    neighbour, answers = await server.connect(), 0
+    fuzzer, before = Fuzzer(server, protocol), asyncio.all_tasks()
+
+    async def live_on() -> None:
+        nonlocal answers
+        while True:
+            assert await neighbour.invoke("Echo", answers) == answers
+            answers += 1
+            await asyncio.sleep(0.005)
+
+    @hypothesis.settings(
+        max_examples=-(-messages // each),
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=[*hypothesis.HealthCheck],
+    )
+    @hypothesis.given(
+        some.lists(a_message(protocol), min_size=20, max_size=40),
+        some.integers(0, 2**32),
+    )
+    def play(messages: list[dict], seed: int) -> None:
+        playing = fuzzer.play(messages, seed, each)
+        asyncio.run_coroutine_threadsafe(playing, loop).result()
+
+    living = asyncio.create_task(live_on())
+    try:
+        with no_fault():
+            await asyncio.to_thread(play)
+            fuzzer.leave()
+            await until(lambda: list(server.hub.connections) == [neighbour.id])
+            await until(lambda: asyncio.all_tasks() <= before | {living})
+            assert not living.done() or living.result()
+    finally:
+        living.cancel()
+    assert server.hub.stats()["messages_in"] > messages * 0.8
+    assert min(fuzzer.connections, answers) > messages / 500
+
+
+@both_protocols
+async def test_generated_messages_disturb_nobody(serve, protocol: str) -> None:
+    await fuzz(await serve(Target.fresh()), protocol, 10_000)
 
 
 # --------------------------------------------------------------------- floods
