@@ -4742,6 +4742,42 @@ async def test_a_post_of_too_large_a_message_is_not_read_on(serve, wire) -> None
     writer.close()
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "Deflate"])
+@pytest.mark.parametrize("wire", [w for w in WIRES if w[0] != "WebSockets"])
+async def test_a_compressed_post_is_refused(serve, wire, encoding) -> None:
+    hub, client = await gated(serve, wire)
+    data = zlib.compress(encode(wire[1], call("Note", 1)))
+    words = {"data": data, "headers": {"Content-Encoding": encoding}}
+    answer = await client.server.request("POST", str(client.url), **words)
+    assert answer.status == 415
+    assert (await client.invoke("Add", 1, 2), hub.log) == (3, [])
+
+
+START = "/api/operation/start?seconds=3600"
+
+
+@pytest.mark.parametrize("size, headers, status", [
+    (65_536, {}, 200), (65_537, {}, 413), (10_000_000, {}, 413),
+    (10_000_000, {"Transfer-Encoding": "chunked"}, 413),
+    (100, {"Content-Encoding": "gzip"}, 415), (9, {"Content-Encoding": "deflate"}, 415),
+], ids=str)  # fmt: skip
+async def test_the_api_refuses_what_is_too_large_or_compressed(
+    serve, size: int, headers: dict, status: int
+) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(size)
+
+    server = await serve(app=kestrun.create_app())
+    data = body() if "Transfer-Encoding" in headers else bytes(size)
+    headers = {n: v for n, v in headers.items() if n != "Transfer-Encoding"}
+    with suppress(aiohttp.ClientConnectionError):  # it may stop reading at once
+        answer = await server.request("POST", START, data=data, headers=headers)
+        assert answer.status == status
+        assert answer.json["Success"] is (status == 200)
+    listed = (await server.request("GET", "/api/operation/list")).json
+    assert len(listed) == (status == 200)
+
+
 # ---- generated messages
 
 
