@@ -1341,7 +1341,8 @@ _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
 
 #: The types of WebSocket messages that hold bytes of the connection.
 _DATA = (web.WSMsgType.TEXT, web.WSMsgType.BINARY)
-_READ = (*_DATA, web.WSMsgType.PING, web.WSMsgType.PONG)
+#: The types of WebSocket messages after which the socket is read on.
+_READ_ON = (*_DATA, web.WSMsgType.PING, web.WSMsgType.PONG)
 
 
 def _socket_of(request: Request) -> asyncio.Transport:
@@ -1423,7 +1424,7 @@ class WebSocketTransport(Transport):
 
 async def serve_websocket(request: Request, connection: Connection) -> StreamResponse:
     """Carry a connection over a WebSocket until the socket has ended."""
-    options = connection.shared.options
+    options, flusher = connection.shared.options, connection.shared.flusher
     limit = options.maximum_receive_message_size
     websocket = web.WebSocketResponse(
         autoclose=False,
@@ -1439,17 +1440,17 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         await websocket.prepare(request)
         transport = WebSocketTransport(connection, _socket_of(request), websocket)
         connection.attach(transport)
-        while (message := await websocket.receive()).type in _READ:
+        while (message := await websocket.receive()).type in _READ_ON:
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
-            if message.type in _DATA:
-                connection.feed(message.data)
-                if not connection.can_read():
-                    await connection.readable()
-                continue
             if message.type is web.WSMsgType.PING:
                 await websocket.pong(message.data)
-            await asyncio.sleep(0)  # so that a flood of pings delays nobody
+            elif message.type in _DATA:
+                connection.feed(message.data)
+            if not connection.can_read():
+                await connection.readable()
+            elif time.perf_counter() > flusher.deadline():
+                await asyncio.sleep(0)  # many small frames must let others run
         error = message.data  # a WebSocketError if aiohttp refused a frame
     except ConnectionError:
         pass  # the client left during the upgrade
