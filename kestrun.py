@@ -4652,6 +4652,8 @@ class Endpoint:
         except web.HTTPException as error:
             error.body = b""
             raise
+        except SystemExit as error:  # which would end the event loop
+            raise RuntimeError("authenticate wanted to exit") from error
         if user_id is not None and not isinstance(user_id, str):
             raise TypeError(f"authenticate: a str or None, not {user_id!r}")
         return user_id
@@ -5011,7 +5013,7 @@ class Operations:
         try:
             if self.on_change and (answer := self.on_change(operation)) is not None:
                 await answer
-        except Exception:
+        except (Exception, SystemExit):
             log.exception("on_change failed for operation %r", operation.name)
 
     def _kept(self) -> dict[str, Operation]:

@@ -3764,6 +3764,8 @@ async def by_token(request: web.Request) -> Any:
             raise web.HTTPTooManyRequests(headers={"Retry-After": "7"})
         case "broken":
             raise LookupError("no directory of users")
+        case "an exit":
+            raise SystemExit("no directory of users")
         case "a number":
             return 7
     if token not in USERS:
@@ -3799,6 +3801,7 @@ async def token_of(server: Server, user: str = "a-secret") -> str:
     ("", 401, CHALLENGE), ("junk", 401, CHALLENGE), ("banned", 403, {}),
     ("elsewhere", 302, {"Location": "/login", "X-Realm": "chat"}),
     ("too many", 429, {"Retry-After": "7"}), ("broken", 500, {}), ("a number", 500, {}),
+    ("an exit", 500, {}),
 ])  # fmt: skip
 async def test_what_authenticate_raises_is_answered_without_its_text(
     serve, method, url, headers, token: str, status: int, answered: dict, caplog
@@ -5587,7 +5590,7 @@ async def test_an_operation_announces_each_step_and_keeps_how_it_ended(
     assert op.started_at <= op.completed_at
 
 
-@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
+@pytest.mark.parametrize("error", [ValueError, SystemExit, asyncio.CancelledError])
 async def test_an_operation_is_final_whatever_the_callback_raises(error) -> None:
     def on_change(operation: kestrun.Operation) -> None:
         if operation.final:
