@@ -358,7 +358,7 @@ class ProtocolError(Exception):
 def error_text(message: str, error: BaseException, options: HubOptions) -> str:
     """Describe an error to the client; add its own text only if that is public."""
     if isinstance(error, HubException) or options.enable_detailed_errors:
-        with contextlib.suppress(Exception):  # __str__ is user code
+        with contextlib.suppress(Exception, SystemExit):  # __str__ is user code
             name = getattr(error, "reported_as", type(error).__name__)
             message = f"{message} {name}: {error}"
     return message.encode(errors="replace").decode()

@@ -4403,6 +4403,42 @@ async def test_whatever_a_call_raises_fails_that_call_alone(serve, error) -> Non
         assert await client.invoke("Echo", 1, invocationId="2") == 1
 
 
+@dataclass(repr=False)
+class Secretive:
+    number: int
+
+    def __repr__(self) -> str:
+        raise SystemExit("no repr")
+
+    __str__ = __repr__
+
+
+class TakingSecrets(Gate):
+    async def take(self, value: Secretive | int) -> None:
+        raise kestrun.HubException(f"{value.number}")
+
+    async def keep(self, value: Secretive) -> None:
+        await self.persist(0)
+
+    async def read(self, values: AsyncIterator[Secretive]) -> None:
+        raise ValueError([value async for value in values])
+
+
+async def test_an_argument_whose_repr_fails_fails_its_call_alone(serve, caplog) -> None:
+    options = {"hub": TakingSecrets, "enable_detailed_errors": True}
+    hub, client = await gated(serve, **options)
+    assert (await client.error("Take", {"number": 7})).endswith("HubException: 7")
+    await client.begin("Read", streamIds=["u"])
+    await upload(client, "u", {"number": 7})
+    completion = await client.next(3, str(client.last_id))
+    assert completion["error"].startswith(THREW.format("Read"))
+    await client.send(call("Keep", {"number": 7}))
+    await until(lambda: hub.log)
+    await soon(client.server.runner.cleanup())
+    assert "TakingSecrets.keep" in caplog.text
+    hub.gates[0].set()
+
+
 ENDLESS: list = []
 ENDLESS.append(ENDLESS)
 # Values, and the text by which the error names what is wrong, if it does. MessagePack
