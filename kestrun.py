@@ -358,18 +358,26 @@ class ProtocolError(Exception):
 def error_text(message: str, error: BaseException, options: HubOptions) -> str:
     """Describe an error to the client; add its own text only if that is public."""
     if isinstance(error, HubException) or options.enable_detailed_errors:
-        with contextlib.suppress(Exception, SystemExit):  # __str__ is user code
-            name = getattr(error, "reported_as", type(error).__name__)
-            message = f"{message} {name}: {error}"
+        name = getattr(error, "reported_as", type(error).__name__)
+        message = f"{message} {name}: {_text_of(error)}"
     return message.encode(errors="replace").decode()
+
+
+def _text_of(error: BaseException) -> str:
+    """Return the text of an error of user code, whose `__str__` may fail as well."""
+    try:
+        return str(error)
+    except (Exception, SystemExit):  # noqa: BLE001
+        return "(without a text)"
 
 
 def _one_line(text: str, longest: int | None = None) -> str:
     """Escape what would break or forge a line of a log."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text[:longest]
-    )
+    text = text[:longest]
+    if text.isprintable():
+        return text
+    escape = "unicode_escape"
+    return "".join(c if c.isprintable() else c.encode(escape).decode() for c in text)
 
 
 def _camel_case(name: str) -> str:
@@ -408,7 +416,7 @@ def _to_plain(value: Any) -> Any:
 class Inbox(bytearray):
     """Undecoded bytes from the client, and the size of decoded messages that wait."""
 
-    __slots__ = ("_searched", "full", "held", "limit", "lock", "unfinished")
+    __slots__ = ("_searched", "full", "held", "limit", "lock", "posts", "unfinished")
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -424,6 +432,8 @@ class Inbox(bytearray):
         self.unfinished = False
         #: Keeps the bytes of two POSTs apart.
         self.lock = asyncio.Lock()
+        #: POSTs that are read, or wait for their turn.
+        self.posts = 0
 
     def clear(self) -> None:
         super().clear()
@@ -3160,7 +3170,8 @@ class HubMethod:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a converter may be user code
-            log.warning("%s: argument %r does not fit: %s", method, name, error)
+            text = _text_of(error)
+            log.warning("%s: argument %r does not fit: %s", method, name, text)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
                 "values match the types of the hub method being invoked."
@@ -3370,7 +3381,7 @@ def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
         try:
             members[name] = convert(item)
         except Exception as error:  # noqa: BLE001 (it may be user code)
-            raise ValueError(f"{kind.__name__}.{name}: {error}") from None
+            raise ValueError(f"{kind.__name__}.{name}: {_text_of(error)}") from None
     return kind(**members)
 
 
@@ -3490,7 +3501,7 @@ class UploadStream:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 (a converter may be user code)
-            log.warning("%s does not fit: %s", self._name, error)
+            log.warning("%s does not fit: %s", self._name, _text_of(error))
             message = "Failed to bind Stream message."
             options = self._connection.shared.options
             self.end(HubException(error_text(message, error, options)))
@@ -3529,7 +3540,8 @@ def _log_failure(name: str, connection: Connection, error: BaseException) -> Non
     connection_id = connection.connection_id
     gone = isinstance(error, ConnectionError) and connection.ended.done()
     if isinstance(error, HubException) or gone:
-        log.info("%s ended for connection %s: %s", name, connection_id, error)
+        text = _text_of(error)
+        log.info("%s ended for connection %s: %s", name, connection_id, text)
     else:
         log.error("%s failed for connection %s", name, connection_id, exc_info=error)
 
@@ -4237,6 +4249,9 @@ class HubConnection:
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 
+#: POSTs of one client that may wait for each other. Clients send one at a time.
+_MAX_POSTS = 64
+
 #: Seconds at shutdown for running calls.
 _CALLS_TIMEOUT = 2.0
 #: Seconds at shutdown for clients to fetch their Close by a poll.
@@ -4737,11 +4752,18 @@ class Endpoint:
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
         self._check_user(connection, user_id)
         _check_encoding(request)
-        async with connection.inbox.lock:
-            try:
+        inbox = connection.inbox
+        if inbox.posts >= _MAX_POSTS:
+            request.protocol.keep_alive(False)  # its body is not read
+            raise web.HTTPTooManyRequests(text="", headers={"Retry-After": "1"})
+        inbox.posts += 1
+        try:
+            async with inbox.lock:
                 await receive_post(request, connection)
-            except (aiohttp.ClientPayloadError, ConnectionError, TimeoutError):
-                raise web.HTTPBadRequest(text="") from None  # the client left
+        except (aiohttp.ClientPayloadError, ConnectionError, TimeoutError):
+            raise web.HTTPBadRequest(text="") from None  # the client left
+        finally:
+            inbox.posts -= 1
         if connection.state == CLOSED:
             raise web.HTTPNotFound(text="")
         return Response(text="")
@@ -6308,6 +6330,9 @@ def create_app(
 # which a library leaves to the program that imports it.
 
 
+#: Connections that asyncio accepts in one go. Out of file descriptors it reports and
+#: retries each of them.
+_ACCEPTS = 1
 #: Seconds for the next request of a client, including all of its headers.
 _IDLE_TIMEOUT = 15.0
 
@@ -6422,8 +6447,13 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         loop.add_reader(sys.stdin.fileno(), orphaned)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, *address, backlog=1024, reuse_port=shared)
-        await site.start()
+        words: dict[str, Any] = {"reuse_port": shared, "start_serving": False}
+        loop = asyncio.get_running_loop()
+        bound = await loop.create_server(asyncio.Protocol, *address, **words)
+        for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
+            await web.SockSite(runner, listener, backlog=_ACCEPTS).start()
+            listener.listen(1024)
+        bound.close()
         if not arguments.worker:
             host, port = runner.addresses[0][:2]
             _print_addresses(host, port, arguments.hub_path)
