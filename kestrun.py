@@ -53,6 +53,7 @@ The file reads from top to bottom; each section uses only what stands above it.
     hub methods     finding them, binding and converting their arguments
     hub connection  calls, streams, timeouts: from handshake to end
     endpoint        negotiate, GET, POST, DELETE, origins, users; map_hub
+    client          a client for tests and scripts
     operations      long-running work on asyncio tasks
     schedule        jobs on the clock, by interval or cron expression
     page            what a browser sees at /
@@ -65,6 +66,11 @@ the old ASP.NET SignalR.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (said in one sentence)
+    sys.exit(f"kestrun needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+
 import argparse
 import asyncio
 import base64
@@ -74,6 +80,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import importlib
 import inspect
 import ipaddress
 import itertools
@@ -88,13 +95,13 @@ import secrets
 import signal
 import socket
 import struct
-import sys
+import threading
 import time
 import types
 import typing
 import unicodedata
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -109,7 +116,9 @@ from collections.abc import (
 )
 from contextvars import Context
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as clock_time
+from decimal import Decimal
 from enum import Enum, Flag
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
@@ -130,28 +139,41 @@ except ImportError as error:
 
 __version__ = "1.0.0"
 __all__ = [
+    "HUB",
+    "ClientProxy",
+    "GroupManager",
     "Hub",
+    "HubCallerClients",
     "HubCallerContext",
+    "HubClient",
+    "HubClients",
     "HubContext",
     "HubException",
+    "HubInvocation",
     "HubOptions",
     "Operation",
     "Operations",
     "Progress",
     "RedisBackplane",
     "Schedule",
+    "SingleClientProxy",
     "TooManyOperations",
     "access_token",
+    "authorize",
     "broadcast_event",
     "broadcast_log",
     "broadcast_to_group",
+    "connect",
     "create_app",
+    "describe",
     "hub_method",
     "map_hub",
+    "not_callable",
 ]
 
 log = logging.getLogger("kestrun")
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------ options
@@ -172,6 +194,8 @@ _ORIGIN = re.compile(
 )
 
 Authenticate = Callable[[Request], Awaitable["str | None"]]
+#: Takes a value as it arrived, returns it converted, or raises an exception.
+Converter = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +232,9 @@ class HubOptions:
     enable_detailed_errors: bool = False
     #: What negotiate offers, out of `TRANSPORTS`.
     transports: Collection[str] = TRANSPORTS
-    #: Seconds after which a long poll without data is answered empty.
-    poll_timeout: float | None = 90
+    #: Seconds after which a long poll without data is answered empty; less than the
+    #: 60 that nginx waits. SignalR's default is 90.
+    poll_timeout: float | None = 50
     #: Seconds for which an unused token (an hour at most), a client between two
     #: polls, or a stateful client without a socket is kept.
     disconnect_timeout: float | None = 15
@@ -225,8 +250,22 @@ class HubOptions:
     transport_send_timeout: float | None = 10
     #: Origins, such as "https://example.com", besides the server's own.
     allowed_origins: Collection[str] = ()
-    #: Return the user id of a request (None: an anonymous user), or raise
-    #: web.HTTPUnauthorized or web.HTTPForbidden. Asked for every request except
+    #: Return the converter for an annotation of a hub method, or None for the usual
+    #: one. Asked first, for every annotation and what is inside of it.
+    converter: Callable[[Any], Converter | None] | None = None
+    #: Return, for a value that kestrun cannot write, one that it can. Without it, or if
+    #: it returns the same value or raises TypeError, sending the value fails.
+    encoder: Callable[[Any], Any] | None = None
+    #: Return the name on the wire of a dataclass's field, for the protocol "json" or
+    #: "messagepack". By default user_name is userName.
+    member_name: Callable[[str, str], str] | None = None
+    #: Reads and writes JSON: an object with `dumps(value, default=…)` and
+    #: `loads(data)`, text or bytes, such as the module orjson. That one does not write
+    #: integers beyond 64 bits, and reads them as floats. NaN is never written, and
+    #: limits are kept, with each.
+    json: Any = json
+    #: Return the user id of a request, or None for an anonymous user; or raise
+    #: web.HTTPUnauthorized or web.HTTPForbidden. Async. Asked for every request but
     #: CORS preflights.
     authenticate: Authenticate | None = None
 
@@ -257,8 +296,51 @@ class HubOptions:
                 raise TypeError(f"{name}: a number or None, not {value!r}")
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}: more than 0 and finite, not {value!r}")
-        elif name == "authenticate" and value is not None and not callable(value):
-            raise TypeError("authenticate: async (request) -> user id, or None")
+        elif name == "authenticate" and value is not None and not _is_async(value):
+            raise TypeError(f"authenticate: an async function, not {value!r}")
+        elif annotation.startswith("Callable"):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name}: a function or None, not {value!r}")
+        elif name == "json" and not (
+            hasattr(value, "dumps") and hasattr(value, "loads")
+        ):
+            raise TypeError("json: an object with dumps and loads, such as orjson")
+
+
+class HubOverrides(typing.TypedDict, total=False):
+    """The fields of HubOptions as keywords, so that editors and type checkers know them."""
+
+    keep_alive_interval: float | None
+    client_timeout_interval: float | None
+    handshake_timeout: float | None
+    maximum_receive_message_size: int | None
+    maximum_parallel_invocations_per_client: int | None
+    receive_buffer_limit: int | None
+    maximum_streams_per_client: int | None
+    maximum_groups_per_client: int | None
+    invocations_per_second: float | None
+    maximum_connections: int | None
+    enable_detailed_errors: bool
+    transports: Collection[str]
+    poll_timeout: float | None
+    disconnect_timeout: float | None
+    close_timeout: float | None
+    allow_stateful_reconnects: bool
+    stateful_reconnect_buffer_size: int | None
+    outbox_limit: int | None
+    transport_send_timeout: float | None
+    allowed_origins: Collection[str]
+    converter: Callable[[Any], Converter | None] | None
+    encoder: Callable[[Any], Any] | None
+    member_name: Callable[[str, str], str] | None
+    json: Any
+    authenticate: Authenticate | None
+
+
+def _is_async(function: Any) -> bool:
+    """Return True for an async function, or an object that is called like one."""
+    called = getattr(type(function), "__call__", None)  # noqa: B004
+    return any(map(inspect.iscoroutinefunction, (function, called)))
 
 
 def _or_infinite(limit: float | None) -> float:
@@ -386,31 +468,129 @@ def _camel_case(name: str) -> str:
     return first + "".join(part[:1].upper() + part[1:] for part in others)
 
 
-@functools.cache
-def _members(kind: type) -> list[tuple[str, str]]:
-    """List a dataclass's fields, each with its spelling on the wire."""
-    return [(f.name, _camel_case(f.name)) for f in dataclasses.fields(kind)]
+def _write_duration(duration: timedelta) -> str:
+    """Write a duration as ISO 8601 does: PT5400S."""
+    whole, rest = divmod(abs(duration), timedelta(seconds=1))
+    seconds = f"{whole}.{rest.microseconds:06}".rstrip("0").rstrip(".")
+    return f"{'-' if duration < timedelta() else ''}PT{seconds}S"
 
 
-def _to_plain(value: Any) -> Any:
-    """Convert a value to types that JSON has.
+class Writer:
+    """Converts values to the types that a protocol has, by a hub's options."""
 
-    Raises TypeError for a value that no client could read.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {wire: getattr(value, name) for name, wire in _members(type(value))}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, datetime):  # UTC ends in Z, a naive time has no offset
-        return value.isoformat().replace("+00:00", "Z")
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return base64.b64encode(value).decode()
-    raise TypeError(
-        f"a {type(value).__name__} cannot be sent; send numbers, text, bytes, lists, "
-        "dicts, dataclasses, enums, datetimes or UUIDs"
-    )
+    def __init__(self, options: HubOptions, protocol: str) -> None:
+        self._options = options
+        self._protocol = protocol
+        #: The fields of each dataclass, with their spelling on the wire.
+        self._members: dict[type, list[tuple[str, str]]] = {}
+
+    def to_plain(self, value: Any) -> Any:
+        """Convert one value, but not what it contains.
+
+        Raises TypeError for a value that no client could read.
+        """
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            kind = type(value)
+            if kind not in self._members:
+                self._members[kind] = self._spell(dataclasses.fields(kind))
+            return {wire: getattr(value, name) for name, wire in self._members[kind]}
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, datetime):  # UTC ends in Z, a naive time has no offset
+            return value.isoformat().replace("+00:00", "Z")
+        if isinstance(value, (date, clock_time)):
+            return value.isoformat()
+        if isinstance(value, timedelta):
+            return _write_duration(value)
+        if isinstance(value, (uuid.UUID, Decimal)):
+            return str(value)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return base64.b64encode(value).decode()
+        if self._options.encoder is not None:
+            plain = self._options.encoder(value)
+            if plain is not value:
+                return plain
+        raise TypeError(f"{_a(value)} cannot be sent")
+
+    def result_to_plain(self, value: Any) -> Any:
+        """Convert a part of a method's result, which may be a set: it becomes a list."""
+        return (
+            list(value) if isinstance(value, (set, frozenset)) else self.to_plain(value)
+        )
+
+    def _spell(self, fields: Iterable[dataclasses.Field[Any]]) -> list[tuple[str, str]]:
+        spell = self._options.member_name or (lambda name, _: _camel_case(name))
+        return [(field.name, spell(field.name, self._protocol)) for field in fields]
+
+    def explain(self, message: Message, error: Exception) -> Exception:
+        """Say what in a message cannot be sent, and where: its type, never its value."""
+        if isinstance(message, Invocation):
+            target, convert = message.target, self.to_plain
+            parts = [
+                (f"{target}, argument {n}", a)
+                for n, a in enumerate(message.arguments, 1)
+            ]
+        else:
+            value = getattr(message, "item", getattr(message, "result", None))
+            parts, convert = [("the result", value)], self.result_to_plain
+        for place, value in parts:
+            if (problem := self._find_problem(value, convert)) is not None:
+                path, what = problem
+                text = f"{place}{path and ', '}{path}: {what} cannot be sent"
+                return (TypeError if isinstance(error, TypeError) else ValueError)(text)
+        return ValueError(str(error))
+
+    def _find_problem(
+        self, value: Any, convert: Callable[[Any], Any], path: str = "", depth: int = 0
+    ) -> tuple[str, str] | None:
+        """Return the path to the first part that cannot be written, and what it is."""
+        if depth > 100:
+            return path[:40] + "…", "what is nested too deeply"
+        if isinstance(value, str) and not _is_unicode(value):
+            return path, "text with a lone surrogate"
+        if isinstance(value, float) and not math.isfinite(value):
+            return path, "a number that is not finite"
+        big = isinstance(value, int) and not -(2**63) <= value < 2**64
+        if big and not (self._protocol == "json" and self._options.json is json):
+            return path, "an integer beyond 64 bits"
+        steps: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, _KEYS):
+                    return path, f"a dict with {_a(key)} as a key"
+                name = isinstance(key, str) and key.isidentifier()
+                steps.append((f".{key}" if name else "[…]", item))
+        elif isinstance(value, (list, tuple)):
+            steps = [(f"[{number}]", item) for number, item in enumerate(value)]
+        elif value is not None and not isinstance(value, (str, int, float)):
+            try:
+                steps = [("", convert(value))]
+            except Exception:  # noqa: BLE001 (it may be user code)
+                return path, _a(value)
+        problems = (
+            self._find_problem(item, convert, path + step, depth + 1)
+            for step, item in steps
+        )
+        return next(filter(None, problems), None)
+
+
+#: The types that dict keys may have.
+_KEYS = (str, int, float, types.NoneType)
+
+
+def _a(value: Any) -> str:
+    """Name the type of a value, with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"  # a UUID
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for text with a lone surrogate, which UTF-8 does not have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Inbox(bytearray):
@@ -545,10 +725,8 @@ def _check_fields(
 
 def _check_text(text: str, name: str) -> None:
     """Raise ProtocolError for a lone surrogate, which no answer could repeat."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ProtocolError(f"Expected '{name}' to be valid UTF-8.") from None
+    if not _is_unicode(text):
+        raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
 
 
 def _stream_ids(stream_ids: list[Any]) -> tuple[str, ...]:
@@ -636,19 +814,85 @@ def _read_float(text: str) -> float:
 
 
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_float)
-_encoder = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_to_plain
-)
 
 
-def _dumps(value: Any) -> str:
-    """Write a value as JSON. Raises TypeError or ValueError."""
-    if type(value) is int:  # for anything but a str the encoder is slow to start
-        return repr(value)
-    try:
-        return _encoder.encode(value)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def _loads(text: str) -> Any:
+    value, end = _decoder.raw_decode(text)
+    if end != len(text):
+        raise ValueError("text behind the value")
+    return value
+
+
+def _json_writer(convert: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
+    """Return a function that writes values. convert: for types that JSON lacks."""
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=convert
+    )
+
+    def write(value: Any) -> str:
+        if type(value) is int:  # for anything but a str the encoder is slow to start
+            return repr(value)
+        try:
+            return encoder.encode(value)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+    return write
+
+
+#: Writes a value as JSON. Raises TypeError or ValueError.
+_dumps = _json_writer()
+
+
+def _json_key(key: Any) -> str:
+    """Write a key as the standard library does. Raises TypeError if JSON has none."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    if not isinstance(key, _KEYS):
+        raise TypeError("a key of a wrong type")
+    return _dumps(key)
+
+
+def _library_writer(
+    library: Any, convert: Callable[[Any], Any]
+) -> Callable[[Any], str]:
+    """Return a function that writes values with another JSON library.
+
+    It gets plain values only, since libraries differ in what they write by themselves.
+    orjson can be told; then values are walked through only if it fails, or writes null,
+    which may have been NaN.
+    """
+    names = [
+        f"OPT_PASSTHROUGH_{kind}" for kind in ("DATACLASS", "DATETIME", "SUBCLASS")
+    ]
+    fast = all(hasattr(library, name) for name in names)
+    option = sum(getattr(library, name) for name in names) if fast else 0
+
+    def to_plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("a number that is not finite")
+        if isinstance(value, dict):
+            return {_json_key(key): to_plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [*map(to_plain, value)]
+        plain = value is None or isinstance(value, (str, int, float))
+        if plain and not isinstance(value, Enum):
+            return value
+        return to_plain(convert(value))
+
+    def write(value: Any) -> str:
+        try:
+            if fast:
+                with contextlib.suppress(TypeError):
+                    data: bytes = library.dumps(value, default=convert, option=option)
+                    if b"null" not in data:
+                        return data.decode()
+            text = library.dumps(to_plain(value), default=convert)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        return text.decode() if isinstance(text, bytes) else str(text)
+
+    return write
 
 
 def _check_depth(text: str) -> None:
@@ -660,16 +904,16 @@ def _check_depth(text: str) -> None:
             raise ValueError("nested too deeply")
 
 
-def _json_object(data: bytes | bytearray) -> dict[str, Any]:
+def _json_object(
+    data: bytes | bytearray, loads: Callable[[str], Any] = _loads
+) -> dict[str, Any]:
     """Read a JSON text that is an object. Raises ProtocolError."""
     try:
         text = data.decode().strip(" \t\r\n")
-        value, end = _decoder.raw_decode(text)
-        if end != len(text):
-            raise ValueError("text behind the value")
+        value = loads(text)
         if text.count("[") + text.count("{") > _JSON_DEPTH:
             _check_depth(text)
-    except (ValueError, RecursionError):
+    except Exception:  # noqa: BLE001 (libraries have exceptions of their own)
         raise ProtocolError("Error reading JSON.") from None
     if type(value) is dict:
         return value
@@ -684,7 +928,24 @@ class JsonProtocol:
     name: ClassVar[str] = "json"
     binary: ClassVar[bool] = False
 
+    def __init__(self, options: HubOptions) -> None:
+        self._writer = writer = Writer(options, self.name)
+        if options.json is json:
+            self._loads: Callable[[str], Any] = _loads
+            self._write = _json_writer(writer.to_plain)
+            self._write_result = _json_writer(writer.result_to_plain)
+        else:
+            self._loads = options.json.loads
+            self._write = _library_writer(options.json, writer.to_plain)
+            self._write_result = _library_writer(options.json, writer.result_to_plain)
+
     def encode(self, message: Message) -> bytes:
+        try:
+            return self._encode(message).encode()
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self._writer.explain(message, error) from None
+
+    def _encode(self, message: Message) -> str:
         # The most frequent two as text: the encoder has a fast path for a lone
         # string, while a dict costs it three times as much.
         match message:
@@ -693,16 +954,16 @@ class JsonProtocol:
             case StreamItem():
                 number, name, value = 2, "item", message.item
             case _:
-                return f"{_dumps(_to_fields(message))}\x1e".encode()
-        id, value = _dumps(message.invocation_id), _dumps(value)
-        return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}\x1e'.encode()
+                return f"{self._write(_to_fields(message))}\x1e"
+        id, value = _dumps(message.invocation_id), self._write_result(value)
+        return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}\x1e'
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
         while inbox and (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
             size = len(record) + 1
             if size > limit:
                 raise _too_large(limit)
-            yield _build(_json_object(record)), size
+            yield _build(_json_object(record, self._loads)), size
         if len(inbox) > limit:
             raise _too_large(limit)
 
@@ -711,9 +972,8 @@ def _check_keys(value: Any) -> None:
     """Raise TypeError for dict keys that JSON does not have."""
     if isinstance(value, dict):
         for key in value:
-            if key is not None and not isinstance(key, (str, int, float)):
-                kind = type(key).__name__
-                raise TypeError(f"keys are str, int, float, bool or None, not {kind}")
+            if not isinstance(key, _KEYS):
+                raise TypeError("a key of a wrong type")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -742,35 +1002,38 @@ class MessagePackProtocol:
         9: ("type", "sequenceId"),
     }
 
-    def __init__(self) -> None:
+    def __init__(self, options: HubOptions) -> None:
         import msgpack  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
         # Invalid text is replaced when read, as .NET does.
         self._unpack: Any = functools.partial(
             msgpack.unpackb, strict_map_key=False, unicode_errors="replace"
         )
-        self._pack: Any = functools.partial(
-            msgpack.packb, datetime=True, default=self._to_plain
-        )
+        self._packb: Any = functools.partial(msgpack.packb, datetime=True)
+        self._writer = Writer(options, self.name)
 
-    @staticmethod
-    def _to_plain(value: Any) -> Any:
-        # msgpack passes only naive times here: they are taken as UTC.
-        if isinstance(value, datetime):
-            return value.replace(tzinfo=UTC)
-        plain = _to_plain(value)
-        _check_keys(plain)
-        return plain
+    def _pack(self, message: Message) -> bytes:
+        result = isinstance(message, (Completion, StreamItem))
+        to_plain = self._writer.result_to_plain if result else self._writer.to_plain
+
+        def convert(value: Any) -> Any:
+            # msgpack passes only naive times here: they are taken as UTC.
+            if isinstance(value, datetime):
+                return value.replace(tzinfo=UTC)
+            plain = to_plain(value)
+            _check_keys(plain)
+            return plain
+
+        array = self._to_array(message)
+        _check_keys(array)
+        packed: bytes = self._packb(array, default=convert)
+        return packed
 
     def encode(self, message: Message) -> bytes:
         try:
-            array = self._to_array(message)
-            _check_keys(array)
-            body: bytes = self._pack(array)
-        except OverflowError as error:
-            raise ValueError(f"an integer beyond 64 bits: {error}") from None
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+            body = self._pack(message)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise self._writer.explain(message, error) from None
         length, prefix = len(body), bytearray()
         while length > 0x7F:
             prefix.append(length & 0x7F | 0x80)
@@ -840,7 +1103,7 @@ class MessagePackProtocol:
 
 
 #: The protocol of the handshake, and of clients that do not choose another.
-JSON = JsonProtocol()
+JSON = JsonProtocol(HubOptions())
 
 
 def decode_one(protocol: HubProtocol, data: bytes) -> Message:
@@ -858,11 +1121,11 @@ def to_text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _load_protocols() -> dict[str, HubProtocol]:
+def _load_protocols(options: HubOptions) -> dict[str, HubProtocol]:
     """Make the protocols that this installation supports, by name."""
-    protocols: dict[str, HubProtocol] = {"json": JSON}
+    protocols: dict[str, HubProtocol] = {"json": JsonProtocol(options)}
     with contextlib.suppress(ImportError):
-        protocols["messagepack"] = MessagePackProtocol()
+        protocols["messagepack"] = MessagePackProtocol(options)
     return protocols
 
 
@@ -1523,6 +1786,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
         "Cache-Control": "no-cache,no-store",
         "Pragma": "no-cache",
         "Content-Encoding": "identity",
+        "X-Accel-Buffering": "no",  # nginx would wait for more
     }
     response = StreamResponse(headers=headers)
     try:
@@ -1783,11 +2047,16 @@ class GroupManager:
             self._groups_of.pop(connection_id, None)
 
 
-def _in_protocol(protocol: HubProtocol, encoded: Encoded) -> bytes | None:
-    """Return a message of another process as a protocol writes it, if it can."""
-    if protocol not in encoded and JSON in encoded:  # the sender has no msgpack
+def _in_protocol(
+    protocol: HubProtocol, encoded: Encoded, common: HubProtocol
+) -> bytes | None:
+    """Return a message of another process as a protocol writes it, if it can.
+
+    common: JSON, in which every process can write.
+    """
+    if protocol not in encoded and common in encoded:  # the sender has no msgpack
         with contextlib.suppress(TypeError, ValueError, OverflowError):
-            encoded[protocol] = protocol.encode(decode_one(JSON, encoded[JSON]))
+            encoded[protocol] = protocol.encode(decode_one(common, encoded[common]))
     return encoded.get(protocol)
 
 
@@ -1799,6 +2068,8 @@ class Registry:
         self.backplane: Backplane = NoBackplane()
         self.connections: Members = {}
         self.groups = GroupManager(self)
+        #: Makes the converter for a client result's type.
+        self.converter: Callable[[Any], Converter]
         self._users: dict[str, Members] = {}
         #: Results that clients have been asked for, by invocation id.
         self._results: dict[str, tuple[Connection, asyncio.Future[Completion]]] = {}
@@ -1836,9 +2107,9 @@ class Registry:
                 del self._users[user_id]
                 self.backplane.unsubscribe(f"user:{user_id}")
 
-    def has_user(self, user_id: str) -> bool:
-        """Return True if this process has a connection of the user."""
-        return user_id in self._users
+    def connections_of(self, user_id: str) -> list[str]:
+        """List the connection ids that a user has in this process."""
+        return list(self._users.get(user_id, ()))
 
     # Messages
 
@@ -1851,7 +2122,8 @@ class Registry:
         receivers = self._receivers(address)
         protocols = {connection.protocol for connection in receivers}
         # A mistake must show, even if nobody happens to be connected.
-        encoded = {p: p.encode(message) for p in protocols or {JSON}}
+        protocols = protocols or {self.protocols["json"]}
+        encoded = {p: p.encode(message) for p in protocols}
         for connection in receivers:
             connection.send(encoded[connection.protocol])
         self.published += sum(map(len, encoded.values()))
@@ -1861,7 +2133,7 @@ class Registry:
     def deliver(self, address: Address, encoded: Encoded) -> None:
         """Queue a message that another process has published."""
         for connection in self._receivers(address):
-            data = _in_protocol(connection.protocol, encoded)
+            data = _in_protocol(connection.protocol, encoded, self.protocols["json"])
             if data is not None:
                 connection.send(data)
 
@@ -1949,7 +2221,7 @@ class Registry:
         self, connection_id: str, message: Invocation
     ) -> Completion:
         """Call a handler of another process's client."""
-        encoded: Encoded = {JSON: JSON.encode(message)}
+        encoded: Encoded = {p: p.encode(message) for p in [self.protocols["json"]]}
         self.encode_for_others(message, encoded)
         texts = {protocol.name: to_text(data) for protocol, data in encoded.items()}
         arguments = (connection_id, message.invocation_id, texts)
@@ -1975,10 +2247,9 @@ class Registry:
             if n in texts
         }
         protocol = connection.protocol
-        data = _in_protocol(protocol, encoded)
-        completion = Completion(
-            invocation_id, NO_RESULT, "The arguments cannot be sent."
-        )
+        data = _in_protocol(protocol, encoded, self.protocols["json"])
+        text = "The arguments cannot be sent."
+        completion = Completion(invocation_id, NO_RESULT, text)
         if data is not None:
             try:
                 completion = await self._expect(connection, invocation_id, data)
@@ -2737,13 +3008,34 @@ class SingleClientProxy(ClientProxy):
         if connection is not None:  # another process's client cannot be waited for
             await connection.drain()
 
+    @typing.overload
     async def invoke(
         self, method: str, *args: Any, timeout: float | None = None
+    ) -> Any: ...
+
+    @typing.overload
+    async def invoke(
+        self, method: str, *args: Any, timeout: float | None = None, returns: type[T]
+    ) -> T: ...
+
+    @typing.overload
+    async def invoke(
+        self,
+        method: str,
+        *args: Any,
+        timeout: float | None = None,
+        returns: types.UnionType,
+    ) -> Any: ...
+
+    async def invoke(
+        self, method: str, *args: Any, timeout: float | None = None, returns: Any = Any
     ) -> Any:
         """Call `method` on the client and return what its handler returns.
 
         timeout: seconds to wait for the answer; None waits until the connection
             ends.
+        returns: the type of the result, checked and converted like an argument of a
+            hub method; ValueError if it does not fit.
         Meanwhile the caller's other calls may run. Raises ConnectionError if there
         is no such client or it leaves, HubException with the client's text if its
         handler fails or is missing, TimeoutError, and TypeError or ValueError for
@@ -2751,6 +3043,7 @@ class SingleClientProxy(ClientProxy):
         HubException: the client does not listen yet.
         """
         call, name = _current_call.get(), self._address.names[0]
+        convert = self._registry.converter(returns)
         message = _invocation(method, args)
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
             try:
@@ -2761,7 +3054,11 @@ class SingleClientProxy(ClientProxy):
                 raise TimeoutError(text) from None
         if completion.error is not None:
             raise HubException(completion.error)
-        return completion.result
+        try:
+            return convert(completion.result)
+        except Exception as error:  # a converter may be user code
+            text = f"The client's result of {method!r}: {error}"
+            raise ValueError(text) from error
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -2847,6 +3144,7 @@ class HubCallerContext:
     _abort: Callable[[], None]
     #: Anything that user code wants to keep with the connection.
     items: dict[Any, Any] = field(default_factory=dict)
+    _opened_at: float = field(default_factory=time.monotonic)
 
     @property
     def connection_id(self) -> str:
@@ -2901,12 +3199,15 @@ class HubInvocation:
 class Hub:
     """Base of all hubs: subclass it, and clients can call every public method.
 
+    That includes inherited, static and class methods; `not_callable` keeps one out.
     There is one instance for each connection, so `self` may hold that
     connection's own state. Methods may be plain, async, or async generators
     (streams to the client); a parameter annotated AsyncIterator takes a stream
     from the client. Wire names match without regard to case and underscores.
     """
 
+    #: The aiohttp application: `self.app[KEY]` is what it keeps under a key.
+    app: web.Application
     #: The connection: id, user, items, transport, abort().
     context: HubCallerContext
     #: The receivers of messages.
@@ -2973,7 +3274,7 @@ class Everywhere:
     async def is_online(self, user_id: str) -> bool:
         """Return whether a user has a connection."""
         registry = self._registry
-        return registry.has_user(user_id) or bool(
+        return bool(registry.connections_of(user_id)) or bool(
             await registry.backplane.subscribers(f"user:{user_id}")
         )
 
@@ -3026,6 +3327,13 @@ class HubContext:
     #: The options this hub was mapped with.
     options: HubOptions
 
+    async def abort_user(self, user_id: str) -> int:
+        """Close all connections of a user, in every process; return their number.
+
+        Raises ConnectionError if other processes cannot be reached.
+        """
+        return sum(await self._registry.ask(f"user:{user_id}", "abort user", user_id))
+
     def on_backplane(self, callback: Callable[[bool], Any]) -> None:
         """Call a function, plain or async, when the link to Redis is lost or back.
 
@@ -3068,7 +3376,8 @@ class HubContext:
 # nowhere else. Signatures are read once too: each annotated parameter gets a
 # converter, a function that returns the converted value or raises an exception.
 
-Converter = Callable[[Any], Any]
+#: The members of an object type by normalized name, each with its real name.
+Fields = dict[str, tuple[str, Converter]]
 
 
 def hub_method(name: str) -> Callable[[F], F]:
@@ -3088,6 +3397,36 @@ def hub_method(name: str) -> Callable[[F], F]:
     return decorate
 
 
+def authorize(check: Callable[[HubCallerContext], Any]) -> Callable[[F], F]:
+    """Let only some clients call a method, or any method of a hub class.
+
+    check: (context) -> bool, plain or async. If it returns False, the call fails with
+        "Failed to invoke 'X' because user is unauthorized".
+    Checks add up, also with those of base classes and of overridden methods. Raises
+    TypeError if `check` is not a function.
+    """
+    if not callable(check):
+        raise TypeError(f"authorize takes a function of a context, not {check!r}")
+
+    def decorate(target: F) -> F:
+        plain: Any = getattr(target, "__func__", target)  # of a static method
+        plain.__kestrun_checks__ = (*vars(plain).get("__kestrun_checks__", ()), check)
+        return target
+
+    return decorate
+
+
+def not_callable(function: F) -> F:
+    """Keep a public method of a hub, and methods that override it, from clients.
+
+    It marks the function, for all classes that have it. To keep out a mixin's method
+    in one hub, override it there.
+    """
+    plain: Any = getattr(function, "__func__", function)  # of a static method
+    plain.__kestrun_not_callable__ = True
+    return function
+
+
 def normalize_name(name: str) -> str:
     """Return the form in which names are compared: no underscores, lower case."""
     return name.replace("_", "").lower()
@@ -3102,7 +3441,7 @@ class BindingError(Exception):
 class HubMethod:
     """One method of a hub class that clients can call."""
 
-    def __init__(self, hub_class: type[Hub], name: str) -> None:
+    def __init__(self, hub_class: type[Hub], name: str, converters: Converters) -> None:
         function = getattr(hub_class, name)
         # As .NET spells it: join_group -> JoinGroup.
         wire_name = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
@@ -3111,6 +3450,10 @@ class HubMethod:
         #: Class and method, for logs and task names: "ChatHub.join_group".
         self.qualified_name = f"{hub_class.__name__}.{name}"
         self.function: Callable[..., Any] = function
+        #: What `authorize` has set for the classes, then for the method.
+        self.checks: list[Callable[[HubCallerContext], Any]] = []
+        for checked in (*reversed(hub_class.__mro__), *_definitions(hub_class, name)):
+            self.checks += vars(checked).get("__kestrun_checks__", ())
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         if not takes_hub:  # a static or class method
             self.function = lambda hub, *arguments: function(*arguments)
@@ -3120,31 +3463,47 @@ class HubMethod:
         self._parameters: list[tuple[str, Converter]] = []
         self._defaults: list[Any] = []
         self._required = 0
+        #: What clients pass: each parameter and its evaluated annotation.
+        self.signature: list[tuple[inspect.Parameter, Any]] = []
         self._rest: list[tuple[str, Converter]] = []  # of *arguments
         parameters = list(inspect.signature(function).parameters.values())
         for parameter in parameters[1:] if takes_hub else parameters:
-            self._add(parameter, _annotation(function, parameter.name))
-        generates = inspect.isasyncgenfunction(inspect.unwrap(function))
-        self.streaming = generates or _is_stream(_annotation(function, "return"))
+            annotation = _annotation(function, parameter.name)
+            try:
+                self._add(parameter, annotation, converters)
+            except (TypeError, NameError, AttributeError) as error:
+                text = f"{self.qualified_name}: parameter {parameter.name!r}: {error}"
+                raise TypeError(text) from None
+        unwrapped = inspect.unwrap(function)
+        if inspect.isgeneratorfunction(unwrapped):
+            raise TypeError(
+                f"{self.qualified_name}: a method that yields must be async"
+            )
+        generates = inspect.isasyncgenfunction(unwrapped)
+        self.result = _annotation(function, "return")
+        self.streaming = generates or _is_stream(self.result)
         #: Whether a running call counts against the client's parallel calls.
         self.needs_slot = not (self.streaming or self.uploads)
 
-    def _add(self, parameter: inspect.Parameter, annotation: Any) -> None:
+    def _add(
+        self, parameter: inspect.Parameter, annotation: Any, converters: Converters
+    ) -> None:
+        """Add a parameter. Raises TypeError if clients cannot pass it."""
         required = parameter.default is parameter.empty
         if parameter.kind is parameter.KEYWORD_ONLY and required:
-            raise TypeError(
-                f"{self.qualified_name}: clients pass arguments by position; "
-                f"give the keyword-only parameter {parameter.name!r} a default"
-            )
+            text = "clients pass arguments by position; give it a default"
+            raise TypeError(text)
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             return
-        entry = (parameter.name, _converter(annotation))
+        self.signature.append((parameter, annotation))
+        streams = _is_stream(annotation)
+        if streams:
+            (annotation,) = typing.get_args(annotation)[:1] or (Any,)
+        entry = (parameter.name, converters.make(annotation))
         if parameter.kind is parameter.VAR_POSITIONAL:
             self._rest.append(entry)
-        elif _is_stream(annotation):
-            (item,) = typing.get_args(annotation)[:1] or (Any,)
-            position = len(self._parameters) + len(self.uploads)
-            self.uploads.append((position, parameter.name, _converter(item)))
+        elif streams:
+            self.uploads.append((len(self._parameters) + len(self.uploads), *entry))
         else:
             self._parameters.append(entry)
             self._defaults.append(parameter.default)
@@ -3174,28 +3533,46 @@ class HubMethod:
             log.warning("%s: argument %r does not fit: %s", method, name, text)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
-                "values match the types of the hub method being invoked."
+                "values match the types of the hub method being invoked. "
+                f"({name}: {text})"
             ) from error
         if self.uploads:  # their positions count the parameters left out, too
             bound += self._defaults[count:]
         return bound
 
 
-def _collect_methods(hub_class: type[Hub]) -> dict[str, HubMethod]:
+def _definitions(hub_class: type[Hub], name: str) -> list[Callable[..., Any]]:
+    """Return the functions of that name in a class and its bases, these first."""
+    found = [vars(kind).get(name) for kind in reversed(hub_class.__mro__)]
+    functions = (getattr(member, "__func__", member) for member in found)
+    return [function for function in functions if inspect.isfunction(function)]
+
+
+def _collect_methods(
+    hub_class: type[Hub], converters: Converters
+) -> dict[str, HubMethod]:
     """Return the methods that clients may call, by normalized name.
 
-    Raises TypeError for two methods whose names are the same to clients, and for
-    a method that hides an attribute of Hub.
+    Those are the public ones that the class adds or inherits from others than Hub,
+    static and class methods too.
+    Raises TypeError for two methods whose names are the same to clients, for a method
+    that hides an attribute of Hub, and for a check where it would not be asked.
     """
     methods: dict[str, HubMethod] = {}
     for name in dir(hub_class):
         member = inspect.getattr_static(hub_class, name)
         is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
+        functions = _definitions(hub_class, name)
         if name.startswith("_") or hasattr(Hub, name) or not is_method:
+            if any(hasattr(f, "__kestrun_checks__") for f in functions):
+                text = f"{hub_class.__name__}.{name}: authorize is for methods that "
+                raise TypeError(text + "clients can call")
+            continue
+        if any(hasattr(f, "__kestrun_not_callable__") for f in functions):
             continue
         if name in Hub.__annotations__:
             raise TypeError(f"{hub_class.__name__}.{name} hides the hub's own {name}")
-        method = HubMethod(hub_class, name)
+        method = HubMethod(hub_class, name, converters)
         other = methods.setdefault(normalize_name(method.name), method)
         if other is not method:
             raise TypeError(
@@ -3218,7 +3595,7 @@ def _annotation(function: Callable[..., Any], name: str) -> Any:
     with contextlib.suppress(ValueError):  # an empty closure cell
         scope.update(inspect.getclosurevars(function).nonlocals)
     try:
-        return typing.get_type_hints(holder, scope)[name]
+        return typing.get_type_hints(holder, scope, include_extras=True)[name]
     except Exception as error:  # an annotation may be any expression
         if name == "return":
             return Any
@@ -3237,32 +3614,109 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _converter(annotation: Any, exact: bool = False) -> Converter:
-    """Return the converter for values of this annotation.
+class Converters:
+    """Makes the converters of one hub.
 
-    exact: accept only values that are of the annotated type as they arrive, so an
-    int is no float. Unions try this first. Enums, UUIDs and dataclasses, which the
-    wire does not have, accept what they are written as.
+    custom: the option `converter`, which is asked first about each annotation.
+    spell: the option `member_name`; dataclasses are read under these names, too.
     """
-    kind = type(None) if annotation is None else typing.get_origin(annotation)
-    kind, args = kind or annotation, typing.get_args(annotation)
-    if kind in (typing.Union, types.UnionType):
-        return _union(args, exact)
-    if not isinstance(kind, type):
-        return _unchanged
-    if kind is list and args:
-        return _list(_converter(args[0], exact))
-    if kind is dict and args:
-        return _dict(_converter(args[0]), _converter(args[1], exact))
-    if kind in _ACCEPTED:
-        return functools.partial(_to_type, kind, {} if exact else _ACCEPTED[kind])
-    if kind is uuid.UUID:
-        return functools.partial(_to_type, kind, {str: uuid.UUID})
-    if issubclass(kind, Enum):
-        return functools.partial(_to_enum, kind, exact)
-    if kind is annotation and dataclasses.is_dataclass(annotation):
-        return functools.partial(_to_dataclass, kind, exact)
-    return _unchanged
+
+    def __init__(
+        self,
+        custom: Callable[[Any], Converter | None] | None,
+        spell: Callable[[str, str], str] | None = None,
+    ) -> None:
+        self._custom = custom
+        self._spell = spell
+        #: The members of dataclasses and TypedDicts, which may contain themselves.
+        self._members: dict[tuple[type, bool], Fields] = {}
+        self._aliases: dict[tuple[Any, bool], Converter] = {}
+
+    def make(self, annotation: Any, exact: bool = False) -> Converter:
+        """Return the converter for values of this annotation.
+
+        exact: accept only values that are of the annotated type as they arrive, so
+        an int is no float. Unions try this first. Types that the wire does not have
+        accept what they are written as. Raises TypeError for an annotation whose
+        values cannot be checked.
+        """
+        if self._custom and (convert := self._custom(annotation)) is not None:
+            if not callable(convert):
+                text = f"HubOptions.converter returned {convert!r}, not a function"
+                raise TypeError(text)
+            return convert
+        if annotation is Any or annotation is object:
+            return _unchanged
+        kind, args = typing.get_origin(annotation), typing.get_args(annotation)
+        kind = type(None) if annotation is None else kind or annotation
+        make = functools.partial(self.make, exact=exact)
+        if (base := getattr(kind, "__supertype__", None)) is not None:  # a NewType
+            return make(base)
+        if hasattr(kind, "__value__"):  # `type Name = …`
+            return self._alias(kind, exact)
+        if kind is typing.Annotated:
+            return make(args[0])
+        if kind is typing.Literal and args:
+            return functools.partial(_to_literal, [(a, make(type(a))) for a in args])
+        if kind in (typing.Union, types.UnionType) and args:
+            passes = (True,) if exact else (True, False)
+            return _union(args, [self.make(a, only) for only in passes for a in args])
+        if kind is tuple and args and args[-1] is not Ellipsis:
+            return functools.partial(_to_tuple, [*map(make, args)])
+        if kind in (list, set, frozenset, tuple):
+            return functools.partial(_to_items, kind, make(args[0] if args else Any))
+        if kind is dict and args:
+            return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
+        if isinstance(kind, type) and (convert := self._for_class(kind, exact)):
+            return convert
+        raise TypeError(
+            f"the annotation {getattr(kind, '__name__', kind)} cannot be checked; use "
+            "types such as int, str, list, dict, dataclasses, enums, datetime, or "
+            "Any, or set HubOptions.converter"
+        )
+
+    def _for_class(self, kind: Any, exact: bool) -> Converter | None:
+        if kind in _WRITTEN_AS:
+            return functools.partial(_to_type, kind, _WRITTEN_AS[kind])
+        if kind in _ACCEPTED:
+            return functools.partial(_to_type, kind, {} if exact else _ACCEPTED[kind])
+        if issubclass(kind, Enum):
+            return functools.partial(_to_enum, kind, exact)
+        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+            return functools.partial(_to_object, kind, self._fields(kind, exact))
+        return None
+
+    def _alias(self, alias: Any, exact: bool) -> Converter:
+        """Return the converter of a `type` alias, which may contain itself."""
+        key = alias, exact
+        if key not in self._aliases:
+            self._aliases[key] = lambda value: self._aliases[key](value)
+            self._aliases[key] = self.make(alias.__value__, exact)
+        return self._aliases[key]
+
+    def _fields(self, kind: Any, exact: bool) -> Fields:
+        """Return an object's field names and converters, by normalized name."""
+        fields = self._members.get((kind, exact))
+        if fields is None:
+            self._members[kind, exact] = fields = {}
+            hints = typing.get_type_hints(kind, include_extras=True)
+            if dataclasses.is_dataclass(kind):
+                hints = {
+                    f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init
+                }
+            for name, hint in hints.items():
+                while typing.get_origin(hint) in (typing.Required, typing.NotRequired):
+                    (hint,) = typing.get_args(hint)
+                fields[normalize_name(name)] = name, self.make(hint, exact)
+            if self._spell and dataclasses.is_dataclass(kind):
+                fields |= {
+                    normalize_name(self._spell(name, protocol)): fields[
+                        normalize_name(name)
+                    ]
+                    for name in hints
+                    for protocol in ("json", "messagepack")
+                }
+        return fields
 
 
 def _whole(number: float) -> int:
@@ -3271,14 +3725,46 @@ def _whole(number: float) -> int:
     return int(number)
 
 
+def _decimal(value: str | float) -> Decimal:
+    number = Decimal(str(value))
+    if not number.is_finite():
+        raise ValueError("a finite number expected")
+    return number
+
+
+_DURATION = re.compile(
+    r"([-+]?)P(?=.)(?:(\d+)W)?(?:(\d+)D)?"
+    r"(?:T(?=.)(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?"
+)
+
+
+def _read_duration(text: str) -> timedelta:
+    """Read an ISO 8601 duration of weeks, days, hours, minutes and seconds."""
+    if (match := _DURATION.fullmatch(text)) is None:
+        raise ValueError("a duration such as PT1H30M expected")
+    names = ("weeks", "days", "hours", "minutes", "seconds")
+    numbers = (float(number or 0) for number in match.groups()[1:])
+    duration = timedelta(**dict(zip(names, numbers, strict=True)))
+    return -duration if match[1] == "-" else duration
+
+
 #: The types that values have when they arrive, each with the other types that are
 #: accepted for it: JavaScript has one kind of number, JSON no bytes and no dates.
 _ACCEPTED: dict[type, dict[type, Converter]] = {
-    **{kind: {} for kind in (type(None), bool, str, list, dict)},
+    **{kind: {} for kind in (type(None), bool, str, dict)},
     int: {float: _whole},
     float: {int: float},
     bytes: {str: functools.partial(base64.b64decode, validate=True)},
     datetime: {str: datetime.fromisoformat},
+}
+
+#: Types that the wire does not have, with what they are written as.
+_WRITTEN_AS: dict[type, dict[type, Converter]] = {
+    uuid.UUID: {str: uuid.UUID},
+    date: {str: date.fromisoformat},
+    clock_time: {str: clock_time.fromisoformat},
+    timedelta: {str: _read_duration},
+    Decimal: {str: _decimal, int: Decimal, float: _decimal},
 }
 
 
@@ -3297,10 +3783,8 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
 _union_memo = contextvars.ContextVar[Any]("kestrun_union_memo", default=None)
 
 
-def _union(members: tuple[Any, ...], exact: bool) -> Converter:
+def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
     """Convert to the member of the value's exact type, else to the first that fits."""
-    passes = (True,) if exact else (True, False)
-    converters = [_converter(member, only) for only in passes for member in members]
     if _unchanged in converters:  # a member takes any value
         return _unchanged
     names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
@@ -3328,21 +3812,34 @@ def _union(members: tuple[Any, ...], exact: bool) -> Converter:
     return convert
 
 
-def _list(convert_item: Converter) -> Converter:
-    return lambda value: [convert_item(item) for item in _to_type(list, {}, value)]
+def _to_items(kind: type, convert: Converter, value: Any) -> Any:
+    """Read a list, or another collection, which arrives as a list."""
+    items = [convert(item) for item in _to_type(list, {}, value)]
+    return items if kind is list else kind(items)
 
 
-def _dict(convert_key: Converter, convert_value: Converter) -> Converter:
+def _to_tuple(converters: list[Converter], value: Any) -> tuple[Any, ...]:
+    pairs = zip(converters, _to_type(list, {}, value), strict=True)
+    return tuple(convert(item) for convert, item in pairs)
+
+
+def _to_literal(literals: list[tuple[Any, Converter]], value: Any) -> Any:
+    for literal, convert in literals:
+        with contextlib.suppress(Exception):  # it is of another type
+            if convert(value) == literal:
+                return literal
+    raise ValueError(f"one of {[literal for literal, _ in literals]} expected")
+
+
+def _to_dict(convert_key: Converter, convert: Converter, value: Any) -> dict[Any, Any]:
     def convert_any_key(key: Any) -> Any:
         try:
             return convert_key(key)
         except ValueError:  # JSON writes a key that is a number as text
             return convert_key(_decoder.decode(key))
 
-    return lambda value: {
-        convert_any_key(key): convert_value(item)
-        for key, item in _to_type(dict, {}, value).items()
-    }
+    items = _to_type(dict, {}, value).items()
+    return {convert_any_key(key): convert(item) for key, item in items}
 
 
 def _to_enum(kind: type[Enum], exact: bool, value: Any) -> Enum:
@@ -3360,20 +3857,9 @@ def _to_enum(kind: type[Enum], exact: bool, value: Any) -> Enum:
     raise ValueError(f"{value!r} is not a {kind.__name__}")
 
 
-@functools.cache
-def _fields(kind: type, exact: bool) -> dict[str, tuple[str, Converter]]:
-    """Return a dataclass's field names and converters, by normalized name.
-
-    Evaluated at the first use, so that a dataclass may contain itself.
-    """
-    hints = typing.get_type_hints(kind)
-    names = {normalize_name(f.name): f.name for f in dataclasses.fields(kind) if f.init}
-    return {key: (name, _converter(hints[name], exact)) for key, name in names.items()}
-
-
-def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
-    """Read a dataclass from an object; unknown members are skipped."""
-    fields, members = _fields(kind, exact), {}
+def _to_object(kind: Any, fields: Fields, value: Any) -> Any:
+    """Read a dataclass or a TypedDict from an object; unknown members are skipped."""
+    members = {}
     for key, item in _to_type(dict, {}, value).items():
         if not isinstance(key, str) or normalize_name(key) not in fields:
             continue
@@ -3382,7 +3868,75 @@ def _to_dataclass(kind: type, exact: bool, value: Any) -> Any:
             members[name] = convert(item)
         except Exception as error:  # noqa: BLE001 (it may be user code)
             raise ValueError(f"{kind.__name__}.{name}: {_text_of(error)}") from None
+    required: frozenset[str] = getattr(kind, "__required_keys__", frozenset())
+    if missing := required - members.keys():
+        raise ValueError(f"{kind.__name__}: {min(missing)!r} is missing")
     return kind(**members)
+
+
+def _type_text(annotation: Any) -> str:
+    """Spell a type as Python source does, without modules."""
+    if annotation is type(None) or annotation is None:
+        return "None"
+    return re.sub(r"\b(\w+\.)+(?=\w)", "", inspect.formatannotation(annotation))
+
+
+class _Notes(Converters):
+    """Passes over types for which a hub may have a converter of its own."""
+
+    def make(self, annotation: Any, exact: bool = False) -> Converter:
+        try:
+            return super().make(annotation, exact)
+        except TypeError:
+            return _unchanged
+
+
+def _check_hub_class(hub_class: Any) -> None:
+    if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
+        raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
+
+
+def describe(hub_class: type[Hub]) -> dict[str, Any]:
+    """Describe what clients may call, and the types that they need for it.
+
+    Returns JSON values; front ends can generate their types from them. Raises
+    TypeError for a class that is no hub, or has methods that `map_hub` refuses.
+    """
+    _check_hub_class(hub_class)
+    found: list[Any] = []
+    converters = _Notes(found.append)  # it is told of all annotations
+    methods = []
+    for method in _collect_methods(hub_class, converters).values():
+        converters.make(method.result)
+        parameters = [
+            {
+                "name": parameter.name,
+                "type": _type_text(annotation),
+                "optional": parameter.default is not parameter.empty,
+                "repeated": parameter.kind is parameter.VAR_POSITIONAL,
+            }
+            for parameter, annotation in method.signature
+        ]
+        checks = [getattr(c, "__qualname__", repr(c)) for c in method.checks]
+        description = {"name": method.name, "parameters": parameters}
+        description |= {"result": _type_text(method.result), "stream": method.streaming}
+        methods.append({**description, "authorize": checks})
+    types = {kind.__name__: kind for kind in found if isinstance(kind, type)}
+    members = {name: _describe_type(kind) for name, kind in sorted(types.items())}
+    members = {name: described for name, described in members.items() if described}
+    return {"hub": hub_class.__name__, "methods": methods, "types": members}
+
+
+def _describe_type(kind: type) -> dict[str, Any]:
+    """Describe the members of an object type or of an enum; {} for other types."""
+    if issubclass(kind, Enum):
+        return {"values": [Writer(HubOptions(), "json").to_plain(m) for m in kind]}
+    if not (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)):
+        return {}
+    named = dataclasses.is_dataclass(kind)
+    hints = typing.get_type_hints(kind).items()
+    spell = _camel_case if named else str
+    return {"members": {spell(name): _type_text(hint) for name, hint in hints}}
 
 
 # ----------------------------------------------------------- hub connection
@@ -3414,25 +3968,35 @@ class OperationCanceled(Exception):
     reported_as = "OperationCanceledException"
 
 
+class Unauthorized(Exception):
+    """A check of `authorize` refused a call."""
+
+
 class MappedHub:
     """One mapped hub: its class, methods, registry and the tasks of its calls."""
 
     def __init__(
         self,
+        app: web.Application,
         hub_class: type[Hub],
+        factory: Callable[[], Hub] | None,
         options: HubOptions,
         path: str,
         backplane: RedisBackplane | None,
     ) -> None:
+        self.app = app
         self.hub_class = hub_class
+        self._factory: Callable[[], Hub] = factory or hub_class
         self.options = options
-        self.methods = _collect_methods(hub_class)
+        converters = Converters(options.converter, options.member_name)
+        self.methods = _collect_methods(hub_class, converters)
         #: Whether the hub overrides `on_invocation`.
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
-        self.protocols = _load_protocols()
+        self.protocols = _load_protocols(options)
         self.shared = Shared(options, Counters(), Flusher())
         self.registry = Registry(self.protocols.values())
-        self.registry.handlers["abort"] = self._abort
+        self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
+        self.registry.converter = converters.make
         self.backplane = backplane
         if backplane is not None:
             self.registry.backplane = backplane.for_hub(path, self.registry)
@@ -3461,8 +4025,17 @@ class MappedHub:
         context.abort()
         return True
 
+    def _abort_user(self, user_id: str) -> int:
+        """Abort the connections that a user has in this process; count them."""
+        ids = self.registry.connections_of(user_id)
+        return sum(self._abort(connection_id) or False for connection_id in ids)
+
     def make_hub(self, context: HubCallerContext) -> Hub:
-        hub = self.hub_class()
+        hub = self._factory()
+        if not isinstance(hub, self.hub_class) or getattr(hub, "context", None):
+            name = self.hub_class.__name__
+            raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
+        hub.app = self.app
         hub.context = context
         hub.clients = HubCallerClients(self.registry, context.connection_id)
         hub.groups = self.registry.groups
@@ -3471,13 +4044,21 @@ class MappedHub:
     def add(self, connection: Connection, context: HubCallerContext) -> None:
         self.contexts[connection.connection_id] = context
         self.registry.add(connection)
-        log.debug("connection %s opened", connection.connection_id)
+        who = connection.connection_id, connection.user_id, connection.transport_name
+        log.info("connection %s opened: user %r, %s", *who)
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection, if it was added."""
-        if self.contexts.pop(connection.connection_id, None) is not None:
+        context = self.contexts.pop(connection.connection_id, None)
+        if context is not None:
             self.registry.remove(connection)
-            log.debug("connection %s closed", connection.connection_id)
+            who = (
+                connection.connection_id,
+                connection.user_id,
+                connection.transport_name,
+            )
+            seconds = time.monotonic() - context._opened_at
+            log.info("connection %s closed: user %r, %s, after %.1f s", *who, seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -3539,7 +4120,7 @@ def _log_failure(name: str, connection: Connection, error: BaseException) -> Non
     """Log what a method or hook raised, with its traceback if that is a fault."""
     connection_id = connection.connection_id
     gone = isinstance(error, ConnectionError) and connection.ended.done()
-    if isinstance(error, HubException) or gone:
+    if isinstance(error, (HubException, Unauthorized)) or gone:
         text = _text_of(error)
         log.info("%s ended for connection %s: %s", name, connection_id, text)
     else:
@@ -3591,10 +4172,7 @@ class Call:
         started = time.perf_counter()
         method = self.method
         try:
-            if self._calls.mapped.intercepts:
-                result = self._intercept()
-            else:
-                result = method.function(self._calls.hub, *self.invocation.arguments)
+            result = self._authorize() if method.checks else self._call()
             if method.streaming or hasattr(result, "__await__"):
                 return result
             self._calls.reply(self.invocation, result)
@@ -3609,9 +4187,22 @@ class Call:
             )
         return NO_RESULT
 
-    def _intercept(self) -> Any:
-        """Let the hub's `on_invocation` call the method."""
+    async def _authorize(self) -> Any:
+        """Call the method if all checks allow it. Raises Unauthorized."""
+        for check in self.method.checks:
+            allowed = check(self._calls.hub.context)
+            if hasattr(allowed, "__await__"):
+                allowed = await allowed
+            if not allowed:
+                raise Unauthorized
+        result = self._call()
+        return await result if hasattr(result, "__await__") else result
+
+    def _call(self) -> Any:
+        """Call the method, or let the hub's `on_invocation` do it."""
         hub, method, message = self._calls.hub, self.method, self.invocation
+        if not self._calls.mapped.intercepts:
+            return method.function(hub, *message.arguments)
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
@@ -3685,8 +4276,11 @@ class Call:
             error = OperationCanceled("The invocation was canceled.")
         else:
             _log_failure(self.method.qualified_name, self._calls.connection, error)
-        problem = problem or _FAILED_INVOKING.format(self.invocation.target)
-        text = error_text(problem, error, self._calls.mapped.options)
+        target = self.invocation.target
+        text = f"Failed to invoke '{target}' because user is unauthorized"
+        if not isinstance(error, Unauthorized):
+            problem = problem or _FAILED_INVOKING.format(target)
+            text = error_text(problem, error, self._calls.mapped.options)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     def cancel(self) -> None:
@@ -4290,10 +4884,13 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
     if origin.lower() in allowed:
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
-        refused = f"{request.method} {request.rel_url.raw_path} for origin {origin!r}"
-        advice = "add it to allowed_origins (--allow-origin)"
-        log.warning("refused %s: %s", refused, advice)
-        text = f"Pages of this origin may not connect. The server can {advice}."
+        sides = f"Origin: {origin}, Host: {request.host}"
+        advice = "A proxy must pass Host on; other origins belong in allowed_origins "
+        text = (
+            f"Pages of this origin may not connect ({_one_line(sides, 500)}). {advice}"
+        )
+        text += "(--allow-origin)."
+        log.warning("%s %s: %s", request.method, request.rel_url.raw_path, text)
         raise web.HTTPForbidden(text=text)
 
 
@@ -4480,6 +5077,13 @@ class ConnectionManager:
         connection = self._connections.get(token)
         if connection is None:
             connection = await self._open(token, user_id)
+        if connection is None:
+            log.warning(
+                "%s with an unknown token: it has expired, or is from before a restart, "
+                "or from another process; several need a common backplane, and a proxy "
+                "that sends all requests of a connection to one of them",
+                request.method,
+            )
         if connection is None or connection.state == CLOSED:
             raise web.HTTPNotFound(text="No Connection with that ID")
         return connection
@@ -4805,6 +5409,17 @@ def _skips_negotiation(request: Request) -> bool:
     return _requested_transport(request) == WEBSOCKETS
 
 
+def _constructor_error(hub_class: type[Hub]) -> str:
+    """Return why a class cannot be made without arguments; "" if it can."""
+    try:
+        inspect.signature(hub_class).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # it has no signature
+        pass
+    return ""
+
+
 def map_hub(
     app: web.Application,
     path: str,
@@ -4812,13 +5427,16 @@ def map_hub(
     options: HubOptions | None = None,
     *,
     backplane: RedisBackplane | None = None,
-    **overrides: Any,
+    factory: Callable[[], Hub] | None = None,
+    **overrides: typing.Unpack[HubOverrides],
 ) -> HubContext:
     """Serve a hub at `path` of an aiohttp application.
 
     path: such as "/hubs/chat"; "/hubs/chat/negotiate" belongs to it too.
-    hub_class: a subclass of Hub that can be made without arguments. The same
-        class may be mapped twice; the two hubs share nothing.
+    hub_class: a subclass of Hub. The same class may be mapped twice; the two hubs
+        share nothing.
+    factory: makes a hub of that class for each connection. A class that can be made
+        without arguments needs none.
     backplane: connects the processes that serve this hub at this path; two hubs of
         one application may share it.
     options, overrides: a HubOptions, and fields of it to set or change.
@@ -4826,8 +5444,11 @@ def map_hub(
     ValueError for an unknown option, a class that is not a hub, a path that is taken,
     and two methods with the same wire name.
     """
-    if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
-        raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
+    _check_hub_class(hub_class)
+    if factory is None and (problem := _constructor_error(hub_class)):
+        name = hub_class.__name__
+        call = f"map_hub(app, path, {name}, factory=lambda: {name}(…))"
+        raise TypeError(f"{name} cannot be made without arguments ({problem}): {call}")
     if not isinstance(path, str) or not path.startswith("/"):
         raise ValueError(f'path must start with "/", got {path!r}')
     if "{" in path or "}" in path:
@@ -4836,7 +5457,8 @@ def map_hub(
     path = path.rstrip("/")
     if any(r.canonical == (path or "/") for r in app.router.resources()):
         raise ValueError(f"path: {path or '/'!r} is taken by another route")
-    endpoint = Endpoint(MappedHub(hub_class, options, path, backplane), path)
+    mapped = MappedHub(app, hub_class, factory, options, path, backplane)
+    endpoint = Endpoint(mapped, path)
     for slash in ("", "/"):  # ASP.NET accepts both
         app.router.add_route("*", f"{path}{slash}", endpoint.handle)
         app.router.add_route("*", f"{path}/negotiate{slash}", endpoint.handle_negotiate)
@@ -4851,6 +5473,223 @@ def map_hub(
     return endpoint.context
 
 
+# ------------------------------------------------------------------- client
+#
+# A client for tests and scripts, made of the same messages and protocols: what a
+# server encodes it decodes, and the other way round. WebSockets only, without
+# negotiation.
+
+
+class HubClient:
+    """A client's connection to a hub, made by `connect`."""
+
+    def __init__(
+        self, websocket: aiohttp.ClientWebSocketResponse[Any], protocol: HubProtocol
+    ) -> None:
+        self._websocket = websocket
+        self._protocol = protocol
+        self._inbox = Inbox(math.inf)
+        self._handlers: dict[str, Callable[..., Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: What has arrived: arguments by target, answers by invocation id.
+        self._received: defaultdict[str, deque[list[Any]]] = defaultdict(deque)
+        self._answers: dict[str, deque[StreamItem | Completion]] = {}
+        self._arrival = asyncio.Event()
+        #: Why the connection has ended, once it has.
+        self._end: str | None = None
+        self._ids = map(str, itertools.count(1))
+
+    async def __aenter__(self) -> typing.Self:
+        request = _dumps({"protocol": self._protocol.name, "version": 1})
+        await self._websocket.send_str(request + "\x1e")
+        async with asyncio.timeout(HubOptions().handshake_timeout):
+            while (record := self._inbox.read_until(RECORD_SEPARATOR)) is None:
+                await self._read()
+        try:
+            error = _json_object(record).get("error")
+        except ProtocolError as problem:
+            error = f"This is no hub: {problem}"
+        if error is not None:
+            raise HubException(error)
+        self._start(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._websocket.close()
+        await _end_tasks(self._tasks, (0, 1))
+
+    def on(self, target: str, handler: Callable[..., Any]) -> None:
+        """Call a function, plain or async, when the server calls `target`.
+
+        What it returns is the result, if the server waits for one; what it raises is
+        the error. `receive` does not get these calls.
+        """
+        self._handlers[target] = handler
+
+    async def receive(self, target: str, timeout: float = 5) -> list[Any]:
+        """Return the arguments of the next call of `target`, in order of arrival.
+
+        Raises TimeoutError after so many seconds, ConnectionError at the end.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._next(self._received[target])  # type: ignore[no-any-return]
+        except TimeoutError:
+            text = f"The server did not call {target!r} in {timeout} s."
+            raise TimeoutError(text) from None
+
+    async def send(self, target: str, *arguments: Any) -> None:
+        """Call a method of the hub without waiting for it."""
+        await self._call(Invocation(target, list(arguments)))
+
+    async def invoke(self, target: str, *arguments: Any) -> Any:
+        """Call a method of the hub and return its result.
+
+        arguments: of any type that hubs can send; async iterators are uploaded.
+        Raises HubException with the error that the hub reports, ConnectionError if
+        the connection ends.
+        """
+        call = Invocation(target, list(arguments), next(self._ids))
+        async with contextlib.aclosing(self._answers_of(call)) as answers:
+            result = (await anext(answers)).result
+        return None if result is NO_RESULT else result
+
+    async def stream(self, target: str, *arguments: Any) -> AsyncIterator[Any]:
+        """Yield the items of a stream; leaving the loop early cancels it."""
+        call = Invocation(target, list(arguments), next(self._ids), streaming=True)
+        async with contextlib.aclosing(self._answers_of(call)) as answers:
+            async for answer in answers:
+                if isinstance(answer, StreamItem):
+                    yield answer.item
+
+    async def _answers_of(self, call: Invocation) -> AsyncGenerator[Any, None]:
+        """Call a method; yield its stream items, then its completion."""
+        id, answer = call.invocation_id or "", None
+        waiting = self._answers[id] = deque()
+        try:
+            await self._call(call)
+            while not isinstance(answer, Completion):
+                answer = await self._next(waiting)
+                if isinstance(answer, Completion) and answer.error is not None:
+                    raise HubException(answer.error)
+                yield answer
+        finally:
+            del self._answers[id]
+            if not isinstance(answer, Completion):
+                with contextlib.suppress(ConnectionError):
+                    await self._write(CancelInvocation(id))
+
+    async def _next(self, waiting: deque[Any]) -> Any:
+        """Return what arrived first. Raises ConnectionError at the end."""
+        while not waiting:
+            if self._end is not None:
+                raise ConnectionError(self._end)
+            await self._arrival.wait()
+        return waiting.popleft()
+
+    async def _call(self, call: Invocation) -> None:
+        """Send a call; upload those of its arguments that are async iterators."""
+        streams = [a for a in call.arguments if isinstance(a, AsyncIterable)]
+        call.arguments = [a for a in call.arguments if not isinstance(a, AsyncIterable)]
+        call.stream_ids = tuple(next(self._ids) for _ in streams)
+        await self._write(call)
+        for stream_id, items in zip(call.stream_ids, streams, strict=True):
+            self._start(self._upload(stream_id, items))
+
+    async def _upload(self, stream_id: str, items: AsyncIterable[Any]) -> None:
+        end = Completion(stream_id, NO_RESULT)
+        try:
+            async for item in items:
+                await self._write(StreamItem(stream_id, item))
+        except Exception as error:  # noqa: BLE001 (user code)
+            end.error = str(error)
+        await self._write(end)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    async def _write(self, message: Message) -> None:
+        if self._end is not None:
+            raise ConnectionError(self._end)
+        data, binary = self._protocol.encode(message), self._protocol.binary
+        kind = aiohttp.WSMsgType.BINARY if binary else aiohttp.WSMsgType.TEXT
+        await self._websocket.send_frame(data, kind)
+
+    async def _read(self) -> None:
+        """Read what the server sends next. Raises ConnectionError at the end."""
+        data = (await self._websocket.receive()).data
+        if not isinstance(data, (str, bytes)):  # no message
+            raise ConnectionError("The connection was closed.")
+        self._inbox.extend(data.encode() if isinstance(data, str) else data)
+
+    async def _run(self) -> None:
+        """Handle what arrives until the connection ends."""
+        try:
+            while True:  # messages may have come with the handshake
+                for message, _ in self._protocol.decode(self._inbox, math.inf):
+                    self._take(message)
+                self._arrival.set()  # wakes all that wait now
+                self._arrival.clear()
+                await self._read()
+        except (OSError, ProtocolError, asyncio.CancelledError) as error:
+            self._end = self._end or str(error) or "The connection was closed."
+            self._arrival.set()
+
+    def _take(self, message: Message | None) -> None:
+        match message:
+            case Invocation(target) if target in self._handlers:
+                self._start(self._handle(message))
+            case Invocation(target, arguments, id):
+                self._received[target].append(arguments)
+                if id is not None:
+                    text = "Client didn't provide a result."
+                    self._start(self._write(Completion(id, NO_RESULT, text)))
+            case StreamItem(id) | Completion(id) if id in self._answers:
+                self._answers[id].append(message)
+            case Close(error):
+                self._end = error or "The connection was closed."
+
+    async def _handle(self, message: Invocation) -> None:
+        """Call a handler; answer if the server waits."""
+        id, target = message.invocation_id, message.target
+        try:
+            result = self._handlers[target](*message.arguments)
+            result = await result if hasattr(result, "__await__") else result
+            if id is not None:
+                await self._write(Completion(id, result))
+        except Exception as error:
+            log.exception("the handler of %r failed", target)
+            if id is not None:
+                await self._write(Completion(id, NO_RESULT, str(error)))
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    client: Any, url: str, *, protocol: str = "json", **options: Any
+) -> AsyncIterator[HubClient]:
+    """Connect to a hub: `async with connect(client, "/hubs/chat") as connection`.
+
+    client: an aiohttp.ClientSession, or aiohttp's TestClient.
+    url: of the hub; for a TestClient its path.
+    protocol: "json", or "messagepack" if that package is installed.
+    options: of `client.ws_connect`, such as headers={"Authorization": "Bearer …"}.
+    Raises HubException if the handshake is refused, aiohttp.ClientError if there is no
+    hub at the URL, ConnectionError or TimeoutError if it does not answer, and ValueError
+    for a protocol that is unknown or not installed.
+    """
+    chosen = _load_protocols(HubOptions()).get(protocol)
+    if chosen is None:
+        raise ValueError(f"protocol {protocol!r} is unknown, or its package is missing")
+    async with (
+        client.ws_connect(url, max_msg_size=0, **options) as websocket,
+        HubClient(websocket, chosen) as connection,
+    ):
+        yield connection
+
+
 # --------------------------------------------------------------- operations
 #
 # Long-running work on asyncio tasks. An operation belongs to no request: it is
@@ -4863,6 +5702,9 @@ COMPLETED, FAULTED, CANCELED = "Completed", "Faulted", "Canceled"
 
 class TooManyOperations(RuntimeError):
     """So many operations are under way that no other can start."""
+
+
+_write_result = _json_writer(Writer(HubOptions(), "json").result_to_plain)
 
 
 @dataclass(eq=False, repr=False)
@@ -4891,6 +5733,20 @@ class Operation:
     def __repr__(self) -> str:
         return f"<Operation {self.name!r} {self.state} {self.progress}%>"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the public fields as JSON values: times and the error as text."""
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        del fields["expires_at"]
+        for name in ("started_at", "completed_at"):
+            fields[name] = fields[name] and fields[name].isoformat()
+        error = self.error
+        fields["error"] = error and f"{type(error).__name__}: {error}"
+        try:
+            fields["result"] = json.loads(_write_result(self.result))
+        except (TypeError, ValueError):
+            fields["result"] = repr(self.result)
+        return fields
+
     @property
     def final(self) -> bool:
         """Whether the state can no longer change."""
@@ -4911,6 +5767,21 @@ class Progress:
 
     _operation: Operation
     _announce: Callable[[Operation], Awaitable[None]]
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _thread: threading.Thread = field(default_factory=threading.current_thread)
+
+    def from_thread(self, percent: float, status: str = "") -> None:
+        """Report progress from a thread, as of `asyncio.to_thread`, and wait for it.
+
+        Cancelling an operation does not end its threads: there this raises
+        asyncio.CancelledError then, which ends the thread's function too.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("use `await progress(…)` outside of threads")
+        if self._operation.cancel_requested or self._operation.final:
+            raise asyncio.CancelledError
+        report = self(percent, status)
+        asyncio.run_coroutine_threadsafe(report, self._loop).result()
 
     async def __call__(self, percent: float, status: str = "") -> None:
         """Report progress; return after `on_change` has returned.
@@ -4932,7 +5803,8 @@ class Progress:
             await self._announce(operation)
 
 
-Work = Callable[[Progress], Awaitable[Any]]
+#: Async: takes a Progress, then the arguments given to `Operations.start`.
+Work = Callable[..., Awaitable[Any]]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -4962,19 +5834,26 @@ class Operations:
             text = "running and limit must be at least 1, retention at least 0 seconds"
             raise ValueError(text)
 
-    def start(self, work: Work, *, name: str = "", description: str = "") -> Operation:
-        """Run `await work(progress)` in a task of its own.
+    def start(
+        self, work: Work, *arguments: Any, name: str = "", description: str = ""
+    ) -> Operation:
+        """Run `await work(progress, *arguments)` in a task of its own.
 
         name, description: for people; the default name is the function's.
-        Raises TooManyOperations if `running` are under way, RuntimeError after `close`.
+        Raises TooManyOperations if `running` are under way, RuntimeError after `close`,
+        TypeError if `work` is not an async function.
         """
+        if not _is_async(work):
+            raise TypeError(
+                f"start(work, …): an async function of a Progress, not {work!r}"
+            )
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
         if sum(not o.final for o in self._operations.values()) >= self.running:
             raise TooManyOperations(f"{self.running} operations are under way already")
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
-        operation._task = asyncio.create_task(self._run(operation, work))
+        operation._task = asyncio.create_task(self._run(operation, work, arguments))
         self._kept()[operation.id] = operation
         return operation
 
@@ -5005,6 +5884,12 @@ class Operations:
         del self._operations[id]
         return True
 
+    async def context(self, app: object) -> AsyncIterator[None]:
+        """Serve an aiohttp application until it ends (for `app.cleanup_ctx`)."""
+        self._closed = False
+        yield
+        await self.close()
+
     async def close(self) -> None:
         """Cancel all operations, wait 2 s at most for their end, start no more."""
         self._closed = True
@@ -5013,14 +5898,17 @@ class Operations:
             self.cancel(id)
         await _end_tasks(tasks)
 
-    async def _run(self, operation: Operation, work: Work) -> None:
+    async def _run(
+        self, operation: Operation, work: Work, arguments: tuple[Any, ...]
+    ) -> None:
         """Take an operation through its states and announce each once."""
         try:
             if operation.cancel_requested:  # before the first step
                 raise asyncio.CancelledError
             operation.state, operation.started_at = RUNNING, datetime.now(UTC)
             await self._announce(operation)
-            operation.result = await work(Progress(operation, self._announce))
+            progress = Progress(operation, self._announce)
+            operation.result = await work(progress, *arguments)
             operation.state, operation.progress = COMPLETED, 100
         except asyncio.CancelledError as error:
             operation.state, operation.error = CANCELED, error
@@ -6398,6 +7286,11 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
+    text = "print what clients may call as JSON, by default on the demo's hub; then end"
+    demo = "kestrun:KestrunHub"
+    add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
+    text = "connect to a hub and print the round trip of a call; then end"
+    add("--probe", metavar="URL", help=text)
     add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
     return parser.parse_args(argv)
@@ -6556,11 +7449,73 @@ def _hosts(arguments: argparse.Namespace) -> Collection[str] | None:
     return arguments.allow_host or None
 
 
+def _print_description(name: str) -> None:
+    """Print what clients may call on a hub. name: such as "chat:ChatHub"."""
+    module_name, _, class_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    sys.modules.setdefault("kestrun", sys.modules[__name__])
+    try:
+        description = describe(
+            getattr(importlib.import_module(module_name), class_name)
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--describe {name}: {error}") from None
+    print(json.dumps(description, indent=2))
+
+
+async def _probe(url: str, token: str | None) -> None:
+    """Print the round trip of a call. Raises ConnectionError with what is wrong."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        async with (
+            asyncio.timeout(_PROBE_TIMEOUT),
+            aiohttp.ClientSession() as session,
+            connect(session, url, headers=headers) as connection,
+        ):
+            trips = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                with contextlib.suppress(HubException):  # an error is an answer, too
+                    await connection.invoke("Echo", "probe")
+                trips.append(1000 * (time.perf_counter() - begun))
+    except (aiohttp.ClientError, HubException, TimeoutError) as error:
+        text = f"{url} cannot be used: {error}"
+        if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
+            text = f"{url!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
+        elif isinstance(error, aiohttp.WSServerHandshakeError):
+            reason = _PROBLEMS.get(error.status, "this is no hub")
+            text = f"{url} answers {error.status}: {reason}"
+        elif isinstance(error, TimeoutError):
+            text = f"{url} does not answer in {_PROBE_TIMEOUT:g} s"
+        raise ConnectionError(text) from None
+    print(f"{url} answers in {min(trips):.1f} ms")
+
+
+#: What a refused WebSocket means.
+_PROBLEMS = {
+    200: "this is a page, not a hub",
+    400: "this is no hub, or a proxy does not pass the header Upgrade on",
+    401: "the token is missing or wrong; give --token",
+    403: "this user may not connect",
+    404: "there is no hub at this path",
+    421: "the server does not know this host name; see --allow-host",
+    502: "the server behind the proxy does not run",
+    503: "the server is full or shuts down",
+}
+_PROBE_TIMEOUT = 10.0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
     arguments = _parse_arguments(argv)
     _set_up_logging(arguments.log_level)
     try:
+        if arguments.describe is not None:
+            _print_description(arguments.describe)
+            return 0
+        if arguments.probe is not None:
+            asyncio.run(_probe(arguments.probe, arguments.token))
+            return 0
         backplane = _make_backplane(arguments)
         app = create_app(
             hub_path=arguments.hub_path,
@@ -6579,7 +7534,9 @@ def main(argv: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(work)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        print(f"kestrun cannot start: {error}", file=sys.stderr)
+        starts = arguments.describe is arguments.probe is None
+        prefix = "kestrun cannot start: " if starts else ""
+        print(f"{prefix}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # where signals cannot be handled
         return 0
