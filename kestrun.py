@@ -6713,7 +6713,7 @@ connection.start();
 # --------------------------------------------------------------------- demo
 #
 # The sample application, written as yours would be with this file next to it: a
-# hub of three methods, routes that broadcast, operations that report progress,
+# hub of four methods, routes that broadcast, operations that report progress,
 # two jobs. Names and payloads are those of Kestrun's PowerShell sample "SignalR".
 
 #: Where the demo application keeps its hub: `app[kestrun.HUB]`.
@@ -6869,6 +6869,16 @@ class KestrunHub(Hub):
 
     async def echo(self, message: Any) -> None:
         await self.clients.caller.send("ReceiveEcho", message)
+
+    async def stats(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Stream the numbers of the server once a second, and your groups' sizes."""
+        async with contextlib.aclosing(self.app[_MONITOR].watch()) as numbers:
+            async for item in numbers:
+                yours = {
+                    name: item["Groups"].get(name) or len(self.groups.find(name))
+                    for name in self.groups.of(self.context.connection_id)
+                }
+                yield {**item, "YourGroups": yours}
 
 
 def _memory_mb() -> float:
@@ -7151,6 +7161,83 @@ class Demo:
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
 
+#: How many groups of a process `Stats` names.
+_LARGEST_GROUPS = 100
+
+
+class Monitor:
+    """Numbers of the demo, taken once a second, however many clients watch them."""
+
+    def __init__(self, demo: Demo) -> None:
+        self._demo = demo
+        #: By how many seconds timers were late during the last second.
+        self._delays: deque[float] = deque([0.0], maxlen=20)
+        self._newest: asyncio.Task[dict[str, Any]] | None = None
+        self._taken = -math.inf
+
+    async def context(self, app: object) -> AsyncIterator[None]:
+        """Measure the event loop's lag while an application runs (`cleanup_ctx`)."""
+        task = asyncio.create_task(self._measure_lag())
+        yield
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.monotonic() + 0.05
+            await asyncio.sleep(0.05)
+            self._delays.append(time.monotonic() - due)
+
+    def count(self) -> dict[str, Any]:
+        """Count what belongs to this process."""
+        hub, stats = self._demo.hub, self._demo.hub.stats()
+        sizes = {name: len(hub.groups.find(name)) for name in hub.groups.names()}
+        states = Counter(operation.state for operation in self._demo.operations.list())
+        return {
+            "Clients": stats["connections"],
+            "MessagesIn": stats["messages_in"],
+            "MessagesOut": stats["messages_out"],
+            "QueuedBytes": stats["queued_bytes"],
+            "Transports": stats["transports"],
+            "Groups": dict(Counter(sizes).most_common(_LARGEST_GROUPS)),
+            "Operations": dict(states),
+            "LoopLag": round(1000 * max(self._delays), 1),
+        }
+
+    async def _add_up(self) -> dict[str, Any]:
+        """Add up what all processes count; the lag is that of the slowest."""
+        try:
+            counts = await self._demo.hub.everywhere.ask("stats")
+        except ConnectionError:
+            counts = [self.count()]
+        total: dict[str, Any] = {
+            "Uptime": round(time.monotonic() - self._demo.started, 1),
+            "Timestamp": _stamp(),
+            "Processes": len(counts),
+            "LoopLag": max(count.pop("LoopLag") for count in counts),
+        }
+        for name, value in counts[0].items():
+            values = [count[name] for count in counts]
+            if isinstance(value, dict):
+                total[name] = dict(sum(map(Counter, values), Counter[str]()))
+            else:
+                total[name] = sum(values)
+        return total
+
+    async def watch(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the numbers once a second, the first at once."""
+        while True:
+            if self._newest is None or time.monotonic() - self._taken > 0.9:
+                self._taken = time.monotonic()
+                self._newest = asyncio.create_task(self._add_up())
+            yield await asyncio.shield(self._newest)
+            await asyncio.sleep(1)
+
+
+#: Where the demo keeps its Monitor, for its hub.
+_MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
+
+
 def create_app(
     *,
     hub_path: str = "/hubs/kestrun",
@@ -7179,11 +7266,13 @@ def create_app(
     if isinstance(allowed_hosts, str) or not all(map(_host_name, allowed_hosts or ())):
         raise ValueError("allowed_hosts: names such as 'example.com'")
     demo = Demo(token, allowed_origins, allowed_hosts)
+    monitor = Monitor(demo)
     app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
     app.on_response_prepare.append(_add_security_headers)
     app.on_startup.append(demo.open_operations)
     # Before the hub's own, so that clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
+    app[_MONITOR] = monitor
     demo.hub = app[HUB] = map_hub(
         app,
         hub_path,
@@ -7198,16 +7287,17 @@ def create_app(
     demo.hub.everywhere.handle("operation", demo.act_on_operation)
     demo.hub.everywhere.handle("operations", demo.local_operations)
     demo.hub_routes = frozenset(app.router.resources())
+    demo.hub.everywhere.handle("stats", monitor.count)
     app.cleanup_ctx.append(demo.schedule.context)
+    app.cleanup_ctx.append(monitor.context)
+    demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     relative = html.escape(hub_path.lstrip("/"))
     page = PAGE.replace('content="hubs/kestrun"', f'content="{relative}"')
-
     headers = {"Content-Security-Policy": _content_security_policy(page)}
 
     async def show_page(request: Request) -> Response:
         return Response(text=page, content_type="text/html", headers=headers)
 
-    demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     app.add_routes([web.get("/", show_page), web.get("/healthz", demo.show_health)])
     return app
 

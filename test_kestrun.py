@@ -7891,6 +7891,32 @@ async def test_operations_are_listed_newest_first(guest) -> None:
     assert operations[0] | running | {"OperationId": ids[2]} == operations[0]
 
 
+STATS = "Uptime Timestamp Processes LoopLag Clients MessagesIn MessagesOut QueuedBytes "
+STATS += "Transports Groups Operations YourGroups"
+
+
+@everywhere
+async def test_the_stats_are_streamed_once_a_second(demo, wire) -> None:
+    server = await demo()
+    client, other = await server.connect(wire, path=HUB), await visitor(server)
+    for one, group in ((client, "Blue"), (other, "Blue"), (other, "Red")):
+        await one.invoke("JoinGroup", group)
+    await started(server)
+    ids = [await one.begin("Stats", type=4) for one in (client, other)]
+    begun = time.monotonic()
+    first, second = [(await client.next(2, ids[0]))["item"] for _ in range(2)]
+    assert 0.8 < time.monotonic() - begun < 2
+    assert_fields(first, STATS)
+    assert first["Groups"] == {"Blue": 2, "Red": 1}
+    assert first["YourGroups"] == {"Blue": 2}
+    assert first["Operations"] == {"Running": 1}
+    assert sum(first["Transports"].values()) == first["Clients"] == 2
+    assert second["MessagesOut"] > first["MessagesOut"] > 0
+    assert 0.8 < second["Uptime"] - first["Uptime"] < 2
+    theirs = (await other.next(2, ids[1]))["item"]
+    assert theirs["YourGroups"] == {"Blue": 2, "Red": 1}
+
+
 async def test_an_operation_is_cancelled_once_and_then_removed_once(guest) -> None:
     id = await started(guest.server)
     show, cancel = f"GET /api/operation/status/{id}", f"POST /api/operation/cancel/{id}"
@@ -11073,6 +11099,18 @@ async def test_each_client_hears_one_heartbeat_that_counts_all(sample, clock) ->
         await server.hub.clients.all.send("End")
     for client in clients * 3:
         assert await client.received("End") == []
+
+
+async def test_the_stats_add_up_what_all_processes_count(sample) -> None:
+    servers = [await sample(), await sample()]
+    clients = [await visitor(server, group="Admins") for server in servers]
+    for server in servers:
+        await started(server)
+    id = await clients[0].begin("Stats", type=4)
+    item = (await clients[0].next(2, id))["item"]
+    assert (item["Processes"], item["Clients"]) == (2, 2)
+    assert item["Groups"] == item["YourGroups"] == {"Admins": 2}
+    assert item["Operations"] == {"Running": 2}
 
 
 async def test_operations_are_seen_and_changed_through_any_process(sample) -> None:
