@@ -6207,8 +6207,276 @@ class Schedule:
 
 # --------------------------------------------------------------------- page
 #
-# The demo's page, with a small SignalR client in plain JavaScript. It needs no
-# other file and no other host. `create_app` writes the hub's path into its meta tag.
+# The demo's page and a small SignalR client in plain JavaScript, which pages of your
+# own can import as well. They need no other file and no other host. `create_app`
+# writes the hub's path into the page's meta tag.
+
+CLIENT_JS = r"""// A SignalR client in plain JavaScript:
+//
+//   import { HubConnection } from "./kestrun.js";
+//   const connection = new HubConnection("hubs/kestrun");
+//   connection.on("ReceiveEcho", (text) => console.log(text));
+//   await connection.start();
+//   await connection.invoke("Echo", "Hello");
+//
+// It speaks the JSON protocol: each hub message is a JSON object followed by the
+// character 0x1E. Messages travel over a WebSocket or, where WebSockets are blocked,
+// over Server-Sent Events and POST. Out of scope: long polling, upload streams,
+// MessagePack, stateful reconnect.
+
+const INVOCATION = 1, STREAM_ITEM = 2, COMPLETION = 3, STREAM_INVOCATION = 4;
+const CANCEL_INVOCATION = 5, PING = 6, CLOSE = 7, END = "\x1e";
+const PING_INTERVAL = 10_000, SERVER_TIMEOUT = 30_000;  // milliseconds
+const RETRY_DELAYS = [0, 2, 10, 30];                    // seconds; the last one repeats
+
+export class HubConnection {
+  state = "Disconnected";   // or Connecting, Connected, Reconnecting, Unauthorized
+  transport = "";           // the name of the transport in use
+  onstate = () => {};       // called with the new state and { reason, delay }
+  onmessage = () => {};     // called with "sent" or "received" and each hub message
+  #handlers = new Map();    // what `on` registered: name in lower case -> function
+  #pending = new Map();     // invocation id -> { resolve, reject, item }
+  #failed = new Set();      // transports that did not open
+  #link = null;             // the open transport: { send, close }
+  #attempt = 0;             // counts; events of older attempts are ignored
+  #timers = {};             // retry, silence, stable
+  #retries = 0;             // since the connection was last stable
+  #lastId = 0;
+  #lastPing = 0;
+  #started = () => {};
+
+  /** token: a function that returns the access token, called for each attempt. */
+  constructor(url, { token = () => null } = {}) {
+    this.url = new URL(url, location.href).href;
+    this.token = token;
+  }
+
+  /** Call a function when the server calls `target`. Its result is the answer. */
+  on(target, handler) {
+    this.#handlers.set(target.toLowerCase(), handler);
+  }
+
+  /** Connect now. The promise is kept at the next connection, maybe after retries. */
+  start() {
+    this.#reset();
+    this.#retries = 0;
+    this.#connect();
+    return new Promise((resolve) => { this.#started = resolve; });
+  }
+
+  stop() {
+    this.#reset();
+    this.#setState("Disconnected");
+  }
+
+  /** Call a method of the hub; return its result, or throw its error. */
+  async invoke(target, ...args) {
+    const { promise, resolve, reject } = Promise.withResolvers();
+    this.#call(INVOCATION, target, args, { resolve, reject });
+    return promise;
+  }
+
+  /** Yield the items of a stream: `for await (const n of c.stream("Counter", 3))`. */
+  async *stream(target, ...args) {
+    const items = [];
+    let wake, ended = false, failure = null;
+    const end = (error) => { ended = true; failure = error; wake?.(); };
+    const item = (value) => { items.push(value); wake?.(); };
+    const answer = { item, resolve: () => end(null), reject: end };
+    const invocationId = this.#call(STREAM_INVOCATION, target, args, answer);
+    try {
+      while (items.length || !ended) {
+        if (items.length) yield items.shift();
+        else await new Promise((resolve) => { wake = resolve; });
+      }
+      if (failure) throw failure;
+    } finally {             // also when the reader leaves the loop
+      if (!ended) this.#send({ type: CANCEL_INVOCATION, invocationId });
+    }
+  }
+
+  #call(type, target, args, answer) {
+    if (this.state !== "Connected") throw new Error("There is no connection.");
+    const invocationId = String(++this.#lastId);
+    this.#pending.set(invocationId, answer);
+    this.#send({ type, invocationId, target, arguments: args });
+    return invocationId;
+  }
+
+  // Connecting: negotiate, open a transport, shake hands.
+
+  async #connect() {
+    const attempt = ++this.#attempt;
+    this.#setState(this.connectionId ? "Reconnecting" : "Connecting");
+    try {
+      const url = `${this.url}/negotiate?negotiateVersion=1`;
+      const answer = await request("POST", url, { token: this.token() });
+      if (attempt !== this.#attempt) return;
+      if (answer.error) throw new Error(answer.error);
+      this.connectionId = answer.connectionId;
+      this.#open(answer.connectionToken, answer.availableTransports);
+    } catch (error) {
+      if (attempt !== this.#attempt) return;
+      if (error.status === 401) return this.#setState("Unauthorized");
+      this.#failed.clear();  // the fault was not the transport's
+      this.#lost(error.message);
+    }
+  }
+
+  #open(connectionToken, available) {   // the token is a secret, unlike the id
+    const offered = Object.keys(TRANSPORTS).filter((name) => globalThis[NEEDS[name]]
+      && available.some(({ transport }) => transport === name));
+    const name = offered.find((name) => !this.#failed.has(name));
+    if (!name) throw new Error("No transport reaches the server.");
+    this.#failed.add(name);             // until the handshake has succeeded
+    this.transport = name;
+    const query = new URLSearchParams({ id: connectionToken });
+    // Neither transport can send an Authorization header, so the query has the token.
+    if (this.token()) query.set("access_token", this.token());
+    const attempt = this.#attempt;
+    const ifCurrent = (react) => (value) => {
+      if (attempt === this.#attempt) react(value);
+    };
+    this.#link = TRANSPORTS[name](`${this.url}?${query}`, {
+      open: ifCurrent(() => this.#send({ protocol: "json", version: 1 })),
+      data: ifCurrent((data) => this.#receive(data)),
+      close: ifCurrent(() => this.#lost(this.state === "Connected"
+        ? "The connection was lost." : `${name} did not reach the server.`)),
+    });
+    this.#expectData();
+  }
+
+  #finishHandshake(error) {
+    if (error) return this.#lost(error);
+    this.#failed.delete(this.transport);
+    // Retry delays start again at 0 only after a connection that lasted.
+    this.#timers.stable = setTimeout(() => { this.#retries = 0; }, 2_000);
+    this.#setState("Connected");
+    this.#started();
+  }
+
+  // Messages.
+
+  #send(message) {
+    this.#link?.send(JSON.stringify(message) + END);
+    this.onmessage("sent", message);
+  }
+
+  #receive(data) {          // holds one or several whole messages
+    this.#expectData();
+    for (const text of data.split(END).slice(0, -1)) {
+      if (!this.#link) return;               // the previous message was a Close
+      const message = JSON.parse(text);
+      this.onmessage("received", message);
+      this.#dispatch(message);
+    }
+    // The server pings every 15 s. A ping in reply needs no timer, which the browser
+    // would slow down while the page is hidden.
+    if (this.state === "Connected" && Date.now() - this.#lastPing >= PING_INTERVAL) {
+      this.#lastPing = Date.now();
+      this.#send({ type: PING });
+    }
+  }
+
+  #dispatch(message) {
+    const { type, invocationId, error, allowReconnect = false } = message;
+    if (this.state !== "Connected") this.#finishHandshake(error);
+    const pending = this.#pending.get(invocationId);
+    if (type === INVOCATION) this.#answer(message);
+    if (type === STREAM_ITEM) pending?.item?.(message.item);
+    if (type === COMPLETION) {
+      this.#pending.delete(invocationId);
+      if (error) pending?.reject(new Error(error)); else pending?.resolve(message.result);
+    }
+    if (type === CLOSE) this.#lost(error, allowReconnect);
+  }
+
+  async #answer({ invocationId, target, arguments: args }) {
+    const attempt = this.#attempt, answer = { type: COMPLETION, invocationId };
+    const handler = this.#handlers.get(target.toLowerCase());
+    try {
+      if (invocationId && !handler) throw new Error(`Nothing handles ${target}.`);
+      answer.result = await handler?.(...args) ?? null;
+    } catch (error) {
+      if (!invocationId) return reportError(error);   // to the console
+      answer.error = error.message;
+    }
+    if (invocationId && attempt === this.#attempt) this.#send(answer);
+  }
+
+  // The end of a connection.
+
+  #expectData() {           // restart the server timeout
+    clearTimeout(this.#timers.silence);
+    this.#timers.silence = setTimeout(
+      () => this.#lost("The server sent nothing for 30 seconds."), SERVER_TIMEOUT);
+  }
+
+  #lost(reason = "The server closed the connection.", reconnect = true) {
+    this.#reset();
+    if (!reconnect) return this.#setState("Disconnected", { reason });
+    const delay = RETRY_DELAYS[Math.min(this.#retries++, RETRY_DELAYS.length - 1)];
+    this.#timers.retry = setTimeout(() => this.#connect(), delay * 1000);
+    this.#setState("Reconnecting", { reason, delay });
+  }
+
+  #reset() {                // close the transport, ignore its events, fail pending calls
+    this.#attempt += 1;
+    Object.values(this.#timers).forEach((timer) => clearTimeout(timer));
+    this.#link?.close();
+    this.#link = null;
+    const error = new Error("The connection was lost before the server answered.");
+    const pending = [...this.#pending.values()];
+    this.#pending.clear();
+    pending.forEach(({ reject }) => reject(error));
+  }
+
+  #setState(state, detail = {}) {
+    this.state = state;
+    this.onstate(state, detail);
+  }
+}
+
+// A transport opens a URL, calls `on.open`, `on.data` and `on.close`, and returns the
+// functions that send and close.
+
+const NEEDS = { WebSockets: "WebSocket", ServerSentEvents: "EventSource" };
+const TRANSPORTS = {
+  WebSockets(url, on) {
+    const socket = new WebSocket(url.replace("http", "ws"));
+    socket.onopen = on.open;
+    socket.onmessage = ({ data }) => on.data(data);
+    socket.onclose = on.close;
+    return { send: (text) => socket.send(text), close: () => socket.close() };
+  },
+
+  ServerSentEvents(url, on) {           // events bring messages, POST takes them
+    const source = new EventSource(url);
+    let posted = Promise.resolve();     // one POST after another keeps the order
+    source.onopen = on.open;
+    source.onmessage = ({ data }) => on.data(data);
+    source.onerror = on.close;
+    const post = (body) => request("POST", url, { body }).catch(on.close);
+    const send = (text) => { posted = posted.then(() => post(text)); };
+    return { send, close: () => source.close() };
+  },
+};
+
+/** Return the body of a response; throw an error in a sentence if there is none. */
+export async function request(method, url, { token, body } = {}) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const signal = AbortSignal.timeout(SERVER_TIMEOUT);
+  const response = await fetch(url, { method, headers, body, signal })
+    .catch(() => { throw new Error("The server cannot be reached. Is it running?"); });
+  const type = response.headers.get("Content-Type") ?? "", { status } = response;
+  const answer = await (type.includes("json") ? response.json() : response.text());
+  if (response.ok) return answer;
+  // The API explains errors in JSON, the hub in plain text or not at all.
+  const text = type.startsWith("text/plain") ? answer : answer.Message;
+  const message = text || `The server answered with status ${status}.`;
+  throw Object.assign(new Error(message), { status });
+}
+"""
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -6226,7 +6494,7 @@ PAGE = r"""<!doctype html>
     color-scheme: light dark;
     --paper: light-dark(#eef2f5, #10161c); --panel: light-dark(#fdfefe, #182028);
     --raised: light-dark(#edf2f6, #232e38); --ink: light-dark(#17222c, #dfe7ee);
-    --muted: light-dark(#51606d, #9aa9b6); --line: light-dark(#d6dee5, #2c3843);
+    --muted: light-dark(#51606d, #9aa9b6); --line: light-dark(#dbe2e9, #2a3540);
     --edge: light-dark(#7a8997, #677683); --accent: light-dark(#235f8c, #86b9e2);
     --feather: light-dark(#a9582b, #e0935f); --good: light-dark(#1c6b48, #7ccba2);
     --warn: light-dark(#855000, #e6b566); --bad: light-dark(#b02a20, #f0938a);
@@ -6235,64 +6503,106 @@ PAGE = r"""<!doctype html>
     list-style: none; overflow-wrap: anywhere; scrollbar-width: thin; }
   [hidden], #operations:empty { display: none !important; }
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
-    max-width: 84rem; margin: auto; padding: 1rem; color: var(--ink);
+    max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
     background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
-  header, .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-  header svg { width: 2.75rem; margin-right: .25rem; fill: none; stroke: var(--feather);
-    stroke-width: 2.2; stroke-linecap: round; }
+  header, .row, .brand, #groups { display: flex; flex-wrap: wrap; gap: .5rem;
+    align-items: center; }
+  header { gap: .75rem 2.5rem; }
+  .brand { margin-right: auto; }
+  .brand svg { width: 2.75rem; fill: none; stroke: var(--feather); stroke-width: 2.2;
+    stroke-linecap: round; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
-  h2 { flex: 1; font-size: 1.0625rem; }
-  p, label { color: var(--muted); font-size: .875rem; }
-  code, time { font: .8125rem ui-monospace, Menlo, Consolas, monospace; }
-  main, .controls, section { display: grid; gap: 1rem; align-content: start; }
-  section, #token-form { gap: .75rem; padding: 1rem 1.125rem; border-radius: .75rem;
-    border: 1px solid var(--line); background: var(--panel); }
-  label { display: grid; flex: 1 1 8rem; gap: .25rem; }
+  h2 { font-size: 1.0625rem; overflow-wrap: normal; }
+  h2 + p { margin-top: -.5rem; }
+  p, label, dt, summary { color: var(--muted); font-size: .875rem; }
+  b, a { color: var(--ink); }
+  pre, code, time { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+  main, .controls, fieldset, section { display: grid; gap: .75rem; border: 0;
+    align-content: start; }
+  main, .controls { gap: 1rem; }
+  section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
+    border-radius: .75rem; background: var(--panel); }
+  #intro { padding: .625rem 1.125rem; background: none; }
+  label { display: grid; flex: 1 1 6rem; gap: .25rem; }
   .row:has(label) { align-items: end; }
-  input, button { padding: .375rem .65rem; border: 1px solid var(--edge);
-    border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
-  input { width: 100%; font-size: 1rem; }
+  input, button { min-height: 2.75rem; padding: .375rem .75rem; border-radius: .5rem;
+    border: 1px solid var(--edge); background: var(--panel); color: var(--ink);
+    font: inherit; }
+  input { width: 100%; }
   button { border-color: var(--line); background: var(--raised); font-size: .875rem;
-    line-height: 1.7; cursor: pointer; }
+    cursor: pointer; }
   button:hover { border-color: var(--edge); }
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
+  :is(button, input):disabled { opacity: .5; cursor: default; }
+  summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
+  summary::before { content: "▸"; display: inline-block; width: 1.25rem; }
+  [open] > summary { margin-bottom: 0; }
+  [open] > summary::before { content: "▾"; }
+  pre { margin-top: .5rem; padding: .75rem; border-radius: .5rem; font-size: .75rem;
+    background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
+  #numbers { display: flex; gap: 2rem; align-items: center; white-space: nowrap; }
+  #facts { display: grid; grid-template-columns: repeat(4, auto); gap: .25rem 2rem; }
+  dd { font-weight: 600; font-variant-numeric: tabular-nums; }
+  dt[class]::before { content: "▬"; margin-right: .375rem; color: var(--feather); }
+  dt.clients::before { color: var(--accent); }
+  #plot { flex: 0 1 9rem; height: 2.75rem; border-bottom: 1px solid var(--edge); }
+  #plot path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
+  #plot .clients { stroke: var(--accent); }
   #state, .state { font-weight: 600; }
   #state::before { content: "●"; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
   #token-hint { flex: 1 0 100%; }
   #token-form label { max-width: 27rem; }
-  #groups { display: flex; flex-wrap: wrap; gap: .375rem; font-size: .875rem; }
-  #groups li { padding: 0 .75rem; border: 1px solid var(--edge); border-radius: 1rem; }
+  #groups li { padding: .125rem .75rem; border: 1px solid var(--edge);
+    border-radius: 1rem; font-size: .875rem; }
+  #groups ::after { color: var(--muted); }
+  #groups [data-size]::after { content: " · " attr(data-size); }
   body:not([data-state="Connected"]) #groups li::after { content: ", joining again"; }
-  #groups:empty::after { content: "Not in any group"; color: var(--muted); }
-  #operations li { display: grid; gap: .5rem; padding: .75rem 0; font-size: .875rem;
-    border-top: 1px solid var(--line); }
-  #operations button, #clear, #retry { padding: 0 .625rem; }
-  #operations code { flex: 1; }
+  #operations li { display: grid; gap: .375rem; padding: .75rem 0; font-size: .875rem; }
+  #operations :is(b, p) { flex: 1; }
   progress { width: 100%; accent-color: var(--feather); }
 
-  [role="log"] { grid-template-rows: auto 1fr; gap: .5rem; }
-  #log { overflow-y: auto; }
-  #log:empty::after { content: "No messages yet"; color: var(--muted); }
+  #log-panel { grid-template-rows: auto 1fr; }
+  #log-panel .row { align-items: center; }
+  #log-panel h2 { margin-right: auto; }
+  #log-panel label { flex-basis: 4rem; max-width: 18rem; }
+  #log-panel .row button { padding: 0 .5rem; }
+  #scroll { overflow-y: auto; border-top: 1px solid var(--line); }
+  #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
+  :is(#log, #frames, #groups):empty::after { content: "Nothing yet";
+    color: var(--muted); font-size: .875rem; }
+  #groups:empty::after { content: "This page is in no group."; }
   #log li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline;
     padding: .3125rem 0; font-size: .9375rem; }
-  #log li + li { border-top: 1px solid var(--line); }
+  :is(#log, #frames) li + li, #operations li { border-top: 1px solid var(--line); }
   #log strong { flex: 0 0 13.25rem; color: var(--accent); font-size: .8125rem; }
-  #log span { flex: 1 1 17rem; }             /* below its heading if space is short */
+  #log span { flex: 1 1 15rem; }             /* below its heading if space is short */
   #log time, #log [data-kind="Answer"] * { color: var(--muted); }
   #log [data-kind~="Warning"] strong { color: var(--warn); }
   #log [data-kind~="Error"] strong { color: var(--bad); }
+  @media (width < 75rem) { #numbers { order: 1; flex: 1 0 100%; } }
+  @media (width >= 75rem) {                  /* one row, whatever the state says */
+    header { flex-wrap: nowrap; }
+    .brand, #facts { flex: none; }
+    #numbers { flex-shrink: 9; min-width: 26rem; }
+  }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
-    html { scroll-padding-bottom: 40dvh; }   /* keeps the focus above it */
-    [role="log"] { height: 38dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
-      border-width: 1px 0 0; border-radius: 0; }
+    html { scroll-padding-bottom: 38dvh; }   /* keeps the focus above it */
+    #facts { grid-template-columns: auto auto; column-gap: 1rem; }
+    #plot { flex: 1; height: 5rem; }
+    #log-panel { height: 38dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
+      padding: .5rem 1rem; gap: .5rem; border-width: 1px 0 0; border-radius: 0; }
+    #log-panel.folded { height: auto; }
+    .folded :is(label, #pause, #copy, #clear, #scroll) { display: none; }
+    #log-panel h2 { flex: 1 0 70%; }
+    #log-panel label { max-width: none; }
   }
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
     body { height: 100dvh; padding: 1.25rem 2rem 2rem; }
-    #connection { margin-left: auto; text-align: right; }
-    main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 40%, 27rem) 1fr;
+    #fold { display: none; }
+    main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
       align-content: stretch; }
     .controls { overflow-y: auto; grid-auto-rows: max-content; }
   }
@@ -6300,16 +6610,28 @@ PAGE = r"""<!doctype html>
 </head>
 <body>
 <header>
-  <svg viewBox="0 0 24 24" aria-hidden="true">
-    <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
-  <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
-  <div id="connection">
-    <output id="state"><span id="state-words">Connecting</span>
-      <span id="transport"></span></output>
-    <button id="retry" type="button" hidden>Try now</button>
-    <p>Connection id <code id="connection-id">none</code></p>
+  <div class="brand">
+    <svg viewBox="0 0 24 24" aria-hidden="true">
+      <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
+    <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
+  </div>
+  <div id="numbers">
+    <dl id="facts">
+      <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
+      <div><dt class="rate">Messages/s</dt> <dd id="rate">–</dd></div>
+      <div><dt>Round trip</dt> <dd id="round-trip">–</dd></div>
+      <div><dt>Uptime</dt> <dd id="uptime">–</dd></div>
+    </dl>
+    <svg id="plot" viewBox="0 0 59 20" preserveAspectRatio="none" role="img"
+      aria-label="Clients and messages a second during the last minute">
+      <path class="clients"/><path class="rate"/></svg>
+  </div>
+  <div>
+    <output id="state">Connecting</output> <span id="detail"></span>
+    <button id="retry" form="actions" hidden>Try now</button>
   </div>
 </header>
+<form id="actions" hidden></form>
 
 <form id="token-form" class="row" hidden>
   <p id="token-hint"></p>
@@ -6318,239 +6640,211 @@ PAGE = r"""<!doctype html>
   <button id="token-send" class="main">Connect</button>
 </form>
 
+<p id="intro"><b>New to SignalR?</b> It keeps a connection open, over which the server
+  calls functions of this page, and the page those of the server. Open this page in
+  <a href="" target="_blank" rel="noopener">a second tab</a>, press <b>Join</b> in both,
+  then <b>Broadcast</b>. <a id="monitor" href="monitor" hidden>Watch the server</a></p>
+
 <main>
   <div class="controls">
     <noscript>This page needs JavaScript to talk to the server.</noscript>
     <section>
       <h2>To everyone</h2>
-      <form class="row">
-        <button id="log-information" name="log" value="Information">Information</button>
-        <button id="log-warning" name="log" value="Warning">Warning</button>
-        <button id="log-error" name="log" value="Error">Error</button>
-        <button id="event">Custom event</button>
-      </form>
-      <form class="row">
-        <label>Echo, to this page only <input id="echo" value="Hello" required></label>
-        <button id="echo-send">Send</button>
-      </form>
+      <p>The server calls a function in every open page.</p>
+      <fieldset disabled>
+        <form class="row">
+          <button id="log-information" name="log" value="Information">Information</button>
+          <button id="log-warning" name="log" value="Warning">Warning</button>
+          <button id="log-error" name="log" value="Error">Error</button>
+          <button id="event">Custom event</button>
+        </form>
+        <form class="row">
+          <label>Echo, to this page only <input id="echo" value="Hello" required></label>
+          <button id="echo-send">Send</button>
+        </form>
+      </fieldset>
+      <details><summary>The code behind this</summary>
+<pre>import { HubConnection } from "./kestrun.js";
+const connection = new HubConnection("hubs/kestrun");
+connection.on("ReceiveLog", (log) => console.log(log));
+await connection.start();
+await connection.invoke("Echo", "Hello");</pre>
+<pre>class MyHub(kestrun.Hub):
+    async def echo(self, message):
+        await self.clients.caller.send("ReceiveEcho", message)
+hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)
+await hub.clients.all.send("ReceiveLog", {"message": "Hi"})</pre>
+      </details>
     </section>
 
     <section>
       <h2>Groups</h2>
-      <form class="row">
-        <label>Group <input id="group" value="Admins" required></label>
-        <button id="join" class="main">Join</button>
-        <button id="leave">Leave</button>
-        <button id="broadcast" name="group" value="broadcast">Broadcast</button>
-        <button id="ask-join" name="group" value="join">Ask others to join</button>
-        <button id="ask-leave" name="group" value="leave">Ask others to leave</button>
-      </form>
+      <p>A message to a group reaches its members only.</p>
+      <fieldset disabled>
+        <form class="row">
+          <label>Group <input id="group" value="Admins" required></label>
+          <button id="join" class="main">Join</button>
+          <button id="leave">Leave</button>
+          <button id="broadcast" name="group" value="broadcast">Broadcast</button>
+          <button id="ask-join" name="group" value="join">Ask others to join</button>
+          <button id="ask-leave" name="group" value="leave">Ask others to leave</button>
+        </form>
+      </fieldset>
       <ul id="groups" aria-label="Groups this page is in"></ul>
+      <details><summary>The code behind this</summary>
+<pre>connection.on("GroupJoined", (name) => console.log(name));
+connection.on("ReceiveGroupMessage", (message) => {
+  console.log(message.Message);
+});
+await connection.invoke("JoinGroup", "Admins");</pre>
+<pre>class MyHub(kestrun.Hub):
+    async def join_group(self, name):
+        await self.groups.add(self.context.connection_id, name)
+admins = hub.clients.group("Admins")
+await admins.send("ReceiveGroupMessage", {"Message": "Hi"})</pre>
+      </details>
     </section>
 
     <section>
       <h2>Long operations</h2>
-      <form class="row">
-        <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
-          required></label>
-        <button id="start" class="main">Start</button>
-      </form>
-      <ul id="operations" aria-label="Operations, newest first"></ul>
-      <template id="operation"><li>
-        <div class="row"><code></code> <output class="state"></output></div>
-        <progress max="100" value="0"></progress>
-        <p class="message"></p>
+      <p>Work on the server reports its progress to every page.</p>
+      <fieldset disabled>
         <form class="row">
+          <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
+            required></label>
+          <button id="start" class="main">Start</button>
+          <button id="clear-finished" formnovalidate hidden>Clear finished</button>
+        </form>
+        <ul id="operations" aria-label="Operations, newest first"></ul>
+      </fieldset>
+      <template id="operation"><li>
+        <div class="row"><b class="name">Operation</b> <span class="elapsed"></span>
+          <output class="state"></output></div>
+        <progress max="100" value="0"></progress>
+        <form class="row">
+          <p class="message"></p>
           <button name="status" class="status">Status</button>
           <button name="cancel" class="cancel">Cancel</button>
           <button name="remove" class="remove" hidden>Remove</button>
         </form>
       </li></template>
+      <details><summary>The code behind this</summary>
+<pre>connection.on("ReceiveEvent", ({ eventName, data }) => {
+  if (eventName !== "OperationProgress") return;
+  console.log(data.Progress, data.Message);
+});
+await fetch("api/operation/start", { method: "POST" });</pre>
+<pre>async def work(progress):
+    for step in range(1, 6):
+        await asyncio.sleep(1)
+        await progress(20 * step, f"Step {step} of 5")
+operation = operations.start(work, name="LongOperation")</pre>
+      </details>
+    </section>
+
+    <section>
+      <details id="wire"><summary><b>Hub messages as they travel</b></summary>
+        <p>Type 1 calls a function, 3 is an answer, 4 starts a stream, 6 is a ping that
+          keeps the connection open. Left out: the items of streams, type 2.</p>
+        <ol id="frames" tabindex="0" aria-label="Hub messages, newest last"></ol>
+      </details>
     </section>
   </div>
 
-  <section role="log" aria-labelledby="log-title">
+  <section id="log-panel" aria-labelledby="log-title">
     <div class="row">
-      <h2 id="log-title">Log</h2> <button id="clear" type="button">Clear</button></div>
-    <ol id="log" tabindex="0" aria-labelledby="log-title"></ol>
+      <h2 id="log-title">Log</h2>
+      <button id="fold" form="actions" aria-expanded="true">Fold</button>
+      <label><input id="filter" type="search" placeholder="Filter"
+        aria-label="Filter the log"></label>
+      <button id="pause" form="actions">Pause</button>
+      <button id="copy" form="actions" title="Copy as JSON lines">Copy</button>
+      <button id="clear" form="actions">Clear</button>
+    </div>
+    <div id="scroll" role="log" tabindex="0" aria-labelledby="log-title">
+      <fieldset disabled><ol id="log"></ol></fieldset></div>
   </section>
 </main>
 
 <script type="module">
-// A SignalR client: the JSON protocol over a WebSocket. Each hub message is a JSON
-// object followed by the character 0x1E. Out of scope: the other transports, streams,
-// client results, MessagePack, stateful reconnect.
-
-const INVOCATION = 1, COMPLETION = 3, PING = 6, CLOSE = 7, END = "\x1e";
-const PING_INTERVAL = 10_000, SERVER_TIMEOUT = 30_000;  // milliseconds
-const RETRY_DELAYS = [0, 2, 10, 30];                    // seconds; the last one repeats
-
-class HubConnection {
-  state = "Disconnected";   // or Connecting, Connected, Reconnecting, Unauthorized
-  #pending = new Map();     // invocation id -> {resolve, reject}
-  #socket = null;
-  #timers = {};             // retry, silence, stable
-  #retries = 0;             // since the connection was last stable
-  #lastId = 0;
-  #lastPing = 0;
-
-  constructor(url, token, oncall, onstate) {   // token() is called for each attempt
-    Object.assign(this, { url, token, oncall, onstate });
-  }
-
-  async invoke(target, ...args) {
-    if (this.state !== "Connected") throw new Error("The page is not connected.");
-    const invocationId = String(++this.#lastId);
-    this.#send({ type: INVOCATION, invocationId, target, arguments: args });
-    const { promise, ...pending } = Promise.withResolvers();
-    this.#pending.set(invocationId, pending);
-    return promise;
-  }
-
-  start() {                 // connect now instead of at the next retry
-    this.#reset();
-    this.#retries = 0;
-    this.#connect();
-  }
-
-  async #connect() {
-    this.#setState(this.connectionId ? "Reconnecting" : "Connecting");
-    try {
-      const url = `${this.url}/negotiate?negotiateVersion=1`;
-      const answer = await request("POST", url, this.token());
-      if (answer.error) throw new Error(answer.error);
-      this.connectionId = answer.connectionId;
-      this.#open(answer.connectionToken);
-    } catch (error) {
-      if (error.status === 401) this.#setState("Unauthorized");
-      else this.#lost(error.message);
-    }
-  }
-
-  #open(connectionToken) {  // a secret, unlike the connection id
-    this.#reset();
-    const query = new URLSearchParams({ id: connectionToken });
-    // A WebSocket cannot send an Authorization header, so the query has the token.
-    if (this.token()) query.set("access_token", this.token());
-    this.#socket = new WebSocket(`${this.url.replace("http", "ws")}?${query}`);
-    this.#socket.onopen = () => this.#send({ protocol: "json", version: 1 });
-    this.#socket.onmessage = ({ data }) => this.#receive(data);
-    this.#socket.onclose = () => this.#lost("The connection was lost.");
-    this.#expectData();
-  }
-
-  #send(message) {
-    this.#socket.send(JSON.stringify(message) + END);
-  }
-
-  #receive(data) {          // a frame holds one or several whole messages
-    this.#expectData();
-    for (const text of data.split(END).slice(0, -1)) {
-      if (!this.#socket) return;             // the previous message was a Close
-      this.#dispatch(JSON.parse(text));
-    }
-    // The server pings every 15 s. A ping in reply needs no timer, which the browser
-    // would slow down while the page is hidden.
-    if (this.state === "Connected" && Date.now() - this.#lastPing >= PING_INTERVAL) {
-      this.#lastPing = Date.now();
-      this.#send({ type: PING });
-    }
-  }
-
-  #dispatch({ type, target, arguments: args, invocationId, result, ...message }) {
-    const { error, allowReconnect = false } = message;
-    if (this.state !== "Connected") this.#finishHandshake(error);
-    if (type === INVOCATION) this.oncall(target, args);
-    if (type === COMPLETION) {
-      const { resolve, reject } = this.#pending.get(invocationId);
-      this.#pending.delete(invocationId);
-      if (error) reject(new Error(error)); else resolve(result);
-    }
-    if (type === CLOSE) this.#lost(error, allowReconnect);
-  }
-
-  #finishHandshake(error) {
-    if (error) return this.#lost(error);
-    // Retry delays start again at 0 only after a connection that lasted.
-    this.#timers.stable = setTimeout(() => { this.#retries = 0; }, 2_000);
-    this.#setState("Connected");
-  }
-
-  #expectData() {           // restart the server timeout
-    clearTimeout(this.#timers.silence);
-    this.#timers.silence = setTimeout(
-      () => this.#lost("The server sent nothing for 30 seconds."), SERVER_TIMEOUT);
-  }
-
-  #lost(reason = "The server closed the connection.", reconnect = true) {
-    this.#reset();
-    if (!reconnect) return this.#setState("Disconnected", { reason });
-    const delay = RETRY_DELAYS[Math.min(this.#retries++, RETRY_DELAYS.length - 1)];
-    this.#timers.retry = setTimeout(() => this.#connect(), delay * 1000);
-    this.#setState("Reconnecting", { reason, delay });
-  }
-
-  #reset() {                // close the socket, ignore its events, fail pending calls
-    Object.values(this.#timers).forEach((timer) => clearTimeout(timer));
-    if (this.#socket) {
-      Object.assign(this.#socket, { onopen: null, onmessage: null, onclose: null });
-      this.#socket.close();
-    }
-    this.#socket = null;
-    const error = new Error("The connection was lost before the server answered.");
-    this.#pending.forEach(({ reject }) => reject(error));
-    this.#pending.clear();
-  }
-
-  #setState(state, detail = {}) {
-    this.state = state;
-    this.onstate(state, detail);
-  }
-}
-
-/** Return the body of a response; throw an error in a sentence if there is none. */
-async function request(method, url, token) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const signal = AbortSignal.timeout(SERVER_TIMEOUT);
-  const response = await fetch(url, { method, headers, signal })
-    .catch(() => { throw new Error("The server cannot be reached. Is it running?"); });
-  const type = response.headers.get("Content-Type") ?? "", { status } = response;
-  const body = await (type.includes("json") ? response.json() : response.text());
-  if (response.ok) return body;
-  // The API explains errors in JSON, the hub in plain text or not at all.
-  const text = type.startsWith("text/plain") ? body : body.Message;
-  const message = text || `The server answered with status ${status}.`;
-  throw Object.assign(new Error(message), { status });
-}
-
 // The page. Everything received is written with textContent, never as HTML: what other
 // clients send stays text.
+
+import { HubConnection, request } from "./kestrun.js";
 
 const byId = (id) => document.getElementById(id);
 const token = () => sessionStorage.getItem("kestrun-token");
 const hubPath = document.querySelector("meta[name=hub]").content;
-const hubUrl = new URL(hubPath, document.baseURI).href;   // works under a sub-path
-const receive = (target, args) => perform(() => methods[target]?.(...args));
-const connection = new HubConnection(hubUrl, token, receive, showState);
-const groups = new Set();   // the names of the groups that this page is in
+const connection = new HubConnection(hubPath, { token });   // works under a sub-path
+const call = (method, path) => request(method, `api/${path}`, { token: token() });
 
 function element(name, text, properties) {
   return Object.assign(document.createElement(name), { textContent: text }, properties);
 }
 
-function note(kind, text, timestamp = Date.now()) {
-  const log = byId("log"), date = new Date(timestamp), entry = element("li");
-  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 32;
-  const time = date.toLocaleTimeString([], { hourCycle: "h23" });
-  entry.dataset.kind = kind;
-  entry.append(element("time", time, { dateTime: date.toISOString() }),
-    element("strong", kind), element("span", text));
-  log.append(entry);
-  while (log.childElementCount > 500) log.firstElementChild.remove();
-  if (atEnd) log.scrollTop = log.scrollHeight;   // unless the reader has scrolled up
+/** A list that keeps its newest entries and is drawn once a frame, however many come. */
+class Feed {
+  entries = [];
+  #waiting = [];            // not drawn yet
+  #frame = 0;
+
+  constructor(list, scroller, limit, draw) {   // draw(entry) returns a list item
+    Object.assign(this, { list, scroller, limit, draw, paused: false, filter: "" });
+  }
+
+  add(entry) {
+    this.#waiting.push(entry);
+    if (this.#waiting.length > this.limit) this.#waiting.shift();
+    this.#later();
+  }
+
+  #later() {
+    this.#frame ||= requestAnimationFrame(() => { this.#frame = 0; this.update(); });
+  }
+
+  update() {                // draws 20 at most, so that the page stays quick
+    const { scroller } = this, added = this.paused ? [] : this.#waiting.splice(0, 20);
+    if (added.length === 20) this.#later();
+    const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 32;
+    this.entries = [...this.entries, ...added].slice(-this.limit);
+    this.list.append(...added.map(this.draw));
+    while (this.list.children.length > this.limit) this.list.firstChild.remove();
+    for (const item of this.list.children) {
+      item.hidden = !item.textContent.toLowerCase().includes(this.filter);
+    }
+    if (atEnd) scroller.scrollTop = scroller.scrollHeight;   // unless scrolled up
+  }
+
+  clear() {
+    this.entries = [];
+    this.#waiting = [];
+    this.list.replaceChildren();
+  }
 }
 
-const call = (method, path) => request(method, `api/${path}`, token());
+const clock = new Intl.DateTimeFormat([], { timeStyle: "medium", hourCycle: "h23" });
+const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
+  const { time, kind, text, action, group } = entry;
+  const item = element("li"), shown = clock.format(new Date(time));
+  item.dataset.kind = kind;
+  item.append(element("time", shown, { dateTime: time }), element("strong", kind),
+    element("span", text));
+  if (action) {             // such as Join in an invitation
+    const button = element("button", action, { name: action, value: group });
+    button.setAttribute("form", "actions");
+    item.append(button);
+  }
+  return item;
+});
+const frames = new Feed(byId("frames"), byId("frames"), 100, ({ way, message }) => {
+  const item = element("li");
+  item.append(element("code", `${way} ${JSON.stringify(message)}`));
+  return item;
+});
+
+function note(kind, text, { timestamp = Date.now(), ...more } = {}) {
+  log.add({ time: new Date(timestamp).toISOString(), kind, text, ...more });
+}
 
 /** Run an action and write its answer or its error to the log. */
 async function perform(action) {
@@ -6563,29 +6857,39 @@ async function perform(action) {
   }
 }
 
-const stateWords = {
-  Reconnecting: "Connection lost. Reconnecting",
-  Unauthorized: "Unauthorized: token required",
-};
+// The connection.
+
+const states = { Reconnecting: "Connection lost.", Unauthorized: "Token required" };
+const transports = { WebSockets: "WebSockets", ServerSentEvents: "Server-Sent Events" };
+let countdown = 0, focused = null;
 
 function showState(state, { reason, delay }) {
   const connected = state === "Connected", previous = document.body.dataset.state;
   document.body.dataset.state = state;
-  const words = stateWords[state] ?? state;
-  byId("state-words").textContent = delay ? `${words} in ${delay} s` : words;
-  byId("transport").textContent = connected ? "over WebSockets" : "";
-  byId("connection-id").textContent = connected ? connection.connectionId : "none";
+  byId("state").textContent = states[state] ?? state;
   byId("retry").hidden = !delay && state !== "Disconnected";
   byId("token-form").hidden ||= connected;
+  if (previous === "Connected") focused = document.activeElement;
+  document.querySelectorAll("fieldset").forEach((set) => { set.disabled = !connected; });
+  showDetail(connected ? `over ${transports[connection.transport]}` : "", delay);
   // Later attempts that fail add nothing to the log.
   if (reason && previous !== "Reconnecting") note("Connection", reason);
   if (state === "Unauthorized") askForToken();
   if (connected) {
     note("Connection", previous === "Reconnecting" ? "Connected again." : "Connected.");
+    if (document.activeElement === document.body) focused?.focus();
     // A new connection is in no group, so the page joins its groups again.
     for (const name of groups) perform(() => joinGroup(name));
     perform(refreshOperations);
+    perform(() => echo(null));          // measures the round trip
+    perform(watchStats);
   }
+}
+
+function showDetail(text, seconds = 0) {
+  clearTimeout(countdown);
+  byId("detail").textContent = seconds ? `Trying again in ${seconds} s` : text;
+  if (seconds) countdown = setTimeout(() => showDetail("", seconds - 1), 1000);
 }
 
 function askForToken() {
@@ -6596,13 +6900,70 @@ function askForToken() {
   byId("token").focus();
 }
 
+async function echo(message) {
+  const begun = performance.now();
+  await connection.invoke("Echo", message);
+  byId("round-trip").textContent = `${(performance.now() - begun).toFixed(1)} ms`;
+}
+
+// The header: the server's numbers, which it sends once a second.
+
+const history = [];         // of the last minute: { clients, rate }
+let stats = null, ahead = 0;   // ahead: of the server's clock, in milliseconds
+
+async function watchStats() {
+  try {
+    for await (const item of connection.stream("Stats")) showStats(item);
+  } catch (error) {
+    if (connection.state === "Connected") throw error;   // else it starts again then
+  }
+}
+
+function showStats(item) {
+  const before = stats ?? item, seconds = item.Uptime - before.Uptime;
+  const count = (s) => s.MessagesIn + s.MessagesOut;
+  const rate = seconds > 0 ? Math.max(0, count(item) - count(before)) / seconds : 0;
+  stats = item;
+  ahead = Date.now() - Date.parse(item.Timestamp);
+  history.push({ clients: item.Clients, rate });
+  if (history.length > 60) history.shift();
+  byId("clients").textContent = item.Clients;
+  byId("rate").textContent = Math.round(rate);
+  byId("uptime").textContent = duration(item.Uptime);
+  for (const name of ["clients", "rate"]) {
+    const most = Math.max(1, ...history.map((point) => point[name]));
+    const points = history.map((point, index) =>
+      `${60 - history.length + index} ${19 - 18 * point[name] / most}`);
+    document.querySelector(`#plot .${name}`).setAttribute("d", `M${points.join("L")}`);
+  }
+  showGroups();
+  rows().forEach(showElapsed);
+  const total = (s) => Object.values(s.Operations).reduce((sum, n) => sum + n, 0);
+  if (total(item) !== total(before)) perform(refreshOperations);   // others' too
+}
+
+function duration(seconds) {
+  const [s, m, h] = [seconds % 60, seconds / 60 % 60, seconds / 3600].map(Math.floor);
+  return h ? `${h} h ${m} min` : m ? `${m} min ${s} s` : `${s} s`;
+}
+
+// Groups, and operations: each has a row, made when the page first receives its id.
+
+const groups = new Set();   // the names of the groups that this page is in
+
 function changeGroups(change, groupName, verb) {
   groups[change](groupName);
-  byId("groups").replaceChildren(...Array.from(groups, (name) => element("li", name)));
+  showGroups();
   note("Group", `${verb} ${groupName}.`);
 }
 
-// Each operation has a row, made when the page first receives its id.
+function showGroups() {
+  byId("groups").replaceChildren(...Array.from(groups, (name) => {
+    const item = element("li", name), size = stats?.YourGroups[name];
+    if (size) item.dataset.size = size === 1 ? "1 member" : `${size} members`;
+    return item;
+  }));
+}
 
 const rows = () => Array.from(byId("operations").children);
 const isFinal = (row) => !row.querySelector(".remove").hidden;
@@ -6612,7 +6973,6 @@ function operationRow(taskId) {
   if (known) return known;
   const row = byId("operation").content.firstElementChild.cloneNode(true);
   row.dataset.taskId = taskId;
-  row.querySelector("code").textContent = taskId;
   row.querySelector("progress").ariaLabel = `Progress of ${taskId}`;
   row.querySelectorAll("button").forEach((button) => { button.value = taskId; });
   byId("operations").prepend(row);
@@ -6621,17 +6981,29 @@ function operationRow(taskId) {
 }
 
 /** Update the row of an operation; return its state in words. */
-function showOperation({ TaskId, State = "Running", Progress = 0, Status, Message }) {
-  const row = operationRow(TaskId), text = `${Progress} %, ${Status || Message}`;
+function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
+  const row = operationRow(TaskId), message = more.Status || more.Message;
   const running = ["NotStarted", "Running"].includes(State);
+  if (more.Name) row.querySelector(".name").textContent = more.Name;
+  Object.assign(row.dataset, more.StartedAt && { started: more.StartedAt });
   if (!isFinal(row)) {          // else this answer is older than the operation's end
+    row.dataset.state = State;
+    if (!running) row.dataset.ended = more.CompletedAt ?? more.Timestamp;
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
-    row.querySelector(".message").textContent = text;
+    row.querySelector(".message").textContent = `${Progress} %, ${message}`;
     row.querySelector(".cancel").hidden = !running;
     row.querySelector(".remove").hidden = running;
   }
-  return `${State}: ${text}`;
+  showElapsed(row);
+  byId("clear-finished").hidden = !rows().some(isFinal);
+  return `${State}: ${Progress} %, ${message}`;
+}
+
+function showElapsed(row) {
+  const { started, ended } = row.dataset, now = Date.now() - ahead;
+  const elapsed = (ended ? Date.parse(ended) : now) - Date.parse(started);
+  if (started) row.querySelector(".elapsed").textContent = duration(elapsed / 1000);
 }
 
 async function refreshOperations() {
@@ -6639,32 +7011,36 @@ async function refreshOperations() {
   const known = new Set(list.map(({ TaskId }) => TaskId));
   rows().forEach((row) => known.has(row.dataset.taskId) || row.remove());
   list.reverse().forEach(showOperation);        // oldest first, so the newest is on top
+  byId("clear-finished").hidden = !rows().some(isFinal);
 }
 
 // The tables: what the server calls, what its events do, what the buttons do.
 
 const methods = {
-  __proto__: null,          // so that a method called "constructor" finds nothing
   ReceiveLog: ({ level, message, timestamp }) =>
-    note(`Log · ${level}`, message, timestamp),
+    note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
     const text = (data && events[eventName]?.(data)) ?? JSON.stringify(data);
-    note(`Event · ${eventName}`, text, timestamp);
+    const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
+    note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
   },
   ReceiveGroupMessage: ({ Message, Timestamp, Sender }) =>
-    note("Group message", `${Message} (from ${Sender})`, Timestamp),
+    note("Group message", `${Message} (from ${Sender})`, { timestamp: Timestamp }),
   ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
     const details = `${ProcessorCount} processors, Python ${PythonVersion}`;
-    note("Admin update", `${Message} (${details}, ${MemoryMB} MB)`, Timestamp);
+    const text = `${Message} (${details}, ${MemoryMB} MB)`;
+    note("Admin update", text, { timestamp: Timestamp });
   },
-  ReceiveEcho: (message) => note("Echo", message),
+  ReceiveEcho(message) {    // null: the page's own, to measure the round trip
+    if (message !== null) note("Echo", message);
+  },
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
 };
 
 const events = {            // each returns its text for the log
-  __proto__: null,
+  __proto__: null,          // so that an event called "constructor" finds nothing
   PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
   GroupJoinRequest: ({ Message }) => Message,
   GroupLeaveRequest: ({ Message }) => Message,
@@ -6676,13 +7052,17 @@ const events = {            // each returns its text for the log
 
 const group = () => byId("group").value;
 const joinGroup = (groupName) => connection.invoke("JoinGroup", groupName);
+const leaveGroup = (groupName) => connection.invoke("LeaveGroup", groupName);
+const remove = (taskId) => call("DELETE", `operation/${taskId}`);
 
 const buttons = {           // by name, or by id; each gets the button's value
   log: (level) => call("GET", `ps/log/${level}`),
   event: () => call("GET", "ps/event"),
-  "echo-send": () => connection.invoke("Echo", byId("echo").value),
+  "echo-send": () => echo(byId("echo").value),
   join: () => joinGroup(group()),
-  leave: () => connection.invoke("LeaveGroup", group()),
+  leave: () => leaveGroup(group()),
+  Join: joinGroup,
+  Leave: leaveGroup,
   group: (verb) => call("POST", `group/${verb}/${encodeURIComponent(group())}`),
   start: () => call("POST", `operation/start?seconds=${byId("seconds").value}`)
     .then(showOperation),
@@ -6693,7 +7073,29 @@ const buttons = {           // by name, or by id; each gets the button's value
   },
   status: (taskId) => call("GET", `operation/status/${taskId}`).then(showOperation),
   cancel: (taskId) => call("POST", `operation/cancel/${taskId}`),
-  remove: (taskId) => call("DELETE", `operation/${taskId}`).finally(refreshOperations),
+  remove: (taskId) => remove(taskId).finally(refreshOperations),
+  "clear-finished": () =>
+    Promise.all(rows().filter(isFinal).map((row) => remove(row.dataset.taskId)))
+      .finally(refreshOperations).then(() => "Removed what is finished"),
+  retry() { connection.start(); },
+  pause() {
+    log.paused = !log.paused;
+    byId("pause").textContent = log.paused ? "Resume" : "Pause";
+    log.update();
+  },
+  clear: () => log.clear(),
+  async copy() {
+    const shown = log.entries.filter((_, index) => !log.list.children[index].hidden);
+    const lines = shown.map((entry) => `${JSON.stringify(entry)}\n`);
+    if (!navigator.clipboard) throw new Error("Copying needs HTTPS or localhost.");
+    await navigator.clipboard.writeText(lines.join(""));
+    return `Copied ${lines.length} entries as JSON lines`;
+  },
+  fold() {
+    const folded = byId("log-panel").classList.toggle("folded");
+    byId("fold").textContent = folded ? "Unfold" : "Fold";
+    byId("fold").ariaExpanded = !folded;
+  },
 };
 
 document.addEventListener("submit", (event) => {
@@ -6701,8 +7103,17 @@ document.addEventListener("submit", (event) => {
   const { name, id, value } = event.submitter;
   perform(() => buttons[name || id](value));
 });
-byId("clear").addEventListener("click", () => byId("log").replaceChildren());
-byId("retry").addEventListener("click", () => connection.start());
+byId("filter").addEventListener("input", ({ target }) => {
+  log.filter = target.value.toLowerCase();
+  log.update();
+});
+for (const [name, react] of Object.entries(methods)) {
+  connection.on(name, (...args) => perform(() => react(...args)));
+}
+connection.onstate = showState;
+connection.onmessage = (way, message) => {
+  if (byId("wire").open && message.type !== 2) frames.add({ way, message });
+};
 connection.start();
 </script>
 </body>
@@ -6846,13 +7257,13 @@ async def _add_security_headers(request: Request, response: StreamResponse) -> N
 
 
 def _content_security_policy(page: str) -> str:
-    """Allow a page its own scripts and styles, by their hashes, and its server."""
+    """Allow a page its own script and style, by their hashes, and its server."""
     rules = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
     rules += "form-action 'self'; frame-ancestors 'none'"
-    for tag in ("script", "style"):
+    for tag, more in (("script", " 'self'"), ("style", "")):  # 'self': kestrun.js
         for text in re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", page, re.DOTALL):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
-            rules += f"; {tag}-src 'sha256-{digest.decode()}'"
+            rules += f"; {tag}-src 'sha256-{digest.decode()}'{more}"
     return rules
 
 
@@ -7238,6 +7649,22 @@ class Monitor:
 _MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
 
 
+def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
+    """Serve a page that finds the hub's path in its meta tag."""
+    relative = html.escape(hub_path.lstrip("/"))
+    page = page.replace('content="hubs/kestrun"', f'content="{relative}"')
+    headers = {"Content-Security-Policy": _content_security_policy(page)}
+
+    async def show(request: Request) -> Response:
+        return Response(text=page, content_type="text/html", headers=headers)
+
+    return web.get(path, show)
+
+
+async def _show_client(request: Request) -> Response:
+    return Response(text=CLIENT_JS, content_type="text/javascript")
+
+
 def create_app(
     *,
     hub_path: str = "/hubs/kestrun",
@@ -7291,14 +7718,9 @@ def create_app(
     app.cleanup_ctx.append(demo.schedule.context)
     app.cleanup_ctx.append(monitor.context)
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
-    relative = html.escape(hub_path.lstrip("/"))
-    page = PAGE.replace('content="hubs/kestrun"', f'content="{relative}"')
-    headers = {"Content-Security-Policy": _content_security_policy(page)}
-
-    async def show_page(request: Request) -> Response:
-        return Response(text=page, content_type="text/html", headers=headers)
-
-    app.add_routes([web.get("/", show_page), web.get("/healthz", demo.show_health)])
+    app.add_routes([_page_route("/", PAGE, hub_path)])
+    app.add_routes([web.get("/kestrun.js", _show_client)])
+    app.add_routes([web.get("/healthz", demo.show_health)])
     return app
 
 

@@ -7338,21 +7338,31 @@ window.alert = () => console.error("alert");
 
 @pytest.fixture
 def errors() -> list[str]:
-    """What a script of the tab has done wrong; a test may take it out."""
+    """What a script of a tab has done wrong; a test may take it out."""
     return []
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def tab(chromium: Any, errors: list[str]) -> AsyncIterator[Any]:
-    """An empty page in a browser without cookies. It fails the test when a script
-    raises, when its policy blocks something, and when anything calls `alert`.
+#: How the console's messages about a server begin that is away or refuses: those of
+#: Chromium itself, and those of the official client.
+NO_ANSWER = "Failed|WebSocket connection|.* Error: |Access to|Refused to display"
+
+
+@asynccontextmanager
+async def open_tab(
+    chromium: Any, errors: list[str], **words: Any
+) -> AsyncIterator[Any]:
+    """Open an empty page in a browser without cookies. What fails the test: a script
+    raises, the policy blocks something, anything calls `alert` or writes an error.
     """
 
     def note(message: Any) -> None:
-        if re.search("Content.Security.Policy|alert", message.text):
+        known = re.match(NO_ANSWER, message.text)
+        if re.search("Content.Security.Policy|alert", message.text) or (
+            message.type == "error" and not known
+        ):
             errors.append(message.text)
 
-    page = await chromium.new_page()
+    page = await chromium.new_page(**words)
     page.set_default_timeout(8000)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", note)
@@ -7360,6 +7370,13 @@ async def tab(chromium: Any, errors: list[str]) -> AsyncIterator[Any]:
     yield page
     await page.close()
     assert not errors
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def tab(chromium: Any, errors: list[str]) -> AsyncIterator[Any]:
+    """An empty page of the browser."""
+    async with open_tab(chromium, errors) as tab:
+        yield tab
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -7372,6 +7389,16 @@ async def page(tab: Any) -> AsyncIterator[Any]:
         await tab.goto("about:blank")
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def other(chromium: Any, errors: list[str], page: Any) -> AsyncIterator[Any]:
+    """The page of the same demo in a second tab."""
+    async with open_tab(chromium, errors) as other:
+        await other.goto(page.url)
+        await sees(other, "#state", "Connected")
+        yield other
+        await other.goto("about:blank")
+
+
 async def sees(page: Any, selector: str, text: str = "", state: str = "visible") -> Any:
     """Wait until an element shows `text`, or with "hidden" until none does."""
     await page.locator(selector).filter(has_text=text).first.wait_for(state=state)
@@ -7380,25 +7407,209 @@ async def sees(page: Any, selector: str, text: str = "", state: str = "visible")
 async def start_operation(page: Any, seconds: int) -> str:
     """Start an operation from the page; a selector of its row."""
     await page.fill("#seconds", str(seconds))
-    await page.click("#start")
-    row = page.locator("#operations [data-task-id]").first
-    return f'[data-task-id="{await row.get_attribute("data-task-id")}"]'
+    async with page.expect_response("**/api/operation/start*") as answer:
+        await page.click("#start")
+    id = (await (await answer.value).json())["TaskId"]
+    return f'[data-task-id="{id}"]'
 
 
-async def test_the_page_logs_what_its_buttons_cause_until_the_log_is_cleared(page):
-    causes = {
-        "#log-information": "Test Information message from Kestrun",
-        "#log-warning": "Test Warning message from Kestrun",
-        "#log-error": "Test Error message from Kestrun",
-        "#event": "PowerShellEvent",
-        "#ask-join": "GroupJoinRequest",
-        "#ask-leave": "GroupLeaveRequest",
-    }
-    for button, text in causes.items():
-        await page.click(button)
+#: The controls of the page in the order in which they are pressed, each with where its
+#: effect is seen, and how.
+CONTROLS = {
+    "log-information": ("#log li", "Test Information message from Kestrun"),
+    "log-warning": ("#log li", "Test Warning message from Kestrun"),
+    "log-error": ("#log li", "Test Error message from Kestrun"),
+    "event": ("#log li", "PowerShellEvent"),
+    "echo-send": ("#log li", "EchoHello"),
+    "ask-join": ("#log li", "Please join the group Admins"),
+    "join": ("#groups li", "Admins"),
+    "broadcast": ("#log li", "Group message"),
+    "ask-leave": ("#log li", "Please leave the group Admins"),
+    "leave": ("#log li", "Left Admins."),
+    "start": ("#operations .state", "Running"),
+    "pause": ("#pause", "Resume"),
+    "copy": ("#pause", "Resume"),
+}
+
+
+async def test_each_control_of_the_page_does_what_it_says(page) -> None:
+    for id, (selector, text) in CONTROLS.items():
+        await page.click(f"#{id}")
+        await sees(page, selector, text)
+    elsewhere = {"token-send", "retry", "clear-finished", "fold", "clear"}
+    ids = "[...document.querySelectorAll('button[id]')].map((button) => button.id)"
+    assert {*await page.evaluate(ids)} == CONTROLS.keys() | elsewhere
+
+
+async def test_the_header_shows_clients_messages_round_trip_and_uptime(page, other):
+    await sees(page, "#clients", "2")
+    shown = "id => /^[1-9]/.test(document.getElementById(id).textContent)"
+    for id in ("rate", "round-trip", "uptime"):
+        await page.wait_for_function(shown, arg=id)
+    line = (
+        "() => document.querySelector('#plot .clients').getAttribute('d').includes('L')"
+    )
+    await page.wait_for_function(line)
+
+
+async def log_entries(page: Any) -> list[str]:
+    """What the log shows: the texts of its entries, without time and kind."""
+    return await page.locator("#log li:visible > span").all_text_contents()
+
+
+async def test_the_log_can_be_filtered_paused_copied_and_cleared(page) -> None:
+    await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for text in ("apple", "pear", "Apple pie"):
+        await page.fill("#echo", text)
+        await page.click("#echo-send")
         await sees(page, "#log li", text)
+    await page.fill("#filter", "APPLE")
+    assert await log_entries(page) == ["apple", "Apple pie"]
+    await page.click("#copy")
+    copied = "() => navigator.clipboard.readText().then((text) => text.includes('pie'))"
+    await page.wait_for_function(copied)
+    lines = (await page.evaluate("navigator.clipboard.readText()")).splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["apple", "Apple pie"]
+    assert {*json.loads(lines[0])} == {"time", "kind", "text"}
+    await page.fill("#filter", "")
+    await sees(page, "#log li", "Copied 2 entries as JSON lines")
+    await page.click("#wire summary")
+    await page.click("#pause")
+    before = await log_entries(page)
+    await page.fill("#echo", "plum")
+    await page.click("#echo-send")
+    await sees(page, "#frames li", "received")
+    assert await log_entries(page) == before
+    await page.click("#pause")
+    await sees(page, "#log li", "plum")
     await page.click("#clear")
     assert await page.locator("#log li").count() == 0
+
+
+#: Fills the log of the page through the hub of the demo.
+async def fill_log(page: Any, many: int) -> None:
+    script = """async (many) => {
+      const { HubConnection } = await import("./kestrun.js");
+      const connection = new HubConnection("hubs/kestrun");
+      await connection.start();
+      await connection.invoke("JoinGroup", "Filling");
+      connection.stop();
+      for (let n = 1; n <= many; n++) await fetch(`api/ps/log/Debug?message=entry ${n}.`);
+    }"""
+    await page.evaluate(script, many)
+    await sees(page, "#log li", f"entry {many}.")
+
+
+async def test_the_log_follows_its_end_unless_it_is_scrolled_up(page) -> None:
+    await fill_log(page, 40)
+    scroll = "document.getElementById('scroll')"
+    bottom = f"{scroll}.scrollHeight - {scroll}.clientHeight - {scroll}.scrollTop"
+    assert await page.evaluate(bottom) < 2
+    await page.evaluate(f"{scroll}.scrollTop = 0")
+    await fill_log(page, 41)
+    assert await page.evaluate(f"{scroll}.scrollTop") == 0
+
+
+#: Resolves to the longest task of the page since the last time, in milliseconds.
+LONGEST_TASK = """async () => {
+  window.tasks ??= [];
+  const keep = (list) => tasks.push(...list.map(({ duration }) => duration));
+  window.observer ??= new PerformanceObserver((list) => keep(list.getEntries()));
+  observer.observe({ entryTypes: ["longtask"] });
+  await new Promise(requestIdleCallback);
+  keep(observer.takeRecords());
+  return Math.max(0, ...tasks.splice(0));
+}"""
+
+
+async def test_the_page_takes_a_burst_of_messages_and_keeps_the_newest(tab) -> None:
+    app, longest = kestrun.create_app(), []
+    last = "document.getElementById('log').lastElementChild.textContent"
+    async with Server(app) as server:
+        await tab.goto(server.origin)
+        await sees(tab, "#state", "Connected")
+        await tab.click("#wire summary")
+        for burst in range(3):  # others may keep the processor busy during one
+            await tab.evaluate(LONGEST_TASK)
+            for number in range(1, 5001):
+                text = f"entry {number} of {burst}"
+                await kestrun.broadcast_log(app[kestrun.HUB], "Debug", text)
+            await tab.wait_for_function(f"text => {last}.endsWith(text)", arg=text)
+            longest.append(await tab.evaluate(LONGEST_TASK))
+        assert await tab.locator("#log li").count() == 500
+        assert await tab.locator("#frames li").count() == 100
+        assert min(longest) < 200
+
+
+async def test_an_invitation_to_a_group_is_accepted_with_one_button(page, other):
+    await other.fill("#group", "<b>Crew</b>")
+    await other.click("#ask-join")
+    await page.click("#log button >> text=Join")
+    await sees(page, "#groups li", "<b>Crew</b>")
+    await other.click("#join")
+    await sees(page, "#groups li[data-size='2 members']")
+    await other.click("#ask-leave")
+    await page.click("#log button >> text=Leave")
+    await sees(page, "#groups li", state="hidden")
+    await sees(other, "#groups li[data-size='1 member']")
+
+
+async def test_operations_appear_in_every_page_and_after_a_reload(page, other) -> None:
+    row = await start_operation(page, 60)
+    for tab in (page, other):
+        await sees(tab, f"{row} .name", "LongOperation")
+        await sees(tab, f"{row} .elapsed", "2 s")
+        await sees(tab, f"{row} .state", "Running")
+        await tab.reload()
+        await sees(tab, f"{row} .message", "Step")
+    await other.click(f"{row} .cancel")
+    await sees(page, f"{row} .state", "Canceled")
+    ended = await start_operation(other, 1)
+    await sees(page, f"{ended} .state", "Completed")
+    running = await start_operation(page, 60)
+    await page.click("#clear-finished")
+    for tab in (page, other):
+        for gone in (row, ended, "#clear-finished"):
+            await sees(tab, gone, state="hidden")
+        await sees(tab, f"{running} .state", "Running")
+
+
+async def test_the_page_shows_hub_messages_as_they_travel(page) -> None:
+    await page.fill("#echo", "<i>over</i>")
+    await page.click("#wire summary")
+    await page.click("#echo-send")
+    await sees(page, "#frames li", 'sent {"type":1,"invocationId":')
+    called = 'received {"type":1,"target":"ReceiveEcho","arguments":["<i>over</i>"]}'
+    await sees(page, "#frames li", called)
+    await sees(page, "#frames li", 'received {"type":3,')
+
+
+async def test_the_code_on_the_page_works(page) -> None:
+    """Five lines each: the JavaScript in the page, the Python in this test."""
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    await page.click("#start")
+    texts = await page.locator("details pre").all_text_contents()
+    assert [len(text.splitlines()) for text in texts] == [5] * 6
+    script = "\n".join(texts[::2]).replace("./kestrun.js", page.url + "kestrun.js")
+    load, rest = script.split(";", 1)
+    load = load.replace("import {", "const {").replace("from ", "= await import(") + ")"
+    await page.evaluate(f"async () => {{ {load}; {rest} }}")
+    await page.click("#log-error")
+    await page.click("#broadcast")
+    for text in ("Error", "Admins", "Hello to the members", "Step"):
+        await until(lambda text=text: any(text in line for line in said))
+    app = web.Application()
+    scope = {"kestrun": kestrun, "app": app, "asyncio": asyncio}
+    scope["operations"] = kestrun.Operations()
+    for text in texts[1::2]:
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        running = eval(compile(text, "page", "exec", flags), scope)
+        if running is not None:
+            await running
+    operation = scope["operation"]
+    scope["operations"].cancel(operation.id)
+    assert (await operation.wait()).state == "Canceled"
 
 
 async def test_the_page_shows_what_clients_send_as_text(page) -> None:
@@ -7444,7 +7655,7 @@ async def test_the_page_keeps_its_groups_over_a_restart_until_it_leaves_them(tab
         await sees(tab, "#groups li", "Crew & Co")
         await tab.click("#broadcast")
         await sees(tab, "#log li", "Group message")
-    await sees(tab, "#state", "Reconnecting")
+    await sees(tab, "#state", "Connection lost.")
     async with Server(kestrun.create_app(), port=server.port):
         await sees(tab, "#state", "Connected")
         await sees(tab, "#groups li", "Crew & Co")
@@ -7461,7 +7672,7 @@ async def test_the_page_asks_for_the_token_and_uses_it_everywhere(tab) -> None:
     async with Server(kestrun.create_app(token="sesame")) as server:
         await tab.goto(server.origin)
         await sees(tab, "#token-form")
-        for token, state in (("guess", "Unauthorized"), ("sesame", "Connected")):
+        for token, state in (("guess", "Token required"), ("sesame", "Connected")):
             assert "Connected" not in await tab.inner_text("#state")
             await tab.fill("#token", token)
             await tab.press("#token", "Enter")
@@ -7480,10 +7691,10 @@ async def test_the_page_works_below_another_path_and_asks_no_other_host(tab) -> 
     async with Server(app) as server:
         await tab.goto(f"{server.origin}/demo/")
         await sees(tab, "#state", "Connected")
-        await sees(tab, "#transport", "WebSockets")
+        await sees(tab, "#detail", "over WebSockets")
         await tab.click("#event")
         await sees(tab, "#log li", "PowerShellEvent")
-    assert "Kestrun" in await tab.title()
+        assert "Kestrun" in await tab.title()
     here = server.origin.partition(":")[2] + "/demo/"
     ours = (f"http:{here}", f"ws:{here}", "data:")
     assert asked and all(url.startswith(ours) for url in asked)
@@ -7495,13 +7706,134 @@ async def test_the_button_of_the_page_connects_again_at_once(tab) -> None:
         await tab.goto(server.origin)
         await sees(tab, "#state", "Connected")
         await tab.clock.pause_at(datetime.datetime.now() + datetime.timedelta(hours=1))
-    await sees(tab, "#state", "Reconnecting")
+    await sees(tab, "#state", "Connection lost.")
     await tab.clock.run_for(1)  # the first time it tries at once
     await sees(tab, "#retry")
     async with Server(kestrun.create_app(), port=server.port):
         await tab.click("#retry")
         await sees(tab, "#state", "Connected")
         await sees(tab, "#retry", state="hidden")
+
+
+#: What the page says and offers while there is no connection, second by second.
+WAITING = ["Trying again in 2 s", "Trying again in 1 s", "Trying again in 10 s"]
+
+
+async def test_the_page_says_what_it_waits_for_and_turns_its_controls_off(tab) -> None:
+    await tab.clock.install()
+    async with Server(kestrun.create_app()) as server:
+        await tab.goto(server.origin)
+        await sees(tab, "#state", "Connected")
+        assert await tab.locator("fieldset button:disabled").count() == 0
+        await tab.focus("#echo")
+        await tab.clock.pause_at(datetime.datetime.now() + datetime.timedelta(hours=1))
+    await sees(tab, "#state", "Connection lost.")
+    assert await tab.locator("fieldset button:visible:enabled").count() == 0
+    await tab.clock.run_for(1)  # the first time it tries at once
+    for text, milliseconds in zip(WAITING, (1000, 1000, 0), strict=True):
+        await sees(tab, "#detail", text)
+        await tab.clock.run_for(milliseconds)
+    async with Server(kestrun.create_app(), port=server.port):
+        await tab.click("#retry")
+        await sees(tab, "#state", "Connected")
+        await sees(tab, "#detail", "over WebSockets")
+
+
+async def test_the_focus_comes_back_with_the_connection(tab) -> None:
+    async with Server(kestrun.create_app()) as server:
+        await tab.goto(server.origin)
+        await sees(tab, "#state", "Connected")
+        await tab.focus("#group")
+    await sees(tab, "#state", "Connection lost.")
+    async with Server(kestrun.create_app(), port=server.port):
+        await sees(tab, "#state", "Connected")
+        await tab.keyboard.press("Enter")  # the form's first button
+        await sees(tab, "#groups li", "Admins")
+
+
+async def close_at_once(route: Any) -> None:
+    await route.close()
+
+
+@pytest.mark.parametrize("path", [""])
+@pytest.mark.parametrize("how", ["no WebSocket", "closed"])
+async def test_where_websockets_are_blocked_the_pages_use_events(
+    tab, how, path
+) -> None:
+    if how == "closed":
+        await tab.route_web_socket("**", close_at_once)
+    else:
+        await tab.add_init_script("delete window.WebSocket")
+    app = kestrun.create_app(token="sesame")
+    async with Server(app) as server:
+        await tab.goto(f"{server.origin}/{path}")
+        await tab.fill("#token", "sesame")
+        await tab.press("#token", "Enter")
+        await sees(tab, "#state", "Connected")
+        await sees(tab, "#detail", "over Server-Sent Events")
+        (context,) = app[kestrun.HUB].connections.values()
+        assert context.transport == "ServerSentEvents"
+        if path:
+            await sees(tab, "#connections .now", "1")
+        else:
+            for text in ("one", "two", "three"):
+                await tab.fill("#echo", text)
+                await tab.click("#echo-send")
+            await sees(tab, "#log li", "three")
+            echoes = [t for t in await log_entries(tab) if t in ("one", "two", "three")]
+            assert echoes == ["one", "two", "three"]
+
+
+@pytest.fixture(scope="session")
+def axe(npm_folder: Path) -> str:
+    """The accessibility checker axe-core."""
+    return (npm_folder / "node_modules/axe-core/axe.min.js").read_text()
+
+
+#: Each page as people meet it: with what it opens, and the size of the window.
+VIEWS = [
+    (path, theme, width)
+    for path in ("",)
+    for theme, width in (("light", 360), ("dark", 768), ("light", 1440), ("dark", 1440))
+]
+
+
+@pytest.mark.parametrize("path, theme, width", VIEWS)
+async def test_the_pages_are_accessible(chromium, errors, axe, path, theme, width):
+    """And as wide as the window, with targets for fingers."""
+    words = {"color_scheme": theme, "viewport": {"width": width, "height": 900}}
+    async with (
+        Server(kestrun.create_app()) as server,
+        open_tab(chromium, errors, bypass_csp=True, **words) as tab,
+    ):
+        await tab.goto(f"{server.origin}/{path}")
+        await sees(tab, "#state", "Connected")
+        if not path:
+            await tab.click("#join")
+            await tab.click("#ask-join")
+            await start_operation(tab, 1)
+            await sees(tab, "#clear-finished")
+            await tab.evaluate("document.querySelectorAll('details').forEach((one) => {"
+                               " one.open = true; })")  # fmt: skip
+        await tab.evaluate(axe)
+        found = await tab.evaluate("axe.run().then(({ violations }) => violations)")
+        bad = [v for v in found if v["impact"] in ("serious", "critical")]
+        assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in bad] == []
+        assert await tab.evaluate("document.documentElement.scrollWidth") <= width
+        small = """[...document.querySelectorAll("button, input, summary, fieldset label")]
+          .map((one) => [one.outerHTML, one.getBoundingClientRect().height])
+          .filter(([html, height]) => height && height < 44 && !html.includes("radio"))"""
+        assert await tab.evaluate(small) == []
+
+
+async def test_the_log_folds_on_a_phone(page) -> None:
+    await page.set_viewport_size({"width": 360, "height": 740})
+    await page.click("#fold")
+    await sees(page, "#fold[aria-expanded=false]", "Unfold")
+    for part in ("#scroll", "#filter", "#pause"):
+        assert not await page.locator(part).is_visible()
+    await page.click("#fold")
+    await sees(page, "#scroll")
 
 
 async def test_the_page_runs_no_script_but_its_own(tab, errors) -> None:
@@ -7596,7 +7928,7 @@ async def test_the_page_never_runs_what_clients_send(tab) -> None:
         assert all(shown.count(text) >= 14 for text in PAYLOADS)
         assert await tab.locator("#groups li").all_text_contents() == PAYLOADS
         written = "[...document.querySelectorAll('ol *, ul *')].map((e) => e.localName)"
-        usual = "li time strong span code button progress p div form output"
+        usual = "li time strong span b button progress p div form output"
         assert {*await tab.evaluate(written)} <= {*usual.split()}
 
 
@@ -7628,7 +7960,7 @@ async def test_the_path_of_the_hub_is_no_html(tab) -> None:
     path = "/'\"><script>alert(1)</script><img src=x onerror=alert(1)>"
     async with Server(kestrun.create_app(hub_path=path)) as server:
         await tab.goto(server.origin)
-        await sees(tab, "#state-words")
+        await sees(tab, "#state", "Connect")
         assert await tab.locator("meta[name=hub]").get_attribute("content") == path[1:]
 
 
@@ -7699,9 +8031,85 @@ async def test_a_page_elsewhere_cannot_show_the_page_in_a_frame(tab, errors) -> 
     errors.clear()
 
 
-def test_the_page_never_writes_html() -> None:
+def test_the_pages_never_write_html() -> None:
     writes = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write"
-    assert not re.search(writes, kestrun.PAGE)
+    for text in (kestrun.PAGE, kestrun.CLIENT_JS):
+        assert not re.search(writes, text)
+
+
+# ---- kestrun.js: the client as a module, for pages of one's own
+
+#: What a page does with a connection, and what comes of it.
+MODULE = {
+    "connection.invoke('Echo', { a: [1] })": {"a": [1]},
+    "connection.invoke('Nothing').catch((error) => error.message)": (
+        "Failed to invoke 'Nothing' due to an error on the server. "
+        "HubException: Method does not exist."
+    ),
+    "collect('Counter', 3)": [0, 1, 2],
+    "collect('Nothing').catch((error) => error.constructor.name)": "Error",
+    "ask(() => 'Ada')": "Ada",
+    "ask(async () => ({ name: 'Ada' }))": {"name": "Ada"},
+    "ask(() => { throw new Error('busy'); }).catch((error) => error.message)": (
+        "An unexpected error occurred invoking 'Ask' on the server. HubException: busy"
+    ),
+    "connection.invoke('Ask', 'Nobody').catch((error) => error.message)": (
+        "An unexpected error occurred invoking 'Ask' on the server. "
+        "HubException: Nothing handles Nobody."
+    ),
+    "first('Endless')": 0,
+    "connection.transport": "the transport",
+    "stopped()": "There is no connection.",
+}
+
+USE_MODULE = """async (expression) => {
+  const { HubConnection } = await import("/kestrun.js");
+  const connection = new HubConnection("hub");
+  const collect = async (...call) => {
+    const items = [];
+    for await (const item of connection.stream(...call)) items.push(item);
+    return items;
+  };
+  const first = async (...call) => {
+    for await (const item of connection.stream(...call)) return item;
+  };
+  const ask = (answer) => {
+    connection.on("getname", answer);
+    return connection.invoke("Ask", "GetName");
+  };
+  const stopped = () => {
+    connection.stop();
+    return connection.invoke("Me").catch((error) => error.message);
+  };
+  await connection.start();
+  const result = await eval(expression);
+  connection.stop();
+  return result;
+}"""
+
+
+@pytest.mark.parametrize("transport", ["WebSockets", "ServerSentEvents"])
+async def test_a_page_of_ones_own_uses_the_pages_client(
+    chromium, errors, transport: str
+) -> None:
+    app, hub = kestrun.create_app(), Playground.fresh()
+    kestrun.map_hub(app, "/hub", hub)
+    async with (
+        Server(app) as server,
+        open_tab(chromium, errors, bypass_csp=True) as tab,
+    ):
+        if transport == "ServerSentEvents":
+            await tab.add_init_script("delete window.WebSocket")
+        await tab.goto(server.origin)
+        for expression, wanted in MODULE.items():
+            result = await tab.evaluate(USE_MODULE, expression)
+            wanted = transport if wanted == "the transport" else wanted
+            assert result == wanted, expression
+        events = set()
+        while events < {"closed"}:  # the stream that was left
+            event = await hub.next()
+            events |= {event[0]} & {"closed"}
+        await tab.goto("about:blank")
 
 
 # ----------------------------------------------------------------------- demo
@@ -8012,7 +8420,7 @@ async def test_hub_and_api_need_the_token(demo, token: str | None) -> None:
         answer = await server.request(method, url)
         assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert answer.body == "" if url.startswith(HUB) else answer.json["Message"]
-    for url in ("/", "/healthz"):
+    for url in ("/", "/kestrun.js", "/healthz"):
         assert (await server.request("GET", url)).status == 200
 
 
@@ -8442,15 +8850,17 @@ async def test_every_answer_carries_the_security_headers(demo) -> None:
             assert SAFE.items() <= dict(answer.headers).items()
 
 
-async def test_the_pages_policy_allows_its_own_script_and_style_and_no_other(demo):
+@pytest.mark.parametrize("path", ["/"])
+async def test_a_pages_policy_allows_its_own_script_and_style_and_no_other(demo, path):
     server = await demo()
-    page = await server.request("GET", "/")
+    page = await server.request("GET", path)
     policy = page.headers["Content-Security-Policy"]
     rules = {name: found for name, *found in map(str.split, policy.split(";"))}
     for tag in ("script", "style"):
         (text,) = re.findall(rf"(?s)<{tag}[^>]*>(.+?)</{tag}>", page.body)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert rules.pop(f"{tag}-src") == [f"'sha256-{digest}'"]
+        more = ["'self'"] if tag == "script" else []  # for kestrun.js
+        assert rules.pop(f"{tag}-src") == [f"'sha256-{digest}'", *more]
     assert rules["default-src"] == ["'none'"]
     assert {"base-uri", "form-action", "frame-ancestors"} < rules.keys()
     allowed = {source for found in rules.values() for source in found}
@@ -8554,6 +8964,7 @@ async def test_the_program_runs_as_a_lone_copy_and_prints_where(tmp_path: Path) 
         await running.printed(f"{running.origin}{path}")
         assert re.search(rf"(?m){running.origin}/?(\s|$)", running.output)
         assert "<title>" in (await running.request("GET", "/")).body
+        assert "HubConnection" in (await running.request("GET", "/kestrun.js")).body
         client = await running.connect(path=path)
         assert await client.invoke("Echo", "hello") is None
         assert await client.received("ReceiveEcho") == ["hello"]
@@ -9110,6 +9521,7 @@ NPM = (
     "@microsoft/signalr-protocol-msgpack@10",
     "signalr8@npm:@microsoft/signalr@8",
     "signalr6@npm:@microsoft/signalr@6",
+    "axe-core@4",
 )
 
 
@@ -12510,7 +12922,9 @@ async def test_the_bench_server_serves_its_hub(name: str) -> None:
 
 for _test in [t for n, t in globals().items() if n.startswith("test_")]:
     if inspect.iscoroutinefunction(_test):
-        in_browser = {"page", "tab"} & {*inspect.signature(_test).parameters}
+        in_browser = {"chromium", "page", "tab"} & {
+            *inspect.signature(_test).parameters
+        }
         scope = "session" if in_browser else "function"
         pytest.mark.asyncio(loop_scope=scope)(_test)
 
