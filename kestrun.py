@@ -120,6 +120,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
 from decimal import Decimal
 from enum import Enum, Flag
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
@@ -7648,6 +7649,9 @@ class Monitor:
 #: Where the demo keeps its Monitor, for its hub.
 _MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
 
+#: A page that is served if it is there: this file needs no other.
+_MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
+
 
 def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
     """Serve a page that finds the hub's path in its meta tag."""
@@ -7718,7 +7722,12 @@ def create_app(
     app.cleanup_ctx.append(demo.schedule.context)
     app.cleanup_ctx.append(monitor.context)
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
-    app.add_routes([_page_route("/", PAGE, hub_path)])
+    page = PAGE
+    if _MONITOR_PAGE.is_file():
+        page = page.replace('href="monitor" hidden', 'href="monitor"')
+        text = _MONITOR_PAGE.read_text(encoding="utf-8")
+        app.add_routes([_page_route("/monitor", text, hub_path)])
+    app.add_routes([_page_route("/", page, hub_path)])
     app.add_routes([web.get("/kestrun.js", _show_client)])
     app.add_routes([web.get("/healthz", demo.show_health)])
     return app

@@ -7695,6 +7695,10 @@ async def test_the_page_works_below_another_path_and_asks_no_other_host(tab) -> 
         await tab.click("#event")
         await sees(tab, "#log li", "PowerShellEvent")
         assert "Kestrun" in await tab.title()
+        await tab.click("#monitor")
+        await sees(tab, "#connections .now", "1")
+        await tab.click("text=Demo page")
+        await sees(tab, "#state", "Connected")
     here = server.origin.partition(":")[2] + "/demo/"
     ours = (f"http:{here}", f"ws:{here}", "data:")
     assert asked and all(url.startswith(ours) for url in asked)
@@ -7755,7 +7759,7 @@ async def close_at_once(route: Any) -> None:
     await route.close()
 
 
-@pytest.mark.parametrize("path", [""])
+@pytest.mark.parametrize("path", ["", "monitor"])
 @pytest.mark.parametrize("how", ["no WebSocket", "closed"])
 async def test_where_websockets_are_blocked_the_pages_use_events(
     tab, how, path
@@ -7793,7 +7797,7 @@ def axe(npm_folder: Path) -> str:
 #: Each page as people meet it: with what it opens, and the size of the window.
 VIEWS = [
     (path, theme, width)
-    for path in ("",)
+    for path in ("", "monitor")
     for theme, width in (("light", 360), ("dark", 768), ("light", 1440), ("dark", 1440))
 ]
 
@@ -8033,8 +8037,76 @@ async def test_a_page_elsewhere_cannot_show_the_page_in_a_frame(tab, errors) -> 
 
 def test_the_pages_never_write_html() -> None:
     writes = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write"
-    for text in (kestrun.PAGE, kestrun.CLIENT_JS):
+    for text in (kestrun.PAGE, kestrun.CLIENT_JS, MONITOR.read_text()):
         assert not re.search(writes, text)
+
+
+# ---- the monitor
+
+MONITOR = KESTRUN.with_name("static") / "monitor.html"
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def monitor(tab: Any) -> AsyncIterator[tuple[Any, Server]]:
+    """The monitor of a demo, connected, and its server."""
+    async with Server(kestrun.create_app()) as server:
+        await tab.goto(f"{server.origin}/monitor")
+        await sees(tab, "#connections .now", "1open")
+        yield tab, server
+        await tab.goto("about:blank")
+
+
+async def test_the_monitor_plots_what_the_server_does(monitor) -> None:
+    tab, server = monitor
+    for group in ("<b>Crew</b>", "<b>Crew</b>", "Admins"):
+        await visitor(server, group=group)
+    await started(server)
+    id = await started(server)
+    await server.request("POST", f"/api/operation/cancel/{id}")
+    asyncio.get_running_loop().call_soon(time.sleep, 0.6)
+    for selector, text in {
+        "#connections .now": "4open",
+        "#messages .now": "out",
+        "#queued .now": " Bwaiting",
+        "#lag figcaption": re.compile(r"Highest ([5-9]|\d,.)\d\d ms"),
+        "#operations .now": "1running1finished",
+        "#group-count": "2",
+        "#group-list li": "<b>Crew</b>2",
+    }.items():
+        await sees(tab, selector, text)
+    for plot in ("connections", "messages", "queued", "lag", "operations"):
+        drawn = f"() => document.querySelector('#{plot} .line').getAttribute('d')"
+        await tab.wait_for_function(f"{drawn}.includes('L')")
+    assert await tab.locator("#group-list li span").first.inner_text() == "<b>Crew</b>"
+
+
+async def test_the_monitor_can_be_paused_and_read_at_any_time(monitor) -> None:
+    tab, server = monitor
+    await tab.click("#pause")
+    await visitor(server)
+    await sees(tab, "#summary", "1 WebSockets")
+    await tab.hover("#connections svg", position={"x": 1, "y": 50})
+    await sees(tab, "#connections figcaption", "s ago")
+    assert await tab.inner_text("#connections .now span") == "1"
+    await tab.click("#pause")
+    await sees(tab, "#connections .now", "2open")
+    await tab.mouse.move(0, 0)
+    for minutes in ("5 min", "15 min", "1 min"):
+        await tab.click(f"label >> text={minutes}")
+        await sees(tab, "#connections figcaption", f"Last {minutes}")
+
+
+async def test_the_monitor_goes_on_after_a_restart(tab) -> None:
+    async with Server(kestrun.create_app()) as server:
+        await tab.goto(f"{server.origin}/monitor")
+        await sees(tab, "#connections .now", "1open")
+    await sees(tab, "#state", "Connection lost.")
+    await sees(tab, "#detail", "Trying again in 2 s")
+    async with Server(kestrun.create_app(), port=server.port) as server:
+        await tab.click("#retry")
+        await sees(tab, "#state", "Connected")
+        await visitor(server)
+        await sees(tab, "#connections .now", "2open")
 
 
 # ---- kestrun.js: the client as a module, for pages of one's own
@@ -8420,7 +8492,7 @@ async def test_hub_and_api_need_the_token(demo, token: str | None) -> None:
         answer = await server.request(method, url)
         assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert answer.body == "" if url.startswith(HUB) else answer.json["Message"]
-    for url in ("/", "/kestrun.js", "/healthz"):
+    for url in ("/", "/monitor", "/kestrun.js", "/healthz"):
         assert (await server.request("GET", url)).status == 200
 
 
@@ -8850,7 +8922,7 @@ async def test_every_answer_carries_the_security_headers(demo) -> None:
             assert SAFE.items() <= dict(answer.headers).items()
 
 
-@pytest.mark.parametrize("path", ["/"])
+@pytest.mark.parametrize("path", ["/", "/monitor"])
 async def test_a_pages_policy_allows_its_own_script_and_style_and_no_other(demo, path):
     server = await demo()
     page = await server.request("GET", path)
@@ -8965,6 +9037,7 @@ async def test_the_program_runs_as_a_lone_copy_and_prints_where(tmp_path: Path) 
         assert re.search(rf"(?m){running.origin}/?(\s|$)", running.output)
         assert "<title>" in (await running.request("GET", "/")).body
         assert "HubConnection" in (await running.request("GET", "/kestrun.js")).body
+        assert (await running.request("GET", "/monitor")).status == 404
         client = await running.connect(path=path)
         assert await client.invoke("Echo", "hello") is None
         assert await client.received("ReceiveEcho") == ["hello"]
@@ -12922,7 +12995,7 @@ async def test_the_bench_server_serves_its_hub(name: str) -> None:
 
 for _test in [t for n, t in globals().items() if n.startswith("test_")]:
     if inspect.iscoroutinefunction(_test):
-        in_browser = {"chromium", "page", "tab"} & {
+        in_browser = {"chromium", "monitor", "page", "tab"} & {
             *inspect.signature(_test).parameters
         }
         scope = "session" if in_browser else "function"
