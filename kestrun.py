@@ -7697,13 +7697,12 @@ def create_app(
     if isinstance(allowed_hosts, str) or not all(map(_host_name, allowed_hosts or ())):
         raise ValueError("allowed_hosts: names such as 'example.com'")
     demo = Demo(token, allowed_origins, allowed_hosts)
-    monitor = Monitor(demo)
     app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
     app.on_response_prepare.append(_add_security_headers)
     app.on_startup.append(demo.open_operations)
     # Before the hub's own, so that clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
-    app[_MONITOR] = monitor
+    monitor = app[_MONITOR] = Monitor(demo)
     demo.hub = app[HUB] = map_hub(
         app,
         hub_path,
@@ -7719,8 +7718,7 @@ def create_app(
     demo.hub.everywhere.handle("operations", demo.local_operations)
     demo.hub_routes = frozenset(app.router.resources())
     demo.hub.everywhere.handle("stats", monitor.count)
-    app.cleanup_ctx.append(demo.schedule.context)
-    app.cleanup_ctx.append(monitor.context)
+    app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
     if _MONITOR_PAGE.is_file():
@@ -7728,8 +7726,8 @@ def create_app(
         text = _MONITOR_PAGE.read_text(encoding="utf-8")
         app.add_routes([_page_route("/monitor", text, hub_path)])
     app.add_routes([_page_route("/", page, hub_path)])
-    app.add_routes([web.get("/kestrun.js", _show_client)])
-    app.add_routes([web.get("/healthz", demo.show_health)])
+    open_routes = {"/kestrun.js": _show_client, "/healthz": demo.show_health}
+    app.add_routes([web.get(*route) for route in open_routes.items()])
     return app
 
 
