@@ -2014,7 +2014,7 @@ class GroupManager:
         return self._groups.get(name, {})
 
     async def join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection; return what forbids it, or None if it is not here."""
+        """Add a connection; return "", what forbids it, or None if it is not here."""
         connection = self._registry.connections.get(connection_id)
         if connection is None:
             return None
@@ -3231,7 +3231,7 @@ class Hub:
     async def on_invocation(
         self, invocation: HubInvocation, call_next: Callable[[], Awaitable[Any]]
     ) -> Any:
-        """Run around every call of a hub method. Override it to observe or refuse.
+        """Run around every call that `authorize` allows. Override it to observe or refuse.
 
         invocation: the method, the target and the arguments of the call.
         call_next: calls the method and returns its result (of a streaming
@@ -3531,7 +3531,8 @@ class HubMethod:
             raise
         except BaseException as error:  # a converter may be user code
             text = _text_of(error)
-            log.warning("%s: argument %r does not fit: %s", method, name, text)
+            shown = _one_line(text, 200)
+            log.warning("%s: argument %r does not fit: %s", method, name, shown)
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
                 "values match the types of the hub method being invoked. "
@@ -3564,12 +3565,11 @@ def _collect_methods(
         member = inspect.getattr_static(hub_class, name)
         is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
         functions = _definitions(hub_class, name)
-        if name.startswith("_") or hasattr(Hub, name) or not is_method:
+        hidden = any(hasattr(f, "__kestrun_not_callable__") for f in functions)
+        if name.startswith("_") or hasattr(Hub, name) or hidden or not is_method:
             if any(hasattr(f, "__kestrun_checks__") for f in functions):
                 text = f"{hub_class.__name__}.{name}: authorize is for methods that "
                 raise TypeError(text + "clients can call")
-            continue
-        if any(hasattr(f, "__kestrun_not_callable__") for f in functions):
             continue
         if name in Hub.__annotations__:
             raise TypeError(f"{hub_class.__name__}.{name} hides the hub's own {name}")
@@ -3908,7 +3908,8 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
     converters = _Notes(found.append)  # it is told of all annotations
     methods = []
     for method in _collect_methods(hub_class, converters).values():
-        converters.make(method.result)
+        items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
+        converters.make(items[0] if items else method.result)
         parameters = [
             {
                 "name": parameter.name,
@@ -3922,10 +3923,10 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
         description = {"name": method.name, "parameters": parameters}
         description |= {"result": _type_text(method.result), "stream": method.streaming}
         methods.append({**description, "authorize": checks})
-    types = {kind.__name__: kind for kind in found if isinstance(kind, type)}
-    members = {name: _describe_type(kind) for name, kind in sorted(types.items())}
-    members = {name: described for name, described in members.items() if described}
-    return {"hub": hub_class.__name__, "methods": methods, "types": members}
+    kinds = {kind.__name__: kind for kind in found if isinstance(kind, type)}
+    described = {name: _describe_type(kind) for name, kind in sorted(kinds.items())}
+    described = {name: members for name, members in described.items() if members}
+    return {"hub": hub_class.__name__, "methods": methods, "types": described}
 
 
 def _describe_type(kind: type) -> dict[str, Any]:
@@ -3934,10 +3935,10 @@ def _describe_type(kind: type) -> dict[str, Any]:
         return {"values": [Writer(HubOptions(), "json").to_plain(m) for m in kind]}
     if not (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)):
         return {}
-    named = dataclasses.is_dataclass(kind)
-    hints = typing.get_type_hints(kind).items()
-    spell = _camel_case if named else str
-    return {"members": {spell(name): _type_text(hint) for name, hint in hints}}
+    hints = typing.get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = {_camel_case(f.name): hints[f.name] for f in dataclasses.fields(kind)}
+    return {"members": {name: _type_text(hint) for name, hint in hints.items()}}
 
 
 # ----------------------------------------------------------- hub connection
@@ -4033,7 +4034,7 @@ class MappedHub:
 
     def make_hub(self, context: HubCallerContext) -> Hub:
         hub = self._factory()
-        if not isinstance(hub, self.hub_class) or getattr(hub, "context", None):
+        if type(hub) is not self.hub_class or getattr(hub, "context", None):
             name = self.hub_class.__name__
             raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
         hub.app = self.app
@@ -4083,7 +4084,8 @@ class UploadStream:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 (a converter may be user code)
-            log.warning("%s does not fit: %s", self._name, _text_of(error))
+            text = _one_line(_text_of(error), 200)
+            log.warning("%s does not fit: %s", self._name, text)
             message = "Failed to bind Stream message."
             options = self._connection.shared.options
             self.end(HubException(error_text(message, error, options)))
@@ -4122,7 +4124,7 @@ def _log_failure(name: str, connection: Connection, error: BaseException) -> Non
     connection_id = connection.connection_id
     gone = isinstance(error, ConnectionError) and connection.ended.done()
     if isinstance(error, (HubException, Unauthorized)) or gone:
-        text = _text_of(error)
+        text = _one_line(_text_of(error), 200)
         log.info("%s ended for connection %s: %s", name, connection_id, text)
     else:
         log.error("%s failed for connection %s", name, connection_id, exc_info=error)
@@ -4376,7 +4378,6 @@ class Calls:
         if method.needs_slot and not (streaming or invocation.stream_ids):
             return None  # the usual call
         ids, expected = invocation.stream_ids, len(method.uploads)
-        used = [i for n, i in enumerate(ids) if i in self.uploads or i in ids[:n]]
         if streaming != method.streaming:
             return _WRONG_KIND.format(_KINDS[not streaming], target, _KINDS[streaming])
         if streaming and self._find(invocation.invocation_id) is not None:
@@ -4388,7 +4389,7 @@ class Calls:
             text = f"A client can have at most {limit} streams at the same time."
         elif len(ids) != expected:
             text = f"Client sent {len(ids)} stream(s), Hub method expects {expected}."
-        elif used:
+        elif used := [i for n, i in enumerate(ids) if i in {*self.uploads, *ids[:n]}]:
             text = f"Stream ID '{used[0]}' is already in use."
         else:
             return None
@@ -4713,12 +4714,13 @@ class HubConnection:
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
         counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
-        paused, inbox.unfinished = inbox.unfinished, False
+        rate, paused, inbox.unfinished = self._rate, inbox.unfinished, False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 counters.messages_in += 1
                 self._keep_alive.active = True
-                if self._is_new(message) and self._in_rate(message, paused):
+                new = connection.reconnect is None or self._is_new(message)
+                if new and (rate is None or self._in_rate(message, rate, paused)):
                     self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
@@ -4741,15 +4743,12 @@ class HubConnection:
             return True
         return reconnect.accept()
 
-    def _in_rate(self, message: Message | None, paused: bool) -> bool:
+    def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
         """Count a message, unless it answers the server; cut off who sends too many.
 
         paused: the server did not read for a while, so what waited counts for all of it.
         """
-        rate = self._rate
-        if rate is None or isinstance(message, Ack):
-            return True
-        if self._mapped.registry.expects(message):
+        if isinstance(message, Ack) or self._mapped.registry.expects(message):
             return True
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
@@ -5525,7 +5524,7 @@ class HubClient:
         What it returns is the result, if the server waits for one; what it raises is
         the error. `receive` does not get these calls.
         """
-        self._handlers[target] = handler
+        self._handlers[target.lower()] = handler
 
     async def receive(self, target: str, timeout: float = 5) -> list[Any]:
         """Return the arguments of the next call of `target`, in order of arrival.
@@ -5534,7 +5533,7 @@ class HubClient:
         """
         try:
             async with asyncio.timeout(timeout):
-                return await self._next(self._received[target])  # type: ignore[no-any-return]
+                return await self._next(self._received[target.lower()])  # type: ignore[no-any-return]
         except TimeoutError:
             text = f"The server did not call {target!r} in {timeout} s."
             raise TimeoutError(text) from None
@@ -5641,10 +5640,10 @@ class HubClient:
 
     def _take(self, message: Message | None) -> None:
         match message:
-            case Invocation(target) if target in self._handlers:
+            case Invocation(target) if target.lower() in self._handlers:
                 self._start(self._handle(message))
             case Invocation(target, arguments, id):
-                self._received[target].append(arguments)
+                self._received[target.lower()].append(arguments)
                 if id is not None:
                     text = "Client didn't provide a result."
                     self._start(self._write(Completion(id, NO_RESULT, text)))
@@ -5657,7 +5656,7 @@ class HubClient:
         """Call a handler; answer if the server waits."""
         id, target = message.invocation_id, message.target
         try:
-            result = self._handlers[target](*message.arguments)
+            result = self._handlers[target.lower()](*message.arguments)
             result = await result if hasattr(result, "__await__") else result
             if id is not None:
                 await self._write(Completion(id, result))
@@ -7135,7 +7134,7 @@ HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
 LEVELS = {"Trace": 5, "Verbose": 5, "Debug": 10, "Information": 20}
 LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
 
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]]+?)\.?(?::[0-9]*)?")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]*\s]+?)\.?(?::[0-9]*)?")
 
 #: Bytes of a body that the API accepts, and seconds for it to arrive.
 _LARGEST_BODY, _BODY_TIMEOUT = 65_536, 10.0
@@ -7262,9 +7261,10 @@ def _content_security_policy(page: str) -> str:
     rules = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
     rules += "form-action 'self'; frame-ancestors 'none'"
     for tag, more in (("script", " 'self'"), ("style", "")):  # 'self': kestrun.js
-        for text in re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", page, re.DOTALL):
-            digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
-            rules += f"; {tag}-src 'sha256-{digest.decode()}'{more}"
+        texts = re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+        hashes = (f" 'sha256-{base64.b64encode(d).decode()}'" for d in digests)
+        rules += f"; {tag}-src{''.join(hashes)}{more}"
     return rules
 
 
@@ -7591,8 +7591,7 @@ class Monitor:
         """Measure the event loop's lag while an application runs (`cleanup_ctx`)."""
         task = asyncio.create_task(self._measure_lag())
         yield
-        task.cancel()
-        await asyncio.wait([task])
+        await _end_tasks([t for t in (task, self._newest) if t is not None], (0, 1))
 
     async def _measure_lag(self) -> None:
         while True:
@@ -7649,6 +7648,8 @@ class Monitor:
 #: Where the demo keeps its Monitor, for its hub.
 _MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
 
+#: Where the demo has routes of its own, besides its API.
+_OWN_PATHS = ("", "/healthz", "/kestrun.js", "/monitor")
 #: A page that is served if it is there: this file needs no other.
 _MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
 
@@ -7669,6 +7670,16 @@ async def _show_client(request: Request) -> Response:
     return Response(text=CLIENT_JS, content_type="text/javascript")
 
 
+def _check_app_options(hub_path: str, hosts: Names, token: str | None) -> None:
+    """Raise ValueError for an option of `create_app` that cannot be used."""
+    if token is not None and (not token or token != token.strip()):
+        raise ValueError("token must not be empty, and not begin or end with blanks")
+    if hub_path.rstrip("/") in _OWN_PATHS:
+        raise ValueError(f"hub_path: {hub_path!r} is taken by another route")
+    if isinstance(hosts, str) or not all(map(_host_name, hosts)):
+        raise ValueError("allowed_hosts: names such as 'example.com'")
+
+
 def create_app(
     *,
     hub_path: str = "/hubs/kestrun",
@@ -7686,21 +7697,18 @@ def create_app(
     allowed_hosts: host names under which a proxy passes requests on. Requests that
         come in at a loopback address are served under these names and loopback's;
         all requests are, if there are any names. None: every name will do.
-    token: required by hub and API, if given; the page and /healthz are open.
+    token: required by hub and API, if given; pages, /kestrun.js and /healthz are open.
     backplane: connects the processes that run this application.
     sticky: whether all requests of one connection reach the same process. If not,
         clients can use WebSockets only, and cannot resume a lost one.
     Raises ValueError for a path, origin, host or token that cannot be used.
     """
-    if token is not None and not token.strip():
-        raise ValueError("token must not be empty; leave it out to need none")
-    if isinstance(allowed_hosts, str) or not all(map(_host_name, allowed_hosts or ())):
-        raise ValueError("allowed_hosts: names such as 'example.com'")
+    _check_app_options(hub_path, allowed_hosts or (), token)
     demo = Demo(token, allowed_origins, allowed_hosts)
     app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
     app.on_response_prepare.append(_add_security_headers)
     app.on_startup.append(demo.open_operations)
-    # Before the hub's own, so that clients still receive how operations end.
+    # Before the hub's own: clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
     monitor = app[_MONITOR] = Monitor(demo)
     demo.hub = app[HUB] = map_hub(
@@ -7714,20 +7722,20 @@ def create_app(
         allowed_origins=allowed_origins,
         authenticate=demo.authenticate,
     )
+    demo.hub_routes = frozenset(app.router.resources())
     demo.hub.everywhere.handle("operation", demo.act_on_operation)
     demo.hub.everywhere.handle("operations", demo.local_operations)
-    demo.hub_routes = frozenset(app.router.resources())
     demo.hub.everywhere.handle("stats", monitor.count)
     app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
-    if _MONITOR_PAGE.is_file():
+    text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
+    if '<meta name="hub"' in text:  # it is not another project's
         page = page.replace('href="monitor" hidden', 'href="monitor"')
-        text = _MONITOR_PAGE.read_text(encoding="utf-8")
         app.add_routes([_page_route("/monitor", text, hub_path)])
     app.add_routes([_page_route("/", page, hub_path)])
-    open_routes = {"/kestrun.js": _show_client, "/healthz": demo.show_health}
-    app.add_routes([web.get(*route) for route in open_routes.items()])
+    app.router.add_get("/kestrun.js", _show_client)
+    app.router.add_get("/healthz", demo.show_health)
     return app
 
 
@@ -7889,7 +7897,8 @@ async def _keep_worker(command: list[str], stop: asyncio.Event) -> None:
         await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not ended.done():
-            worker.terminate()
+            assert worker.stdin is not None
+            worker.stdin.close()  # a signal could be its second: Ctrl-C is for all
             await asyncio.wait([ended], timeout=_SHUTDOWN_TIMEOUT + 2)
             if not ended.done():
                 worker.kill()
@@ -7984,6 +7993,7 @@ def _print_description(name: str) -> None:
 
 async def _probe(url: str, token: str | None) -> None:
     """Print the round trip of a call. Raises ConnectionError with what is wrong."""
+    shown = url.partition("?")[0]  # the query may have a token
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with (
@@ -7998,16 +8008,16 @@ async def _probe(url: str, token: str | None) -> None:
                     await connection.invoke("Echo", "probe")
                 trips.append(1000 * (time.perf_counter() - begun))
     except (aiohttp.ClientError, HubException, TimeoutError) as error:
-        text = f"{url} cannot be used: {error}"
+        text = f"{shown} cannot be used: {error}"
         if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
-            text = f"{url!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
+            text = f"{shown!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
         elif isinstance(error, aiohttp.WSServerHandshakeError):
             reason = _PROBLEMS.get(error.status, "this is no hub")
-            text = f"{url} answers {error.status}: {reason}"
+            text = f"{shown} answers {error.status}: {reason}"
         elif isinstance(error, TimeoutError):
-            text = f"{url} does not answer in {_PROBE_TIMEOUT:g} s"
+            text = f"{shown} does not answer in {_PROBE_TIMEOUT:g} s"
         raise ConnectionError(text) from None
-    print(f"{url} answers in {min(trips):.1f} ms")
+    print(f"{shown} answers in {min(trips):.1f} ms")
 
 
 #: What a refused WebSocket means.
