@@ -9448,7 +9448,7 @@ async def wrong(hub: ChatHub) -> None:
 """
 CHECKERS = {
     "mypy": ["mypy", "--strict", "--no-error-summary", "--cache-dir={cache}"],
-    "pyright": ["pyright"],
+    "pyright": ["pyright", "--pythonpath", sys.executable],
 }
 
 
