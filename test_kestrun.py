@@ -6046,7 +6046,7 @@ async def test_a_flood_of_small_frames_lets_others_run(serve, frame: bytes) -> N
     while b'"end"' not in data:
         data = data[-9:] + await soon(raw.reader.read(2**16))
     counting.cancel()
-    assert len(iterations) > 30
+    assert len(iterations) > 10
 
 
 TOO_MANY_STREAMS = (
