@@ -42,7 +42,7 @@ messages are queued and leave together at the end of the event loop's iteration.
 The file reads from top to bottom; each section uses only what stands above it.
 `grep -n '^# ---' kestrun.py` prints the contents:
 
-    options         every limit and interval
+    options         the settings of a hub
     messages        hub messages, and how JSON and MessagePack write them
     connection      a duplex pipe between one client and one hub
     transports      WebSockets, Server-Sent Events, long polling
@@ -179,7 +179,7 @@ T = TypeVar("T")
 
 # ------------------------------------------------------------------ options
 #
-# All limits and intervals. Where SignalR has the option, name and default are
+# All settings of a hub. Where SignalR has the option, name and default are
 # SignalR's, in snake case. Options are checked when they are made, so a running
 # server never meets a wrong one.
 
@@ -1923,6 +1923,10 @@ class Backplane(Protocol):
         """Hand a message to the others. Never waits, never fails."""
         return
 
+    def tell(self, channel: str, news: str, *arguments: Any) -> None:
+        """Call the handler of that name in the others. Never waits, never fails."""
+        return
+
     def subscribe(self, channel: str) -> None:
         """Receive what others send to a channel."""
         return
@@ -2494,7 +2498,8 @@ class RedisLink:
 # is dropped and counted.
 #
 #   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
-#   all                               every process            messages, questions
+#   all                               every process            messages, questions,
+#                                                              news
 #   group:NAME, user:ID               those who have members   messages, questions
 #   connection:ID                     the one who has it       messages, questions
 #   process:ID                        that process             questions, answers,
@@ -2839,6 +2844,10 @@ class HubBackplane(Backplane):
         header = ["send", self.path, kind, names, list(excluding), sizes]
         self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
 
+    def tell(self, channel: str, news: str, *arguments: Any) -> None:
+        header = ["tell", self.path, news, arguments]
+        self._redis.publish(self.channel(channel), header)
+
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         found: list[Any] = []
         with self._redis.questions.expect() as (number, answers):
@@ -2910,6 +2919,8 @@ class HubBackplane(Backplane):
             case "send", [kind, names, excluding, sizes]:
                 address = Address(kind, tuple(names), frozenset(excluding))
                 self._deliver(address, sizes, body)
+            case "tell", [news, arguments]:
+                self._registry.handlers[news](*arguments)
             case "ask", [number, question, arguments]:
                 if (key := (sender, number)) not in self._redis.replies:
                     reply = self._reply(*key, question, arguments)
@@ -3143,7 +3154,6 @@ class HubCallerContext:
     _abort: Callable[[], None]
     #: Anything that user code wants to keep with the connection.
     items: dict[Any, Any] = field(default_factory=dict)
-    _opened_at: float = field(default_factory=time.monotonic)
 
     @property
     def connection_id(self) -> str:
@@ -3329,6 +3339,7 @@ class HubContext:
     async def abort_user(self, user_id: str) -> int:
         """Close all connections of a user, in every process; return their number.
 
+        One that is still being opened stays: `authenticate` must refuse it.
         Raises ConnectionError if other processes cannot be reached.
         """
         return sum(await self._registry.ask(f"user:{user_id}", "abort user", user_id))
@@ -4047,18 +4058,13 @@ class MappedHub:
         who = connection.connection_id, connection.user_id, connection.transport_name
         log.info("connection %s opened: user %r, %s", *who)
 
-    def remove(self, connection: Connection) -> None:
-        """Forget a connection, if it was added."""
-        context = self.contexts.pop(connection.connection_id, None)
-        if context is not None:
+    def remove(self, connection: Connection, seconds: float) -> None:
+        """Forget a connection, if it was added. seconds: how long it lasted."""
+        id, user = connection.connection_id, connection.user_id
+        if self.contexts.pop(id, None) is not None:
             self.registry.remove(connection)
-            who = (
-                connection.connection_id,
-                connection.user_id,
-                connection.transport_name,
-            )
-            seconds = time.monotonic() - context._opened_at
-            log.info("connection %s closed: user %r, %s, after %.1f s", *who, seconds)
+            text = "connection %s closed: user %r, %s, after %.1f s"
+            log.info(text, id, user, connection.transport_name, seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -4644,7 +4650,7 @@ class HubConnection:
 
     async def run(self) -> None:
         """Serve a client from its handshake to its end."""
-        connection = self._connection
+        connection, begun = self._connection, time.monotonic()
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
@@ -4661,7 +4667,7 @@ class HubConnection:
                     error = ProtocolError(text)
                 await self._run_hook("on_disconnected", error)
         finally:
-            self._mapped.remove(connection)
+            self._mapped.remove(connection, time.monotonic() - begun)
             connection.close(End())
 
     async def _connect(self) -> Calls | None:
@@ -5020,8 +5026,10 @@ class ConnectionManager:
         self._mapped = mapped
         self._tokens = tokens
         self._connections: dict[str, Connection] = {}
-        #: The ids whose tokens were used, until these expire: each is used once.
+        #: The ids whose tokens were used, here or in another process, until these
+        #: expire: each is used once.
         self._used: dict[str, float] = {}
+        mapped.registry.handlers["token used"] = self._used.setdefault
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
@@ -5109,6 +5117,7 @@ class ConnectionManager:
             backplane.unsubscribe(channel)
             raise
         self._used[ticket.connection_id] = ticket.ends
+        backplane.tell("all", "token used", ticket.connection_id, ticket.ends)
         if ticket.stateful:
             connection.reconnect = ReconnectBuffer()
         return connection
@@ -5564,8 +5573,9 @@ class HubClient:
         """Call a method; yield its stream items, then its completion."""
         id, answer = call.invocation_id or "", None
         waiting = self._answers[id] = deque()
+        uploads: list[asyncio.Task[None]] = []
         try:
-            await self._call(call)
+            uploads = await self._call(call)
             while not isinstance(answer, Completion):
                 answer = await self._next(waiting)
                 if isinstance(answer, Completion) and answer.error is not None:
@@ -5573,6 +5583,8 @@ class HubClient:
                 yield answer
         finally:
             del self._answers[id]
+            for upload in uploads:
+                upload.cancel()
             if not isinstance(answer, Completion):
                 with contextlib.suppress(ConnectionError):
                     await self._write(CancelInvocation(id))
@@ -5585,14 +5597,14 @@ class HubClient:
             await self._arrival.wait()
         return waiting.popleft()
 
-    async def _call(self, call: Invocation) -> None:
-        """Send a call; upload those of its arguments that are async iterators."""
+    async def _call(self, call: Invocation) -> list[asyncio.Task[None]]:
+        """Send a call; return the uploads of its arguments that are async iterators."""
         streams = [a for a in call.arguments if isinstance(a, AsyncIterable)]
         call.arguments = [a for a in call.arguments if not isinstance(a, AsyncIterable)]
         call.stream_ids = tuple(next(self._ids) for _ in streams)
         await self._write(call)
-        for stream_id, items in zip(call.stream_ids, streams, strict=True):
-            self._start(self._upload(stream_id, items))
+        pairs = zip(call.stream_ids, streams, strict=True)
+        return [self._start(self._upload(*pair)) for pair in pairs]
 
     async def _upload(self, stream_id: str, items: AsyncIterable[Any]) -> None:
         end = Completion(stream_id, NO_RESULT)
@@ -5603,11 +5615,12 @@ class HubClient:
             end.error = str(error)
         await self._write(end)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        return task
 
     async def _write(self, message: Message) -> None:
         if self._end is not None:
@@ -7844,6 +7857,17 @@ def _print_addresses(host: str, port: int, hub_path: str) -> None:
     print(f"hub   {address}{hub_path}", flush=True)
 
 
+async def _bind(arguments: argparse.Namespace, shared: bool) -> asyncio.Server:
+    """Bind the address without listening yet. shared: by several processes."""
+    return await asyncio.get_running_loop().create_server(
+        asyncio.Protocol,
+        arguments.host,
+        arguments.port,
+        reuse_port=shared or None,
+        start_serving=False,
+    )
+
+
 async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, then shut down."""
     runner = web.AppRunner(
@@ -7853,10 +7877,9 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         keepalive_timeout=_IDLE_TIMEOUT,
         shutdown_timeout=1.0,
     )
-    stop, address = _stop_event(), (arguments.host, arguments.port)
-    shared = True if arguments.worker else None  # the port
+    stop = _stop_event()
+    loop = asyncio.get_running_loop()
     if arguments.worker:  # its input ends with the process that started it
-        loop = asyncio.get_running_loop()
 
         def orphaned() -> None:
             loop.remove_reader(sys.stdin.fileno())
@@ -7865,9 +7888,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         loop.add_reader(sys.stdin.fileno(), orphaned)
     await runner.setup()
     try:
-        words: dict[str, Any] = {"reuse_port": shared, "start_serving": False}
-        loop = asyncio.get_running_loop()
-        bound = await loop.create_server(asyncio.Protocol, *address, **words)
+        bound = await _bind(arguments, shared=arguments.worker)
         for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
             await web.SockSite(runner, listener, backlog=_ACCEPTS).start()
             listener.listen(1024)
@@ -7914,11 +7935,9 @@ async def _run_workers(
     """Run `--workers` processes that share one port, until SIGINT or SIGTERM."""
     await backplane.start()  # which shows whether Redis can be used
     await backplane.stop()
-    stop, loop = _stop_event(), asyncio.get_running_loop()
+    stop = _stop_event()
     # Bound here without listening, so that the port is known and stays ours.
-    host, port = arguments.host, arguments.port
-    words: dict[str, Any] = {"reuse_port": True, "start_serving": False}
-    server = await loop.create_server(asyncio.Protocol, host, port, **words)
+    server = await _bind(arguments, shared=True)
     host, port = server.sockets[0].getsockname()[:2]
     command = [sys.executable, os.path.abspath(__file__), *argv]
     command += ["--port", str(port), "--worker"]
@@ -7989,6 +8008,20 @@ def _print_description(name: str) -> None:
     print(json.dumps(description, indent=2))
 
 
+#: What a refused WebSocket means.
+_PROBLEMS = {
+    200: "this is a page, not a hub",
+    400: "this is no hub, or a proxy does not pass the header Upgrade on",
+    401: "the token is missing or wrong; give --token",
+    403: "this user may not connect",
+    404: "there is no hub at this path",
+    421: "the server does not know this host name; see --allow-host",
+    502: "the server behind the proxy does not run",
+    503: "the server is full or shuts down",
+}
+_PROBE_TIMEOUT = 10.0
+
+
 async def _probe(url: str, token: str | None) -> None:
     """Print the round trip of a call. Raises ConnectionError with what is wrong."""
     shown = url.partition("?")[0]  # the query may have a token
@@ -8016,20 +8049,6 @@ async def _probe(url: str, token: str | None) -> None:
             text = f"{shown} does not answer in {_PROBE_TIMEOUT:g} s"
         raise ConnectionError(text) from None
     print(f"{shown} answers in {min(trips):.1f} ms")
-
-
-#: What a refused WebSocket means.
-_PROBLEMS = {
-    200: "this is a page, not a hub",
-    400: "this is no hub, or a proxy does not pass the header Upgrade on",
-    401: "the token is missing or wrong; give --token",
-    403: "this user may not connect",
-    404: "there is no hub at this path",
-    421: "the server does not know this host name; see --allow-host",
-    502: "the server behind the proxy does not run",
-    503: "the server is full or shuts down",
-}
-_PROBE_TIMEOUT = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
