@@ -12656,8 +12656,11 @@ async def stateful_reconnect(soak: Soak) -> None:
             await asyncio.sleep(0)
             await client.post(call("Counter", 100 * cuts, 50, type=4, invocationId="c"))
             for number in range(0, 100 * cuts, 10):
+                late = network.cuts < number // 100
                 if not network.left and network.cuts <= number // 100:
-                    network.left = dice.randrange(1, 9000)
+                    network.left = dice.randrange(1, 2000 if late else 9000)
+                while late and client.ws is None and not living.done():
+                    await asyncio.sleep(0.001)
                 await asyncio.sleep(0.002)
                 await client.post(*(call("Note", number + n) for n in range(10)))
                 while len(client.kept) > 2000 and not living.done():
