@@ -2505,15 +2505,16 @@ class RedisLink:
 #   process:ID                        that process             questions, answers,
 #                                                              its own beat
 #
-# Each packet is signed with the secret: signature, sender, a header in JSON, and
+# Whoever works on an answer says so with each beat; whoever no longer wants it says
+# so in reply. Each packet is signed with the secret: signature, sender, a header in JSON, and
 # after a line break the encoded message.
 
 #: Seconds between beats, and how many may fail to come back before redialling.
 _BEAT, _MISSED_BEATS = 1.0, 5
-#: Seconds for which a process works on an answer that nobody asks after.
-_LEASE = 10.0
-#: Seconds to wait for answers, and for a subscription to be active.
+#: Seconds to wait for the answers of all, and for a subscription to be active.
 _ANSWER_TIMEOUT = 1.0
+#: Seconds of silence after which one process does not work on its answer.
+_SILENCE = 1.8
 _NO_ANSWER = "Another process does not answer."
 _FAILED_ELSEWHERE = "Another process failed; see its log."
 #: Bytes of a signature, and of a process id in hexadecimal.
@@ -2544,45 +2545,15 @@ class Questions(dict[int, asyncio.Queue[Any]]):
         finally:
             del self[number]
 
-    def take(self, number: int, answer: list[Any] | None) -> None:
-        """Take an answer in a list; an empty one counts, but says nothing.
+    def take(self, number: int, answer: Any) -> bool:
+        """Take an answer in a list; return False if nobody waits for it.
 
-        None: the other process failed.
+        An empty list says nothing, None that the other process failed, NO_RESULT
+        that it still works.
         """
         if number in self:
             self[number].put_nowait(answer)
-
-
-class Replies(dict[tuple[str, int], asyncio.Task[None]]):
-    """The questions that this process works on, by their sender and number.
-
-    Whoever waits for an answer asks each second whether it is being worked on. If
-    nobody asks any more, the work is cancelled.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._asked: dict[tuple[str, int], float] = {}
-
-    def start(self, key: tuple[str, int], work: Coroutine[Any, Any, None]) -> None:
-        self._asked[key] = time.monotonic()
-        self[key] = asyncio.create_task(work)
-        self[key].add_done_callback(lambda _: self._forget(key))
-
-    def _forget(self, key: tuple[str, int]) -> None:
-        del self[key], self._asked[key]
-
-    def renew(self, sender: str, number: int) -> bool:
-        """Return whether this process works on a question, and go on with it."""
-        working = (sender, number) in self
-        if working:
-            self._asked[sender, number] = time.monotonic()
-        return working
-
-    def cancel_expired(self) -> None:
-        for key, asked in self._asked.items():
-            if time.monotonic() - asked > _LEASE:
-                self[key].cancel()
+        return number in self
 
 
 class RedisBackplane:
@@ -2612,17 +2583,16 @@ class RedisBackplane:
         self._wanted: set[bytes] = set()
         self._link: RedisLink | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._echoed = False
+        #: Beats in a row that have not come back.
+        self.missed_beats = 0
         self.questions = Questions()
         #: Lost and new links, in order, of which the application is still to be told.
         self._news: asyncio.Queue[bool]
-        self.replies = Replies()
         self._counts = Counter[str]()
 
     def for_hub(self, path: str, registry: Registry) -> Backplane:
         """Return the backplane of one hub."""
         self._hubs[path] = HubBackplane(self, path, registry)
-        registry.handlers["is working"] = self.replies.renew
         return self._hubs[path]
 
     # The link
@@ -2651,7 +2621,8 @@ class RedisBackplane:
         """Disconnect, once what was published before has left."""
         with contextlib.suppress(ConnectionError):
             await self.command("PING")
-        await _end_tasks([*self._tasks, *self.replies.values()], (0, 1))
+        replies = [task for hub in self._hubs.values() for task in hub.replies.values()]
+        await _end_tasks([*self._tasks, *replies], (0, 1))
         self._tasks.clear()
         self._wanted.clear()
 
@@ -2696,15 +2667,15 @@ class RedisBackplane:
 
     async def _watch(self, link: RedisLink) -> None:
         """Notice a Redis that hangs: what is published does not come back."""
-        missed, hub = 0, next(iter(self._hubs.values()))
-        while missed < _MISSED_BEATS:
-            self._echoed = False
+        self.missed_beats, hub = 0, next(iter(self._hubs.values()))
+        while self.missed_beats < _MISSED_BEATS:
+            self.missed_beats += 1
             self.publish(hub.channel(f"process:{self.process_id}"), ["beat", hub.path])
             reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
             reply.add_done_callback(self._count_processes)
-            self.replies.cancel_expired()
+            for each in self._hubs.values():
+                each.report_work()
             await asyncio.sleep(_BEAT)
-            missed = 0 if self._echoed else missed + 1
         raise ConnectionError("Redis does not answer.")
 
     def _count_processes(self, reply: asyncio.Future[Any]) -> None:
@@ -2781,7 +2752,7 @@ class RedisBackplane:
             header, _, body = content.partition(b"\n")
             kind, path, *rest = json.loads(header.decode(errors="surrogatepass"))
             if kind == "beat" and own:
-                self._echoed = True
+                self.missed_beats = 0
             elif (hub := self._hubs.get(path)) is not None:
                 hub.receive(sender.decode(), own, kind, rest, body)
         except Exception as error:  # noqa: BLE001 (it may contain anything)
@@ -2809,6 +2780,8 @@ class HubBackplane(Backplane):
     _redis: RedisBackplane
     path: str
     _registry: Registry
+    #: The questions that this process works on, by their sender and number.
+    replies: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def process_id(self) -> str:
@@ -2855,49 +2828,32 @@ class HubBackplane(Backplane):
             try:
                 async with asyncio.timeout(_ANSWER_TIMEOUT):
                     while missing:
-                        found += await answers.get() or ()
-                        missing -= 1
+                        if (answer := await answers.get()) is not NO_RESULT:
+                            found += answer or ()
+                            missing -= 1
             except TimeoutError:
                 text = "backplane: %d process(es) did not answer %r"
                 log.warning(text, missing, question)
         return found
 
     async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
-        missing = 1
         with self._redis.questions.expect() as (number, answers):
-            publish = self._publish_question(channel, number, question, arguments)
-            try:
-                missing = await publish
-                while missing:
-                    try:
-                        async with asyncio.timeout(_ANSWER_TIMEOUT):
-                            answer = await answers.get()
-                    except TimeoutError:
-                        if not await self._works(channel, number) and answers.empty():
-                            raise ConnectionError(_NO_ANSWER) from None
-                        continue
+            missing = await self._publish_question(channel, number, question, arguments)
+            while missing:
+                try:
+                    async with asyncio.timeout(_SILENCE):
+                        answer = await answers.get()
+                except TimeoutError:
+                    if self._redis.connected and self._redis.missed_beats:
+                        continue  # Redis hangs, perhaps not for long
+                    raise ConnectionError(_NO_ANSWER) from None
+                if answer is None:
+                    raise ConnectionError(_FAILED_ELSEWHERE)
+                if answer is not NO_RESULT:
                     missing -= 1
-                    if answer is None:
-                        raise ConnectionError(_FAILED_ELSEWHERE)
                     if answer and answer[0] is not None:
-                        missing = 0
                         return answer[0]
-            finally:
-                if missing:
-                    header = ["give up", self.path, number]
-                    self._redis.publish(self.channel(channel), header)
         return None
-
-    async def _works(self, channel: str, number: int) -> bool:
-        """Ask whether a question is still worked on. Raises ConnectionError."""
-        try:
-            return True in await self.ask(
-                channel, "is working", self.process_id, number
-            )
-        except ConnectionError:
-            if self._redis.connected:  # it hangs, perhaps not for long
-                return True
-            raise
 
     async def _publish_question(
         self, channel: str, number: int, question: str, arguments: tuple[Any, ...]
@@ -2921,14 +2877,16 @@ class HubBackplane(Backplane):
                 self._deliver(address, sizes, body)
             case "tell", [news, arguments]:
                 self._registry.handlers[news](*arguments)
-            case "ask", [number, question, arguments]:
-                if (key := (sender, number)) not in self._redis.replies:
-                    reply = self._reply(*key, question, arguments)
-                    self._redis.replies.start(key, reply)
-            case "give up", [number] if (sender, number) in self._redis.replies:
-                self._redis.replies[sender, number].cancel()
+            case "ask", [number, *_] if (key := (sender, number)) not in self.replies:
+                self.replies[key] = asyncio.create_task(self._reply(sender, *rest))
+                self.replies[key].add_done_callback(lambda _: self.replies.pop(key))
             case "answer", [number, answer]:
                 self._redis.questions.take(number, answer)
+            case "working", [number]:
+                if not self._redis.questions.take(number, NO_RESULT):
+                    self._send(sender, "give up", number)
+            case "give up", [number] if (sender, number) in self.replies:
+                self.replies[sender, number].cancel()
 
     def _deliver(self, address: Address, sizes: dict[str, int], body: bytes) -> None:
         encoded: Encoded = {}
@@ -2942,13 +2900,22 @@ class HubBackplane(Backplane):
         self, sender: str, number: int, question: str, arguments: list[Any]
     ) -> None:
         """Answer a question of another process."""
-        channel, header = self.channel(f"process:{sender}"), ["answer", self.path]
         try:
-            answer = await self._registry.handle(question, *arguments)
-            self._redis.publish(channel, [*header, number, [answer]])
+            answer = [await self._registry.handle(question, *arguments)]
+            self._send(sender, "answer", number, answer)
         except (Exception, SystemExit):
             log.exception("backplane: the question %r failed", question)
-            self._redis.publish(channel, [*header, number, None])
+            self._send(sender, "answer", number, None)
+
+    def report_work(self) -> None:
+        """Let those who asked know that this process still works on their answers."""
+        for sender, number in self.replies:
+            self._send(sender, "working", number)
+
+    def _send(self, process_id: str, kind: str, *content: Any) -> None:
+        """Send a packet to one process."""
+        channel = self.channel(f"process:{process_id}")
+        self._redis.publish(channel, [kind, self.path, *content])
 
 
 # ------------------------------------------------------------------ hub API
