@@ -251,19 +251,19 @@ class HubOptions:
     transport_send_timeout: float | None = 10
     #: Origins, such as "https://example.com", besides the server's own.
     allowed_origins: Collection[str] = ()
-    #: Return the converter for an annotation of a hub method, or None for the usual
-    #: one. Asked first, for every annotation and what is inside of it.
+    #: Return the converter for an annotation of a hub method, or None for kestrun's
+    #: own. Called for each annotation and for each type inside it.
     converter: Callable[[Any], Converter | None] | None = None
-    #: Return, for a value that kestrun cannot write, one that it can. Without it, or if
-    #: it returns the same value or raises TypeError, sending the value fails.
+    #: Convert a value that kestrun cannot write to one that it can. If it returns the
+    #: same value or raises TypeError, sending fails.
     encoder: Callable[[Any], Any] | None = None
     #: Return the name on the wire of a dataclass's field, for the protocol "json" or
     #: "messagepack". By default user_name is userName.
     member_name: Callable[[str, str], str] | None = None
     #: Reads and writes JSON: an object with `dumps(value, default=…)` and
-    #: `loads(data)`, text or bytes, such as the module orjson. That one does not write
-    #: integers beyond 64 bits, and reads them as floats. NaN is never written, and
-    #: limits are kept, with each.
+    #: `loads(data)`, text or bytes, such as the module orjson. orjson does not write
+    #: integers beyond 64 bits, and reads them as floats. With any library, NaN is
+    #: never written, and the limits on size and depth stay.
     json: Any = json
     #: Return the user id of a request, or None for an anonymous user; or raise
     #: web.HTTPUnauthorized or web.HTTPForbidden. Async. Asked for every request but
@@ -524,7 +524,7 @@ class Writer:
         return [(field.name, spell(field.name, self._protocol)) for field in fields]
 
     def explain(self, message: Message, error: Exception) -> Exception:
-        """Say what in a message cannot be sent, and where: its type, never its value."""
+        """Say which part of a message cannot be sent: its place and type, not its value."""
         if isinstance(message, Invocation):
             target, convert = message.target, self.to_plain
             parts = [
@@ -831,7 +831,7 @@ def _json_writer(convert: Callable[[Any], Any] | None = None) -> Callable[[Any],
     )
 
     def write(value: Any) -> str:
-        if type(value) is int:  # for anything but a str the encoder is slow to start
+        if type(value) is int:  # the encoder is fast for a str only
             return repr(value)
         try:
             return encoder.encode(value)
@@ -859,9 +859,9 @@ def _library_writer(
 ) -> Callable[[Any], str]:
     """Return a function that writes values with another JSON library.
 
-    It gets plain values only, since libraries differ in what they write by themselves.
-    orjson can be told; then values are walked through only if it fails, or writes null,
-    which may have been NaN.
+    Libraries differ in the types that they write by themselves, so values are made
+    plain first. orjson can be told to leave such types to `convert`; it gets plain
+    values only if it fails, or writes null where NaN may have been.
     """
     names = [
         f"OPT_PASSTHROUGH_{kind}" for kind in ("DATACLASS", "DATETIME", "SUBCLASS")
@@ -1909,9 +1909,9 @@ class Address(NamedTuple):
 class Backplane(Protocol):
     """The other processes that serve the same hub, as its registry sees them.
 
-    A channel names those who are told or asked something: "all", "group:NAME",
-    "user:ID", "connection:ID" or "process:ID". Whatever asks raises ConnectionError
-    if the others cannot be reached.
+    A channel names the processes that get a message or a question: "all",
+    "group:NAME", "user:ID", "connection:ID" or "process:ID". Methods that ask raise
+    ConnectionError if the others cannot be reached.
     """
 
     @property
@@ -2296,8 +2296,8 @@ _DIAL_TIMEOUT = 5.0
 #: Bytes that may wait for Redis; more are dropped. Redis itself keeps 32 MiB for
 #: each receiver unless it is told otherwise.
 _LINK_LIMIT = 24 * 2**20
-#: Channels in one command, commands in one write, messages read without a pause:
-#: so that a flood lets the clients of this process have their turn.
+#: Channels in one command, commands in one write, messages read without a pause. A
+#: flood from Redis must not hold up the clients of this process.
 _AT_ONCE = 200
 
 
@@ -2586,7 +2586,7 @@ class RedisBackplane:
         #: Beats in a row that have not come back.
         self.missed_beats = 0
         self.questions = Questions()
-        #: Lost and new links, in order, of which the application is still to be told.
+        #: Links lost (False) and made (True), not yet reported to the application.
         self._news: asyncio.Queue[bool]
         self._counts = Counter[str]()
 
@@ -4715,9 +4715,9 @@ class HubConnection:
         return reconnect.accept()
 
     def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
-        """Count a message, unless it answers the server; cut off who sends too many.
+        """Count a message unless it answers the server; cut off a client above its rate.
 
-        paused: the server did not read for a while, so what waited counts for all of it.
+        paused: reading was paused before, so any number of messages may have waited.
         """
         if isinstance(message, Ack) or self._mapped.registry.expects(message):
             return True
@@ -4866,10 +4866,10 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
 
 
 def _check_site(request: Request, allowed: Collection[str]) -> None:
-    """Raise HTTPForbidden if a page of another site asks for something to be done.
+    """Raise HTTPForbidden for a request that a page of another site has caused.
 
-    Browsers leave out the origin of images, links and prefetches, and say in other
-    headers what they do. (Fetch Metadata; other clients send no such headers.)
+    Browsers send no Origin with images, links and prefetches, but other headers that
+    tell. (Fetch Metadata Request Headers; other clients send none of them.)
     """
     _check_origin(request, allowed)
     headers = request.headers
@@ -5495,8 +5495,8 @@ class HubClient:
     def on(self, target: str, handler: Callable[..., Any]) -> None:
         """Call a function, plain or async, when the server calls `target`.
 
-        What it returns is the result, if the server waits for one; what it raises is
-        the error. `receive` does not get these calls.
+        Its return value is the answer if the server waits for one; an exception is
+        answered as an error. `receive` does not return these calls.
         """
         self._handlers[target.lower()] = handler
 
@@ -7117,8 +7117,8 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]*\s]+?)\.?(?::[0-9]*)?")
 #: Bytes of a body that the API accepts, and seconds for it to arrive.
 _LARGEST_BODY, _BODY_TIMEOUT = 65_536, 10.0
 
-#: For all answers: browsers must not guess types, tell where they come from, or show
-#: this site inside of another.
+#: Sent with every answer. Browsers must not guess content types, send referrers, or
+#: show this site in a frame.
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
