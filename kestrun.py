@@ -438,9 +438,14 @@ class ProtocolError(Exception):
     reported_as = "InvalidDataException"
 
 
+class MessageTooLarge(ProtocolError):
+    """The peer sent a message above the limit. It may know the limit."""
+
+
 def error_text(message: str, error: BaseException, options: HubOptions) -> str:
     """Describe an error to the client; add its own text only if that is public."""
-    if isinstance(error, HubException) or options.enable_detailed_errors:
+    public = isinstance(error, (HubException, MessageTooLarge))
+    if public or options.enable_detailed_errors:
         name = getattr(error, "reported_as", type(error).__name__)
         message = f"{message} {name}: {_text_of(error)}"
     return message.encode(errors="replace").decode()
@@ -664,10 +669,10 @@ class HubProtocol(Protocol):
     def decode(self, inbox: Inbox, limit: float) -> Decoded: ...
 
 
-def _too_large(limit: float) -> ProtocolError:
-    return ProtocolError(
-        f"The maximum message size of {limit}B was exceeded. "
-        "The message size can be configured in AddHubOptions."
+def _too_large(limit: float) -> MessageTooLarge:
+    return MessageTooLarge(
+        f"The maximum message size of {limit}B was exceeded. The message size can be "
+        "configured in AddHubOptions. In kestrun: maximum_receive_message_size."
     )
 
 
