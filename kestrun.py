@@ -68,8 +68,10 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 (said in one sentence)
-    sys.exit(f"kestrun needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+match sys.version_info[:2]:  # kestrun needs Python 3.11 or newer
+    case (3, minor) if minor < 11:  # older than 3.10, it stops at the line above
+        version = sys.version.split()[0]
+        sys.exit(f"kestrun needs Python 3.11 or newer; this is {version}")
 
 import argparse
 import asyncio

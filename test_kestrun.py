@@ -10489,6 +10489,19 @@ async def test_an_old_aiohttp_is_refused_in_one_sentence(tmp_path: Path) -> None
     assert output == f"{sentence} (aiohttp 3.9.5 is too old)\n"
 
 
+async def test_an_old_python_shows_which_one_is_needed() -> None:
+    """3.10 says so in a sentence; older ones show the line that does."""
+    folders = [*Path.home().glob(".pyenv/versions/3.*/bin"), Path("/usr/bin")]
+    names = [f"python3.{minor}" for minor in range(6, 11)]
+    pythons = [folder / name for folder in folders for name in names]
+    if not (found := [python for python in pythons if python.exists()]):
+        pytest.skip("install a Python between 3.6 and 3.10")
+    for python in found:
+        output = await output_of(str(python), KESTRUN)
+        assert "kestrun needs Python 3.11 or newer" in output
+        assert "Traceback" not in output
+
+
 # ------------------------------------------------------------------------ README
 
 
