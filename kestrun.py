@@ -3599,19 +3599,10 @@ def _unchanged(value: Any) -> Any:
 
 
 class Converters:
-    """Makes the converters of one hub.
+    """Makes the converters of one hub, by its options `converter` and `member_name`."""
 
-    custom: the option `converter`, which is asked first about each annotation.
-    spell: the option `member_name`; dataclasses are read under these names, too.
-    """
-
-    def __init__(
-        self,
-        custom: Callable[[Any], Converter | None] | None,
-        spell: Callable[[str, str], str] | None = None,
-    ) -> None:
-        self._custom = custom
-        self._spell = spell
+    def __init__(self, options: HubOptions) -> None:
+        self._options = options
         #: The members of dataclasses and TypedDicts, which may contain themselves.
         self._members: dict[tuple[type, bool], Fields] = {}
         self._aliases: dict[tuple[Any, bool], Converter] = {}
@@ -3624,7 +3615,8 @@ class Converters:
         accept what they are written as. Raises TypeError for an annotation whose
         values cannot be checked.
         """
-        if self._custom and (convert := self._custom(annotation)) is not None:
+        custom = self._options.converter
+        if custom is not None and (convert := custom(annotation)) is not None:
             if not callable(convert):
                 text = f"HubOptions.converter returned {convert!r}, not a function"
                 raise TypeError(text)
@@ -3692,13 +3684,11 @@ class Converters:
                 while typing.get_origin(hint) in (typing.Required, typing.NotRequired):
                     (hint,) = typing.get_args(hint)
                 fields[normalize_name(name)] = name, self.make(hint, exact)
-            if self._spell and dataclasses.is_dataclass(kind):
+            if (spell := self._options.member_name) and dataclasses.is_dataclass(kind):
+                spellings = itertools.product(hints, ("json", "messagepack"))
                 fields |= {
-                    normalize_name(self._spell(name, protocol)): fields[
-                        normalize_name(name)
-                    ]
-                    for name in hints
-                    for protocol in ("json", "messagepack")
+                    normalize_name(spell(name, protocol)): fields[normalize_name(name)]
+                    for name, protocol in spellings
                 }
         return fields
 
@@ -3888,7 +3878,7 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
     """
     _check_hub_class(hub_class)
     found: list[Any] = []
-    converters = _Notes(found.append)  # it is told of all annotations
+    converters = _Notes(HubOptions(converter=found.append))  # gets all annotations
     methods = []
     for method in _collect_methods(hub_class, converters).values():
         items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
@@ -3973,7 +3963,7 @@ class MappedHub:
         self.hub_class = hub_class
         self._factory: Callable[[], Hub] = factory or hub_class
         self.options = options
-        converters = Converters(options.converter, options.member_name)
+        converters = Converters(options)
         self.methods = _collect_methods(hub_class, converters)
         #: Whether the hub overrides `on_invocation`.
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
