@@ -10535,9 +10535,10 @@ def test_the_public_names_are_those_of_the_readmes_table() -> None:
 def test_the_options_are_those_of_the_readmes_table() -> None:
     options = dataclasses.fields(kestrun.HubOptions)
     options = {f"`{option.name}`": str(option.default) for option in options}
-    rows = table("keep_alive_interval")
-    shown = {name: value.strip("`") for name, value in rows.items()}
-    assert list(shown) == list(options)
+    shown = {}
+    for names, values in table("keep_alive_interval").items():
+        pairs = zip(names.split(", "), values.split(", "), strict=True)
+        shown |= {name: value.strip("`") for name, value in pairs}
     odd = {name: options[name] for name in ("`transports`", "`json`")}
     assert shown | odd == options
 
@@ -10584,6 +10585,14 @@ def load(file: str) -> types.ModuleType:
     return module
 
 
+def loaded(file: str, **names: Any) -> tuple[web.Application, dict[str, Any]]:
+    """An application made as the first line of a snippet says, and all names in it."""
+    names = {**vars(kestrun), **vars(load(file)), "app": web.Application(), **names}
+    (line,) = re.findall(r"# [\w.]+:.* ?\b((?:map_hub|app\.).+?\]?\))", snippet(file))
+    eval(line, names)
+    return names["app"], names
+
+
 def test_every_python_snippet_of_the_readme_is_run_by_a_test() -> None:
     files = [re.match(r"# ([\w.]+)", text)[1] for text in snippets("python")]
     tested = (
@@ -10613,25 +10622,34 @@ async def test_the_readmes_page_talks_to_the_readmes_hub(
 
 
 async def test_the_readmes_calls_work(serve, ground) -> None:
-    url = (await serve(load("calls.py").CallsHub)).origin + "/hub"
+    server = await serve(app=loaded("calls.py")[0])
     on = {"GetName": {"returns": "Ada"}}
-    client = await ground.join(*JS[0], url=url, on=on)
-    assert await client.invoke("Add", 1, 2) == 3
-    assert await client.invoke("Total", {"itemName": "tea", "count": 2}) == "2 x tea"
+    client = await ground.join(*JS[0], url=server.origin + "/hubs/calls", on=on)
+    assert await client.invoke("Total", {"itemName": "tea"}) == "1 x tea"
     with pytest.raises(Failed, match=r"HubException: Order at least one\."):
         await client.invoke("Total", {"itemName": "tea", "count": 0})
     assert await client.collect("Counter", 3) == [0, 1, 2]
     assert await client.invoke("Ask") == "Ada"
-    assert await client.invoke("Who") is None
+    uploader = await server.connect(path="/hubs/calls")
+    id = await uploader.begin("Sum", streamIds=["u"])
+    await upload(uploader, "u", 1, 2, 3)
+    assert (await uploader.next(3, id))["result"] == 6
 
 
-async def test_the_readmes_operations_and_schedule_work() -> None:
-    output = await output_of(sys.executable, "-c", snippet("work.py"))
-    assert output.removeprefix("alive\n") == "Completed 100 4\n"
+async def test_the_readmes_operations_and_schedule_work(serve) -> None:
+    app, names = loaded("work.py")
+    await serve(app=app)
+    (start,) = re.findall(r"`operation = (ops\.start\(.+?\))`", README)
+    operation = eval(start, names)
+    await operation.wait()
+    assert (operation.state, operation.progress) == ("Completed", 100)
+    assert operation.result == 4
+    (job,) = names["schedule"].report()
+    assert (job["name"], job["next_run"] is not None) == ("heartbeat", True)
 
 
 async def test_the_readmes_users_need_their_token(serve) -> None:
-    server = await serve(app=load("secure.py").app)
+    server = await serve(app=loaded("secure.py")[0])
     statuses = []
     for token in ("", "secret-of-ada"):
         headers, path = bearer(token), "/hubs/mine/negotiate"
@@ -10641,7 +10659,7 @@ async def test_the_readmes_users_need_their_token(serve) -> None:
 
 
 async def test_the_readmes_check_refuses_every_spelling_but_lets_admins_in(serve):
-    server = await serve(app=load("secure.py").app)
+    server = await serve(app=loaded("secure.py")[0])
     ada, bob = [
         await server.connect(path="/hubs/mine", query=f"?access_token=secret-of-{name}")
         for name in ("ada", "bob")
@@ -10654,12 +10672,29 @@ async def test_the_readmes_check_refuses_every_spelling_but_lets_admins_in(serve
 
 @both_protocols
 async def test_the_readmes_models_are_read_and_written(serve, protocol: str) -> None:
-    module = load("models.py")
-    server = await serve(module.ModelsHub, options=module.options)
+    pydantic, msgspec = package("pydantic"), package("msgspec")
+    order = pydantic.create_model("Order", count=int)
+    point = msgspec.defstruct("Point", [("x", int), ("y", int)])
+
+    class ModelsHub(kestrun.Hub):
+        def mirror(self, place: point, order: order, all: list[point]) -> list:
+            return [point(place.y, place.x), order, all]
+
+    app, _ = loaded("models.py", path="/hub", hub_class=ModelsHub)
+    client = await (await serve(app=app)).connect(("WebSockets", protocol))
+    places = [{"x": 3, "y": 4}]
+    answer = await client.invoke("Mirror", {"x": 1, "y": 2}, {"count": "3"}, places)
+    assert answer == [{"x": 2, "y": 1}, {"count": 3}, places]
+    await client.error("Mirror", {"x": "no"}, {"count": 1}, [])
+
+
+@both_protocols
+async def test_the_readmes_spelling_is_that_of_dotnet(serve, protocol: str) -> None:
+    (spell,) = re.findall(r"`member_name=(lambda [^`]+)`", README)
+    server = await serve(load("calls.py").CallsHub, member_name=eval(spell))
     client = await server.connect(("WebSockets", protocol))
-    answer = await client.invoke("Mirror", {"x": 1, "y": 2}, {"count": "3"})
-    assert answer == [{"x": 2, "y": 1}, {"count": 3}]
-    await client.error("Mirror", {"x": "no"}, {"count": 1})
+    order = {"ItemName": "tea", "Count": 2}
+    assert await client.invoke("Total", order) == "2 x tea"
 
 
 async def test_the_readmes_test_passes(tmp_path: Path) -> None:
@@ -10670,25 +10705,19 @@ async def test_the_readmes_test_passes(tmp_path: Path) -> None:
     assert "1 passed" in await output_of(*command, cwd=tmp_path)
 
 
-async def test_the_readmes_curl_commands_all_succeed() -> None:
-    if not shutil.which("curl"):
-        needed("install curl: apt-get install curl")
-    async with Server(kestrun.create_app()) as server:
-        for line in commands("^curl "):
-            words = shlex.split(line.replace(HERE, server.origin))
-            assert "200 OK" in await output_of(*words)
-    assert commands("^curl ")
-
-
 # ------------------------------------------------------------ where else it may run
+
+
+def gunicorn(*more: str) -> list[str]:
+    """The README's command, on a free port."""
+    (command,) = re.findall(r"`(gunicorn chat:app [^`]+)`", README)
+    return [*shlex.split(command.replace(":5000", ":0")), *more]
 
 
 async def test_it_runs_under_gunicorn(tmp_path: Path) -> None:
     package("gunicorn")
     (tmp_path / "chat.py").write_text(snippet("chat.py"))
-    (options,) = re.findall(r"`gunicorn (.+?)`", README)
-    arguments = ["gunicorn", *shlex.split(options.replace(":5000", ":0"))]
-    async with program(*arguments, script="-m", cwd=tmp_path) as running:
+    async with program(*gunicorn(), script="-m", cwd=tmp_path) as running:
         for wire in WIRES:
             client = await running.connect(wire, "/hubs/chat")
             await client.invoke("Send", "Ada", "-".join(wire))
@@ -12021,10 +12050,12 @@ async def test_the_readmes_processes_hear_each_other(redis, tmp_path: Path) -> N
 
 async def test_the_readmes_workers_serve_one_hub(redis, tmp_path: Path) -> None:
     package("gunicorn")
-    for file in ("chat.py", "several.py"):
-        (tmp_path / file).write_text(snippet(file))
-    (command,) = commands("^gunicorn several:app")
-    words = command.replace("127.0.0.1:5000", "127.0.0.1:0").split()
+    call_of_map_hub = 'kestrun.map_hub(app, "/hubs/chat", ChatHub)\n'
+    assert call_of_map_hub in snippet("chat.py")
+    chat = snippet("chat.py").replace(call_of_map_hub, snippet("several.py"))
+    (tmp_path / "chat.py").write_text(chat)
+    (workers,) = re.findall(r"gunicorn's `(--workers \d)`", README)
+    words = gunicorn(*workers.split())
     env = {"KESTRUN_REDIS": redis.url, "KESTRUN_SECRET": SECRET}
     async with program(*words, script="-m", cwd=tmp_path, **env) as running:
         await redis.has(4, "/hubs/chat", TOTAL)
