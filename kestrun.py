@@ -2994,11 +2994,6 @@ class SingleClientProxy(ClientProxy):
 
     @typing.overload
     async def invoke(
-        self, method: str, *args: Any, timeout: float | None = None
-    ) -> Any: ...
-
-    @typing.overload
-    async def invoke(
         self, method: str, *args: Any, timeout: float | None = None, returns: type[T]
     ) -> T: ...
 
@@ -3008,7 +3003,7 @@ class SingleClientProxy(ClientProxy):
         method: str,
         *args: Any,
         timeout: float | None = None,
-        returns: types.UnionType,
+        returns: types.UnionType = ...,
     ) -> Any: ...
 
     async def invoke(
