@@ -1913,8 +1913,8 @@ class Address(NamedTuple):
     local: bool = False
 
 
-class Backplane(Protocol):
-    """The other processes that serve the same hub, as its registry sees them.
+class Backplane:
+    """The other processes that serve the same hub; here there are none.
 
     A channel names the processes that get a message or a question: "all",
     "group:NAME", "user:ID", "connection:ID" or "process:ID". Methods that ask raise
@@ -1960,10 +1960,6 @@ class Backplane(Protocol):
         Waits as long as that process works on the answer.
         """
         return None
-
-
-class NoBackplane(Backplane):
-    """The backplane of a process that is alone."""
 
 
 class GroupManager:
@@ -2075,7 +2071,7 @@ class Registry:
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
-        self.backplane: Backplane = NoBackplane()
+        self.backplane = Backplane()
         self.connections: Members = {}
         self.groups = GroupManager(self)
         #: Makes the converter for a client result's type.
