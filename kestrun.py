@@ -346,6 +346,11 @@ def _is_async(function: Any) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, called)))
 
 
+async def _finish(result: Any) -> Any:
+    """Return what a function returned; await it if the function was async."""
+    return await result if hasattr(result, "__await__") else result
+
+
 def _or_infinite(limit: float | None) -> float:
     """Read an option for comparisons: None means no limit."""
     return math.inf if limit is None else limit
@@ -2172,8 +2177,7 @@ class Registry:
 
     async def handle(self, question: str, *arguments: Any) -> Any:
         """Answer a question for this process."""
-        answer = self.handlers[question](*arguments)
-        return await answer if hasattr(answer, "__await__") else answer
+        return await _finish(self.handlers[question](*arguments))
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
@@ -2691,9 +2695,7 @@ class RedisBackplane:
             connected = await self._news.get()
             for callback in self.callbacks:
                 try:
-                    answer = callback(connected)
-                    if hasattr(answer, "__await__"):
-                        await answer
+                    await _finish(callback(connected))
                 except (Exception, SystemExit):
                     log.exception("on_backplane: %r failed", callback)
 
@@ -4152,13 +4154,9 @@ class Call:
     async def _authorize(self) -> Any:
         """Call the method if all checks allow it. Raises Unauthorized."""
         for check in self.method.checks:
-            allowed = check(self._calls.hub.context)
-            if hasattr(allowed, "__await__"):
-                allowed = await allowed
-            if not allowed:
+            if not await _finish(check(self._calls.hub.context)):
                 raise Unauthorized
-        result = self._call()
-        return await result if hasattr(result, "__await__") else result
+        return await _finish(self._call())
 
     def _call(self) -> Any:
         """Call the method, or let the hub's `on_invocation` do it."""
@@ -4168,8 +4166,7 @@ class Call:
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
-            result = method.function(hub, *invocation.arguments)
-            return await result if hasattr(result, "__await__") else result
+            return await _finish(method.function(hub, *invocation.arguments))
 
         return hub.on_invocation(invocation, call_next)
 
@@ -4656,9 +4653,7 @@ class HubConnection:
     async def _run_hook(self, name: str, *arguments: Any) -> BaseException | None:
         """Run a hook of the hub; log and return what it raises."""
         try:
-            result = getattr(self._hub, name)(*arguments)
-            if hasattr(result, "__await__"):
-                await result
+            await _finish(getattr(self._hub, name)(*arguments))
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -5622,8 +5617,7 @@ class HubClient:
         """Call a handler; answer if the server waits."""
         id, target = message.invocation_id, message.target
         try:
-            result = self._handlers[target.lower()](*message.arguments)
-            result = await result if hasattr(result, "__await__") else result
+            result = await _finish(self._handlers[target.lower()](*message.arguments))
             if id is not None:
                 await self._write(Completion(id, result))
         except Exception as error:
@@ -5887,8 +5881,8 @@ class Operations:
 
     async def _announce(self, operation: Operation) -> None:
         try:
-            if self.on_change and (answer := self.on_change(operation)) is not None:
-                await answer
+            if self.on_change is not None:
+                await _finish(self.on_change(operation))
         except (Exception, SystemExit):
             log.exception("on_change failed for operation %r", operation.name)
 
@@ -6032,9 +6026,7 @@ class _Job:
 
     async def _run(self) -> None:
         try:
-            result = self.function()
-            if hasattr(result, "__await__"):
-                await result
+            await _finish(self.function())
         except (Exception, SystemExit):
             self.failures += 1
             log.exception("job %s failed and runs again next time", self.name)
