@@ -7367,10 +7367,6 @@ class Demo:
         """List the routes of the API. Where GET sends something, HEAD is not allowed."""
         join = functools.partial(self.send_group_request, "join")
         leave = functools.partial(self.send_group_request, "leave")
-        show, cancel, remove = (
-            functools.partial(self.handle_operation, verb)
-            for verb in ("show", "cancel", "remove")
-        )
         return [
             web.get("/api/ps/log/{level}", self.send_log, allow_head=False),
             web.get("/api/ps/event", self.send_event, allow_head=False),
@@ -7378,10 +7374,10 @@ class Demo:
             web.post("/api/group/leave/{groupName}", leave),
             web.post("/api/group/broadcast/{groupName}", self.send_to_group),
             web.post("/api/operation/start", self.start_operation),
-            web.get("/api/operation/status/{taskId}", show),
+            web.get("/api/operation/status/{taskId}", self.handle_operation),
             web.get("/api/operation/list", self.list_operations),
-            web.post("/api/operation/cancel/{taskId}", cancel),
-            web.delete("/api/operation/{taskId}", remove),
+            web.post("/api/operation/cancel/{taskId}", self.handle_operation),
+            web.delete("/api/operation/{taskId}", self.handle_operation),
         ]
 
     async def send_log(self, request: Request) -> Response:
@@ -7437,9 +7433,10 @@ class Demo:
         log.info("operation %s of %d s started", operation.id, seconds)
         return _success(f"Started an operation of {seconds} s", TaskId=operation.id)
 
-    async def handle_operation(self, verb: str, request: Request) -> Response:
+    async def handle_operation(self, request: Request) -> Response:
         """Show, cancel or remove an operation of any process, which its id names."""
-        id = request.match_info["taskId"]
+        verbs = {"POST": "cancel", "DELETE": "remove"}
+        verb, id = verbs.get(request.method, "show"), request.match_info["taskId"]
         owner = id.rpartition(".")[0]
         answer = await _reachable(
             self.hub.everywhere.ask_process(owner, "operation", verb, id)
