@@ -7259,14 +7259,6 @@ def _memory_mb() -> float:
     return 0.0
 
 
-def _system_info() -> dict[str, Any]:
-    return {
-        "ProcessorCount": os.cpu_count(),
-        "PythonVersion": platform.python_version(),
-        "MemoryMB": _memory_mb(),
-    }
-
-
 def _success(message: str, **fields: Any) -> Response:
     return web.json_response({"Success": True, "Message": message, **fields})
 
@@ -7471,9 +7463,6 @@ class Demo:
         entries.sort(key=lambda entry: entry["StartedAt"] or "new", reverse=True)
         return web.json_response(entries)
 
-    def local_operations(self) -> list[Any]:
-        return [*map(_status, self.operations.list())]
-
     async def show_health(self, request: Request) -> Response:
         health: dict[str, Any] = {
             "Status": "Healthy",
@@ -7523,7 +7512,11 @@ class Demo:
         await self.hub.local.all.send("ReceiveEvent", event)
 
     async def _send_admin_status(self) -> None:
-        system = _system_info()
+        system = {
+            "ProcessorCount": os.cpu_count(),
+            "PythonVersion": platform.python_version(),
+            "MemoryMB": _memory_mb(),
+        }
         update = _payload("Admin status update", Type="AdminUpdate", SystemInfo=system)
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
@@ -7679,8 +7672,10 @@ def create_app(
     )
     demo.hub_routes = frozenset(app.router.resources())
     demo.hub.everywhere.handle("operation", demo.act_on_operation)
-    demo.hub.everywhere.handle("operations", demo.local_operations)
     demo.hub.everywhere.handle("stats", monitor.count)
+    demo.hub.everywhere.handle(
+        "operations", lambda: [*map(_status, demo.operations.list())]
+    )
     app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
     demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
