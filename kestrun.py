@@ -5008,14 +5008,12 @@ class ConnectionManager:
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
 
-    def create(self, user_id: str | None) -> Connection:
-        """Make a connection without negotiation."""
-        return self._create(_new_id(), _new_id(), user_id)
-
-    def _create(
-        self, token: str, connection_id: str, user_id: str | None
+    def create(
+        self, user_id: str | None, token: str = "", connection_id: str = ""
     ) -> Connection:
+        """Make a connection; without negotiation it gets a new token and id."""
         self._check_room()
+        token, connection_id = token or _new_id(), connection_id or _new_id()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
         self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
@@ -5062,7 +5060,7 @@ class ConnectionManager:
             backplane.unsubscribe(channel)
             return None
         try:
-            connection = self._create(token, ticket.connection_id, user_id)
+            connection = self.create(user_id, token, ticket.connection_id)
         except web.HTTPException:  # the token can be used when there is room
             backplane.unsubscribe(channel)
             raise
