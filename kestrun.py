@@ -826,14 +826,10 @@ def _read_float(text: str) -> float:
     return number if math.isfinite(number) else _TooLarge(number)
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_float)
-
-
-def _loads(text: str) -> Any:
-    value, end = _decoder.raw_decode(text)
-    if end != len(text):
-        raise ValueError("text behind the value")
-    return value
+#: Reads JSON. Raises ValueError.
+_loads = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_read_float
+).decode
 
 
 def _json_writer(convert: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
@@ -3803,7 +3799,7 @@ def _to_dict(convert_key: Converter, convert: Converter, value: Any) -> dict[Any
         try:
             return convert_key(key)
         except ValueError:  # JSON writes a key that is a number as text
-            return convert_key(_decoder.decode(key))
+            return convert_key(_loads(key))
 
     items = _to_type(dict, {}, value).items()
     return {convert_any_key(key): convert(item) for key, item in items}
