@@ -3922,6 +3922,11 @@ _KINDS = ("non-streaming", "streaming")
 _WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invocation."
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
 
+_NOT_A_STREAM = (
+    "The value returned by the streaming method '{}' is not a ChannelReader<> or "
+    "IAsyncEnumerable<>."
+)
+
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
 
@@ -4180,9 +4185,7 @@ class Call:
             if hasattr(result, "__await__"):
                 result = await result
             if self.method.streaming and not hasattr(result, "__aiter__"):
-                text = "The value returned by the streaming method "
-                text += f"'{self.invocation.target}' is not a ChannelReader<> or "
-                text += "IAsyncEnumerable<>."
+                text = _NOT_A_STREAM.format(self.invocation.target)
                 self._calls.reply(self.invocation, NO_RESULT, text)
                 return
             if self.method.streaming:
@@ -4834,12 +4837,11 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
     if origin.lower() in allowed:
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
-        sides = f"Origin: {origin}, Host: {request.host}"
-        advice = "A proxy must pass Host on; other origins belong in allowed_origins "
+        sides = _one_line(f"Origin: {origin}, Host: {request.host}", 500)
         text = (
-            f"Pages of this origin may not connect ({_one_line(sides, 500)}). {advice}"
+            f"Pages of this origin may not connect ({sides}). A proxy must pass Host "
+            "on; other origins belong in allowed_origins (--allow-origin)."
         )
-        text += "(--allow-origin)."
         log.warning("%s %s: %s", request.method, request.rel_url.raw_path, text)
         raise web.HTTPForbidden(text=text)
 
