@@ -3894,7 +3894,7 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
 def _describe_type(kind: type) -> dict[str, Any]:
     """Describe the members of an object type or of an enum; {} for other types."""
     if issubclass(kind, Enum):
-        return {"values": [Writer(HubOptions(), "json").to_plain(m) for m in kind]}
+        return {"values": [member.value for member in kind]}
     if not (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)):
         return {}
     hints = typing.get_type_hints(kind)
