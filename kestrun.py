@@ -6974,7 +6974,8 @@ const methods = {
   ReceiveLog: ({ level, message, timestamp }) =>
     note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
-    const text = (data && events[eventName]?.(data)) ?? JSON.stringify(data);
+    const text = (data && events[eventName]?.(data)) ?? data?.Message
+      ?? JSON.stringify(data);
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
     note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
   },
@@ -6996,8 +6997,6 @@ const methods = {
 const events = {            // each returns its text for the log
   __proto__: null,          // so that an event called "constructor" finds nothing
   PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
-  GroupJoinRequest: ({ Message }) => Message,
-  GroupLeaveRequest: ({ Message }) => Message,
   OperationProgress: showOperation,
   OperationComplete: showOperation,
   ServerHeartbeat: ({ Message, Uptime, ConnectedClients }) =>
