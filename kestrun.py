@@ -5459,7 +5459,10 @@ class HubClient:
             while (record := self._inbox.read_until(RECORD_SEPARATOR)) is None:
                 await self._read()
         try:
-            error = _json_object(record).get("error")
+            response = _json_object(record)
+            error = response.get("error")
+            if "protocol" in response:
+                error = "This is no hub: it sends back what it gets."
         except ProtocolError as problem:
             error = f"This is no hub: {problem}"
         if error is not None:
@@ -7972,7 +7975,7 @@ async def _probe(url: str, token: str | None) -> None:
                 with contextlib.suppress(HubException):  # an error is an answer, too
                     await connection.invoke("Echo", "probe")
                 trips.append(1000 * (time.perf_counter() - begun))
-    except (aiohttp.ClientError, HubException, TimeoutError) as error:
+    except (aiohttp.ClientError, HubException, ConnectionError, TimeoutError) as error:
         text = f"{shown} cannot be used: {error}"
         if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
             text = f"{shown!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
