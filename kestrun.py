@@ -6217,12 +6217,14 @@ export class HubConnection {
   start() {
     this.#reset();
     this.#retries = 0;
+    this.#failed.clear();
     this.#connect();
     return new Promise((resolve) => { this.#started = resolve; });
   }
 
   stop() {
     this.#reset();
+    this.connectionId = null;   // the next start is no reconnect
     this.#setState("Disconnected");
   }
 
