@@ -7759,9 +7759,14 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
-    add("--redis", metavar="URL", default=os.environ.get("KESTRUN_REDIS"), help=text)
+    add(
+        "--redis",
+        metavar="URL",
+        default=os.environ.get("KESTRUN_REDIS") or None,
+        help=text,
+    )
     text = "their common secret, 16 characters or more (environment KESTRUN_SECRET)"
-    add("--secret", default=os.environ.get("KESTRUN_SECRET"), help=text)
+    add("--secret", default=os.environ.get("KESTRUN_SECRET") or None, help=text)
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
