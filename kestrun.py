@@ -280,7 +280,7 @@ class HubOptions:
         for origin in self.allowed_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"allowed_origins: {origin!r} is not an origin as browsers send it, "
+                    f"allowed_origins: {origin!r} is not an origin that browsers send, "
                     "such as 'https://example.com' (no path, no final slash, no '*', "
                     "no port that is the scheme's own, ASCII)"
                 )
@@ -311,7 +311,7 @@ class HubOptions:
 
 
 class HubOverrides(typing.TypedDict, total=False):
-    """The fields of HubOptions as keywords, so that editors and type checkers know them."""
+    """The fields of HubOptions as keywords, for editors and type checkers."""
 
     keep_alive_interval: float | None
     client_timeout_interval: float | None
@@ -488,6 +488,30 @@ def _write_duration(duration: timedelta) -> str:
     return f"{'-' if duration < timedelta() else ''}PT{seconds}S"
 
 
+def _to_base64(data: bytes | bytearray | memoryview) -> str:
+    """Return bytes as base64, to carry them inside JSON."""
+    return base64.b64encode(data).decode()
+
+
+#: The types that dict keys may have.
+_KEYS = (str, int, float, types.NoneType)
+
+
+def _a(value: Any) -> str:
+    """Name the type of a value, with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"  # a UUID
+
+
+def _is_unicode(text: str) -> bool:
+    """Return False for text with a lone surrogate, which UTF-8 does not have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Writer:
     """Converts values to the types that a protocol has, by a hub's options."""
 
@@ -518,7 +542,7 @@ class Writer:
         if isinstance(value, (uuid.UUID, Decimal)):
             return str(value)
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return base64.b64encode(value).decode()
+            return _to_base64(value)
         if self._options.encoder is not None:
             plain = self._options.encoder(value)
             if plain is not value:
@@ -526,7 +550,7 @@ class Writer:
         raise TypeError(f"{_a(value)} cannot be sent")
 
     def result_to_plain(self, value: Any) -> Any:
-        """Convert a part of a method's result, which may be a set: it becomes a list."""
+        """Convert a part of a method's result. Here a set is allowed: it becomes a list."""
         return (
             list(value) if isinstance(value, (set, frozenset)) else self.to_plain(value)
         )
@@ -536,7 +560,7 @@ class Writer:
         return [(field.name, spell(field.name, self._protocol)) for field in fields]
 
     def explain(self, message: Message, error: Exception) -> Exception:
-        """Say which part of a message cannot be sent: its place and type, not its value."""
+        """Name the part of a message that cannot be sent, by its place and type."""
         if isinstance(message, Invocation):
             target, convert = message.target, self.to_plain
             parts = [
@@ -587,25 +611,6 @@ class Writer:
         return next(filter(None, problems), None)
 
 
-#: The types that dict keys may have.
-_KEYS = (str, int, float, types.NoneType)
-
-
-def _a(value: Any) -> str:
-    """Name the type of a value, with its article."""
-    name = type(value).__name__
-    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"  # a UUID
-
-
-def _is_unicode(text: str) -> bool:
-    """Return False for text with a lone surrogate, which UTF-8 does not have."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class Inbox(bytearray):
     """Undecoded bytes from the client, and the size of decoded messages that wait."""
 
@@ -613,7 +618,7 @@ class Inbox(bytearray):
 
     def __init__(self, limit: float) -> None:
         super().__init__()
-        #: How far it was searched, so that long messages are read in linear time.
+        #: Bytes already searched for a separator, so that reading takes linear time.
         self._searched = 0
         #: Bytes that may wait for user code.
         self.limit = limit
@@ -625,7 +630,7 @@ class Inbox(bytearray):
         self.unfinished = False
         #: Keeps the bytes of two POSTs apart.
         self.lock = asyncio.Lock()
-        #: POSTs that are read, or wait for their turn.
+        #: POSTs that are being read or wait for the lock.
         self.posts = 0
 
     def clear(self) -> None:
@@ -649,7 +654,7 @@ class Inbox(bytearray):
         self.full = self.full or self.held > self.limit
 
     def release(self, size: int) -> bool:
-        """Count it as used; return True if reading may go on because of that."""
+        """Stop counting a message; return True if reading may now resume."""
         self.held -= size
         may_go_on = self.full and self.held <= self.limit / 2
         self.full = self.full and not may_go_on
@@ -1123,11 +1128,6 @@ def decode_one(protocol: HubProtocol, data: bytes) -> Message:
     raise ProtocolError("not a whole message")
 
 
-def to_text(data: bytes) -> str:
-    """Return bytes as base64, to carry them inside JSON."""
-    return base64.b64encode(data).decode()
-
-
 def _load_protocols(options: HubOptions) -> dict[str, HubProtocol]:
     """Make the protocols that this installation supports, by name."""
     protocols: dict[str, HubProtocol] = {"json": JsonProtocol(options)}
@@ -1175,7 +1175,7 @@ class End(NamedTuple):
 
     #: The error that caused it, if any.
     error: Exception | None = None
-    #: The client closed normally, so what it sent before still counts.
+    #: The client closed normally, so messages received before the close are processed.
     in_order: bool = False
 
 
@@ -1233,15 +1233,18 @@ class Flusher:
     def add(self, connection: Connection) -> None:
         """Flush this connection at the end of the iteration."""
         self._queue.append(connection)
-        self.deadline()  # schedules the flush
+        self._schedule()
 
     def deadline(self) -> float:
-        """Return when this iteration's time for messages is over; schedule the flush."""
+        """Return when this iteration's time for messages is over."""
+        self._schedule()
+        return self._deadline
+
+    def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
             self._deadline = time.perf_counter() + _TIME_SLICE
             asyncio.get_running_loop().call_soon(self._flush)
-        return self._deadline
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -1413,8 +1416,8 @@ class Connection:
     reconnect: ReconnectBuffer | None = None
     inbox: Inbox = field(init=False)
     outbox: Outbox = field(init=False)
-    #: The hub's way to read the inbox, once `on_connected` has accepted.
-    receive: Callable[[], None] | None = None
+    #: Decodes the inbox; set by the hub after `on_connected` has accepted.
+    on_data: Callable[[], None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -1474,7 +1477,7 @@ class Connection:
             await self.changed()
 
     def release(self, size: int) -> None:
-        """Count a call or item as used, which may make room for reading."""
+        """Stop counting a call or an item; resume reading if there is room again."""
         if self.inbox.release(size):
             asyncio.get_running_loop().call_soon(self.feed, b"")  # go on
 
@@ -1538,23 +1541,23 @@ class Connection:
         return resumable and self.state == OPEN
 
     def feed(self, data: bytes) -> None:
-        """Handle bytes from the client at once, and what was left before."""
+        """Process bytes from the client, and bytes left in the inbox, immediately."""
         if self.state >= CLOSING and (data or not self.accepts_messages()):
-            return  # what comes after the end does not count
+            return  # ignore data after the end
         self.shared.counters.bytes_in += len(data)
         self.inbox.extend(data)
-        if self.receive is not None:
-            self.receive()
+        if self.on_data is not None:
+            self.on_data()
         self.wake()
 
     def accepts_messages(self) -> bool:
-        """Return True until the end; then still for what came before a proper end."""
+        """Return True while open, and after a normal close for data received before."""
         return self.state < CLOSING or self.ended.result().in_order
 
     def can_read(self) -> bool:
         """Return False while too much waits for user code."""
         inbox = self.inbox
-        if self.receive is None:
+        if self.on_data is None:
             return len(inbox) <= inbox.limit
         return not (inbox.full or inbox.unfinished)
 
@@ -1567,7 +1570,7 @@ class Connection:
             await self.changed()
 
     def flush(self) -> None:
-        """Hand the outbox to the transport, whose faults must not affect others."""
+        """Hand the outbox to the transport. Its errors end only this connection."""
         try:
             if self.outbox.size and self.transport is not None:
                 self.transport.flush()
@@ -1899,7 +1902,7 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # `Registry.publish`, which also hands them to the backplane: to the other
 # processes that serve the same hub, if there are any.
 
-Members = dict[str, Connection]
+Connections = dict[str, Connection]
 #: One message as each protocol writes it.
 Encoded = dict[HubProtocol, bytes]
 
@@ -1931,7 +1934,7 @@ class Backplane:
         """Hand a message to the others. Never waits, never fails."""
         return
 
-    def tell(self, channel: str, news: str, *arguments: Any) -> None:
+    def tell(self, channel: str, handler: str, *arguments: Any) -> None:
         """Call the handler of that name in the others. Never waits, never fails."""
         return
 
@@ -1972,7 +1975,7 @@ class GroupManager:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._groups: dict[str, Members] = {}
+        self._groups: dict[str, Connections] = {}
         self._groups_of: dict[str, set[str]] = {}
 
     async def add(self, connection_id: str, name: str) -> None:
@@ -2015,7 +2018,7 @@ class GroupManager:
         """List the groups that a connection is in."""
         return list(self._groups_of.get(connection_id, ()))
 
-    def find(self, name: str) -> Members:
+    def find(self, name: str) -> Connections:
         """Return the connections in a group."""
         return self._groups.get(name, {})
 
@@ -2067,20 +2070,128 @@ def _in_protocol(
     return encoded.get(protocol)
 
 
+class PendingResults:
+    """Results that clients have been asked for, by calls of this process or others."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        #: Each client that was asked, and its answer, by invocation id.
+        self._waiting: dict[str, tuple[Connection, asyncio.Future[Completion]]] = {}
+        self._last = 0
+
+    async def invoke(self, connection_id: str, message: Invocation) -> Completion:
+        """Call a client's handler, wherever it is connected; return its completion.
+
+        Raises ConnectionError if there is no such client or it leaves, and TypeError
+        or ValueError if the message cannot be written.
+        """
+        self._last += 1
+        # Other than a client's own ids, which are plain numbers.
+        id = f"{self._registry.backplane.process_id}s{self._last}"
+        message = dataclasses.replace(message, invocation_id=id)
+        connection = self._registry.connections.get(connection_id)
+        if connection is None:
+            return await self._invoke_elsewhere(connection_id, message)
+        if connection.state >= CLOSING:
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+        data = connection.protocol.encode(message)
+        return await self._send_and_wait(connection, id, data)
+
+    async def _send_and_wait(
+        self, connection: Connection, invocation_id: str, data: bytes
+    ) -> Completion:
+        """Send an invocation to a client of this process; return its completion."""
+        future: asyncio.Future[Completion] = _new_future()
+        self._waiting[invocation_id] = connection, future
+        try:
+            connection.send(data)
+            either: list[asyncio.Future[Any]] = [future, connection.ended]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._waiting[invocation_id]
+        if not future.done():
+            text = f"Connection '{connection.connection_id}' disconnected."
+            raise ConnectionError(text)
+        return future.result()
+
+    async def _invoke_elsewhere(
+        self, connection_id: str, message: Invocation
+    ) -> Completion:
+        """Call a handler of another process's client."""
+        protocols = self._registry.protocols
+        common = protocols["json"]
+        encoded = {common: common.encode(message)}
+        self._registry.encode_for_others(message, encoded)
+        texts = {protocol.name: _to_base64(data) for protocol, data in encoded.items()}
+        arguments = (connection_id, message.invocation_id, texts)
+        channel = f"connection:{connection_id}"
+        answer = await self._registry.backplane.ask_owner(channel, "result", *arguments)
+        if answer is None:
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+        protocol, text = answer
+        completion = decode_one(protocols[protocol], base64.b64decode(text))
+        assert isinstance(completion, Completion)
+        return completion
+
+    async def invoke_for_others(
+        self, connection_id: str, invocation_id: str, texts: dict[str, str]
+    ) -> tuple[str, str] | None:
+        """Call a handler for another process; None if its client is not here."""
+        connection = self._registry.connections.get(connection_id)
+        if connection is None or connection.state >= CLOSING:
+            return None
+        protocol, protocols = connection.protocol, self._registry.protocols
+        common = protocols["json"]
+        encoded = {
+            p: base64.b64decode(texts[n]) for n, p in protocols.items() if n in texts
+        }
+        data = _in_protocol(protocol, encoded, common)
+        text = "The arguments cannot be sent."
+        completion = Completion(invocation_id, NO_RESULT, text)
+        if data is not None:
+            try:
+                completion = await self._send_and_wait(connection, invocation_id, data)
+            except ConnectionError:
+                return None
+        return protocol.name, _to_base64(protocol.encode(completion))
+
+    def awaits(self, message: Message | None) -> bool:
+        """Return True for a client result that somebody waits for."""
+        id = message.invocation_id if isinstance(message, Completion) else None
+        return id in self._waiting
+
+    def complete(self, connection: Connection, completion: Completion) -> None:
+        """Give a client's result to the call that waits for it; ignore others.
+
+        Raises ProtocolError if another client was asked.
+        """
+        invocation_id = completion.invocation_id
+        if invocation_id not in self._waiting:
+            return
+        owner, future = self._waiting[invocation_id]
+        if owner is not connection:
+            raise ProtocolError(
+                f"Connection ID '{connection.connection_id}' is not valid for "
+                f"invocation ID '{invocation_id}'."
+            )
+        if completion.error is None and completion.result is NO_RESULT:
+            completion.error = "Client didn't provide a result."
+        if not future.done():
+            future.set_result(completion)
+
+
 class Registry:
     """The connections of one hub, and what is sent to them."""
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
         self.backplane = Backplane()
-        self.connections: Members = {}
+        self.connections: Connections = {}
         self.groups = GroupManager(self)
+        self.results = PendingResults(self)
         #: Makes the converter for a client result's type.
         self.converter: Callable[[Any], Converter]
-        self._users: dict[str, Members] = {}
-        #: Results that clients have been asked for, by invocation id.
-        self._results: dict[str, tuple[Connection, asyncio.Future[Completion]]] = {}
-        self._last_result = 0
+        self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
         self.published = 0
         #: Handlers of questions by name, plain or async. If only one process can
@@ -2091,7 +2202,7 @@ class Registry:
             "groups": lambda id: self.groups.of(id) if id in self.connections else None,
             "join": self.groups.join,
             "leave": self.groups.leave,
-            "result": self._get_result,
+            "result": self.results.invoke_for_others,
         }
 
     def add(self, connection: Connection) -> None:
@@ -2186,106 +2297,6 @@ class Registry:
         if answer is not None:
             return answer
         return await self.backplane.ask_owner(channel, question, *arguments)
-
-    # Client results
-
-    async def invoke(self, connection_id: str, message: Invocation) -> Completion:
-        """Call a client's handler, wherever it is connected; return its completion.
-
-        Raises ConnectionError if there is no such client or it leaves, and TypeError
-        or ValueError if the message cannot be written.
-        """
-        self._last_result += 1
-        # Other than a client's own ids, which are plain numbers.
-        id = f"{self.backplane.process_id}s{self._last_result}"
-        message = dataclasses.replace(message, invocation_id=id)
-        connection = self.connections.get(connection_id)
-        if connection is None:
-            return await self._invoke_elsewhere(connection_id, message)
-        if connection.state >= CLOSING:
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
-        return await self._expect(connection, id, connection.protocol.encode(message))
-
-    async def _expect(
-        self, connection: Connection, invocation_id: str, data: bytes
-    ) -> Completion:
-        """Send an invocation to a client of this process; return its completion."""
-        future: asyncio.Future[Completion] = _new_future()
-        self._results[invocation_id] = connection, future
-        try:
-            connection.send(data)
-            either: list[asyncio.Future[Any]] = [future, connection.ended]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            del self._results[invocation_id]
-        if not future.done():
-            text = f"Connection '{connection.connection_id}' disconnected."
-            raise ConnectionError(text)
-        return future.result()
-
-    async def _invoke_elsewhere(
-        self, connection_id: str, message: Invocation
-    ) -> Completion:
-        """Call a handler of another process's client."""
-        encoded: Encoded = {p: p.encode(message) for p in [self.protocols["json"]]}
-        self.encode_for_others(message, encoded)
-        texts = {protocol.name: to_text(data) for protocol, data in encoded.items()}
-        arguments = (connection_id, message.invocation_id, texts)
-        channel = f"connection:{connection_id}"
-        answer = await self.backplane.ask_owner(channel, "result", *arguments)
-        if answer is None:
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
-        protocol, text = answer
-        completion = decode_one(self.protocols[protocol], base64.b64decode(text))
-        assert isinstance(completion, Completion)
-        return completion
-
-    async def _get_result(
-        self, connection_id: str, invocation_id: str, texts: dict[str, str]
-    ) -> tuple[str, str] | None:
-        """Call a handler for another process; None if its client is not here."""
-        connection = self.connections.get(connection_id)
-        if connection is None or connection.state >= CLOSING:
-            return None
-        encoded = {
-            p: base64.b64decode(texts[n])
-            for n, p in self.protocols.items()
-            if n in texts
-        }
-        protocol = connection.protocol
-        data = _in_protocol(protocol, encoded, self.protocols["json"])
-        text = "The arguments cannot be sent."
-        completion = Completion(invocation_id, NO_RESULT, text)
-        if data is not None:
-            try:
-                completion = await self._expect(connection, invocation_id, data)
-            except ConnectionError:
-                return None
-        return protocol.name, to_text(protocol.encode(completion))
-
-    def expects(self, message: Message | None) -> bool:
-        """Return True for a client result that somebody waits for."""
-        id = message.invocation_id if isinstance(message, Completion) else None
-        return id in self._results
-
-    def complete(self, connection: Connection, completion: Completion) -> None:
-        """Give a client's result to the call that waits for it; ignore others.
-
-        Raises ProtocolError if another client was asked.
-        """
-        invocation_id = completion.invocation_id
-        if invocation_id not in self._results:
-            return
-        owner, future = self._results[invocation_id]
-        if owner is not connection:
-            raise ProtocolError(
-                f"Connection ID '{connection.connection_id}' is not valid for "
-                f"invocation ID '{invocation_id}'."
-            )
-        if completion.error is None and completion.result is NO_RESULT:
-            completion.error = "Client didn't provide a result."
-        if not future.done():
-            future.set_result(completion)
 
 
 # -------------------------------------------------------------------- redis
@@ -2443,7 +2454,7 @@ class RedisLink:
         return message
 
     async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
-        """Hand over what is published, by channel and data."""
+        """Pass each published message to `receive`, with its channel."""
         count = 0
         while True:
             kind, channel, data = await self._next_message()
@@ -2463,7 +2474,7 @@ class RedisLink:
         self._changed.set()
 
     async def subscribe(self) -> None:
-        """Make the changes that are wanted, all that came meanwhile together."""
+        """Subscribe and unsubscribe; what changes meanwhile is the next batch."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -2497,8 +2508,8 @@ class RedisLink:
 # nothing: its table of subscriptions says which processes have members of a group, a
 # user or a connection. A message is delivered to this process's clients first and
 # then published, encoded; what arrives from others is delivered and never published
-# again. While Redis is away, all that is local goes on, and what others should get
-# is dropped and counted.
+# again. While Redis is away, local delivery continues; messages to other processes
+# are dropped and counted.
 #
 #   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
 #   all                               every process            messages, questions,
@@ -2508,9 +2519,9 @@ class RedisLink:
 #   process:ID                        that process             questions, answers,
 #                                                              its own beat
 #
-# Whoever works on an answer says so with each beat; whoever no longer wants it says
-# so in reply. Each packet is signed with the secret: signature, sender, a header in JSON, and
-# after a line break the encoded message.
+# With each beat, a process reports which questions it is still answering. If the
+# sender no longer waits, it replies "give up". Each packet is signed with the secret:
+# signature, sender, a header in JSON, and after a line break the encoded message.
 
 #: Seconds between beats, and how many may fail to come back before redialling.
 _BEAT, _MISSED_BEATS = 1.0, 5
@@ -2538,7 +2549,7 @@ class Questions(dict[int, asyncio.Queue[Any]]):
     _last = 0
 
     @contextlib.contextmanager
-    def expect(self) -> Iterator[tuple[int, asyncio.Queue[Any]]]:
+    def ask(self) -> Iterator[tuple[int, asyncio.Queue[Any]]]:
         """Return the number of a new question, and the queue that gets its answers."""
         self._last += 1
         number, answers = self._last, asyncio.Queue[Any]()
@@ -2590,7 +2601,7 @@ class RedisBackplane:
         self.missed_beats = 0
         self.questions = Questions()
         #: Links lost (False) and made (True), not yet reported to the application.
-        self._news: asyncio.Queue[bool]
+        self._link_changes: asyncio.Queue[bool]
         self._counts = Counter[str]()
 
     def for_hub(self, path: str, registry: Registry) -> Backplane:
@@ -2611,17 +2622,19 @@ class RedisBackplane:
         if self._tasks:
             raise RuntimeError("a RedisBackplane can serve one application only")
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
-        self._news = asyncio.Queue()  # of this event loop
+        self._link_changes = asyncio.Queue()  # of this event loop
         for hub in self._hubs.values():
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
         link = RedisLink(self._pool)
         await link.open(set(self._wanted))
         self._use(link)
-        self._tasks = [asyncio.create_task(w) for w in (self._run(link), self._tell())]
+        self._tasks = [
+            asyncio.create_task(w) for w in (self._run(link), self._run_callbacks())
+        ]
 
     async def stop(self) -> None:
-        """Disconnect, once what was published before has left."""
+        """Send queued messages, then disconnect."""
         with contextlib.suppress(ConnectionError):
             await self.command("PING")
         replies = [task for hub in self._hubs.values() for task in hub.replies.values()]
@@ -2644,10 +2657,10 @@ class RedisBackplane:
             finally:
                 self._link = None
                 self._counts["dropped"] += await link.close()
-            self._news.put_nowait(False)
+            self._link_changes.put_nowait(False)
             link = await self._dial(0.05 if time.monotonic() - begun > 1 else 1.0)
             self._use(link)
-            self._news.put_nowait(True)
+            self._link_changes.put_nowait(True)
 
     async def _dial(self, delay: float) -> RedisLink:
         """Dial until it succeeds. delay: seconds before the first attempt."""
@@ -2669,7 +2682,7 @@ class RedisBackplane:
         log.info("backplane: connected as process %s", self.process_id)
 
     async def _watch(self, link: RedisLink) -> None:
-        """Notice a Redis that hangs: what is published does not come back."""
+        """Detect a Redis that hangs: our own beats do not come back."""
         self.missed_beats, hub = 0, next(iter(self._hubs.values()))
         while self.missed_beats < _MISSED_BEATS:
             self.missed_beats += 1
@@ -2685,10 +2698,10 @@ class RedisBackplane:
         if not reply.cancelled() and reply.exception() is None:
             _, self._counts["processes"] = reply.result()
 
-    async def _tell(self) -> None:
-        """Call the application's callbacks, one after another."""
+    async def _run_callbacks(self) -> None:
+        """Call the `on_backplane` callbacks in order."""
         while True:
-            connected = await self._news.get()
+            connected = await self._link_changes.get()
             for callback in self.callbacks:
                 try:
                     await _finish(callback(connected))
@@ -2704,7 +2717,7 @@ class RedisBackplane:
             self._link.want(channel, wanted)
 
     async def wait_active(self, channel: bytes) -> bool:
-        """Wait until a wanted channel is active, while Redis is there; tell if it is."""
+        """Wait until a wanted channel is active; return False if that takes too long."""
         link = self._link
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
@@ -2749,7 +2762,7 @@ class RedisBackplane:
             return  # this process has delivered its message itself
         try:
             if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
-                raise ValueError("signed with another secret, or by nobody")
+                raise ValueError("it is not signed with our secret")
             header, _, body = content.partition(b"\n")
             kind, path, *rest = json.loads(header.decode(errors="surrogatepass"))
             if kind == "beat" and own:
@@ -2760,7 +2773,7 @@ class RedisBackplane:
             self._counts["rejected"] += 1
             if self._counts["rejected"] <= 10:
                 text = _one_line(str(error), 200)
-                log.warning("backplane: a packet of %d B refused: %s", len(data), text)
+                log.warning("backplane: rejected a packet of %d B: %s", len(data), text)
 
     def report(self) -> dict[str, Any]:
         """Describe the state, for `HubContext.stats`."""
@@ -2818,13 +2831,13 @@ class HubBackplane(Backplane):
         header = ["send", self.path, kind, names, list(excluding), sizes]
         self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
 
-    def tell(self, channel: str, news: str, *arguments: Any) -> None:
-        header = ["tell", self.path, news, arguments]
+    def tell(self, channel: str, handler: str, *arguments: Any) -> None:
+        header = ["tell", self.path, handler, arguments]
         self._redis.publish(self.channel(channel), header)
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         found: list[Any] = []
-        with self._redis.questions.expect() as (number, answers):
+        with self._redis.questions.ask() as (number, answers):
             missing = await self._publish_question(channel, number, question, arguments)
             try:
                 async with asyncio.timeout(_ANSWER_TIMEOUT):
@@ -2838,7 +2851,7 @@ class HubBackplane(Backplane):
         return found
 
     async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
-        with self._redis.questions.expect() as (number, answers):
+        with self._redis.questions.ask() as (number, answers):
             missing = await self._publish_question(channel, number, question, arguments)
             while missing:
                 try:
@@ -2876,8 +2889,8 @@ class HubBackplane(Backplane):
             case "send", [kind, names, excluding, sizes]:
                 address = Address(kind, tuple(names), frozenset(excluding))
                 self._deliver(address, sizes, body)
-            case "tell", [news, arguments]:
-                self._registry.handlers[news](*arguments)
+            case "tell", [handler, arguments]:
+                self._registry.handlers[handler](*arguments)
             case "ask", [number, *_] if (key := (sender, number)) not in self.replies:
                 self.replies[key] = asyncio.create_task(self._reply(sender, *rest))
                 self.replies[key].add_done_callback(lambda _: self.replies.pop(key))
@@ -2946,7 +2959,7 @@ def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
 
 @dataclass(slots=True, eq=False, repr=False)
 class ClientProxy:
-    """The receivers of messages."""
+    """Sends messages to the receivers of one address."""
 
     _registry: Registry
     _address: Address
@@ -3021,7 +3034,7 @@ class SingleClientProxy(ClientProxy):
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
             try:
                 async with asyncio.timeout(timeout):
-                    completion = await self._registry.invoke(name, message)
+                    completion = await self._registry.results.invoke(name, message)
             except TimeoutError:
                 text = f"No result from connection '{name}' in {timeout} s."
                 raise TimeoutError(text) from None
@@ -3202,7 +3215,7 @@ class Hub:
     async def on_invocation(
         self, invocation: HubInvocation, call_next: Callable[[], Awaitable[Any]]
     ) -> Any:
-        """Run around every call that `authorize` allows. Override it to observe or refuse.
+        """Wrap every call that `authorize` allows. Override it to observe or refuse.
 
         invocation: the method, the target and the arguments of the call.
         call_next: calls the method and returns its result (of a streaming
@@ -3302,7 +3315,7 @@ class HubContext:
     async def abort_user(self, user_id: str) -> int:
         """Close all connections of a user, in every process; return their number.
 
-        One that is still being opened stays: `authenticate` must refuse it.
+        One that is still being opened is not closed: `authenticate` must refuse it.
         Raises ConnectionError if other processes cannot be reached.
         """
         return sum(await self._registry.ask(f"user:{user_id}", "abort user", user_id))
@@ -3310,8 +3323,8 @@ class HubContext:
     def on_backplane(self, callback: Callable[[bool], Any]) -> None:
         """Call a function, plain or async, when the link to Redis is lost or back.
 
-        callback: gets False or True. What the processes sent each other meanwhile
-            is lost.
+        callback: gets False or True. Messages between processes in the meantime
+            are lost.
         """
         if self._backplane is not None:
             self._backplane.callbacks.append(callback)
@@ -3705,10 +3718,11 @@ def _read_duration(text: str) -> timedelta:
     """Read an ISO 8601 duration of weeks, days, hours, minutes and seconds."""
     if (match := _DURATION.fullmatch(text)) is None:
         raise ValueError("a duration such as PT1H30M expected")
-    names = ("weeks", "days", "hours", "minutes", "seconds")
-    numbers = (float(number or 0) for number in match.groups()[1:])
-    duration = timedelta(**dict(zip(names, numbers, strict=True)))
-    return -duration if match[1] == "-" else duration
+    sign, *whole, seconds = match.groups("0")
+    weeks, days, hours, minutes = map(int, whole)
+    microseconds = int(Decimal(seconds) * 1_000_000)
+    duration = timedelta(days, 0, microseconds, 0, minutes, hours, weeks)
+    return -duration if sign == "-" else duration
 
 
 #: The types that values have when they arrive, each with the other types that are
@@ -3844,7 +3858,7 @@ def _type_text(annotation: Any) -> str:
     return re.sub(r"\b(\w+\.)+(?=\w)", "", inspect.formatannotation(annotation))
 
 
-class _Notes(Converters):
+class _LenientConverters(Converters):
     """Passes over types for which a hub may have a converter of its own."""
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
@@ -3867,7 +3881,9 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
     """
     _check_hub_class(hub_class)
     found: list[Any] = []
-    converters = _Notes(HubOptions(converter=found.append))  # gets all annotations
+    converters = _LenientConverters(
+        HubOptions(converter=found.append)
+    )  # gets all annotations
     methods = []
     for method in _collect_methods(hub_class, converters).values():
         items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
@@ -3915,7 +3931,8 @@ def _describe_type(kind: type) -> dict[str, Any]:
 #: hold a slot or not.
 _MAX_RUNNING = 1000
 
-#: Waiting calls of one client that have tasks, so that they can begin together.
+#: Waiting calls of one client that get a task in advance. Calls that end in their
+#: first step are then all answered in one write; the rest cost no task.
 _TASKS_AHEAD = 32
 
 _KINDS = ("non-streaming", "streaming")
@@ -4082,7 +4099,7 @@ class UploadStream:
 
 
 def _log_failure(name: str, connection: Connection, error: BaseException) -> None:
-    """Log what a method or hook raised, with its traceback if that is a fault."""
+    """Log an exception of user code; with its traceback unless it was expected."""
     connection_id = connection.connection_id
     gone = isinstance(error, ConnectionError) and connection.ended.done()
     if isinstance(error, (HubException, Unauthorized)) or gone:
@@ -4281,15 +4298,15 @@ class Calls:
         self._waiting: list[Call] = []
         self._behind: deque[Call] = deque()
         self._running: set[Call] = set()
-        #: Names the iteration in which the last waiting call began.
+        #: Deadline of the iteration in which the last waiting call began.
         self._last_deadline = 0.0
-        #: Number of running calls that want a slot back. They get it first.
+        #: Running calls that wait to get their slot back. New calls wait for them.
         self._resuming = 0
         #: The upload streams that are open, by stream id.
         self.uploads: dict[str, UploadStream] = {}
 
     def add(self, invocation: Invocation, size: int) -> None:
-        """Check a call in the reference's order; begin it, or let it wait."""
+        """Check a call in the order of ASP.NET Core, then begin or queue it."""
         target, context = invocation.target, self._variables.copy()
         try:
             if (method := self.mapped.methods.get(normalize_name(target))) is None:
@@ -4390,7 +4407,7 @@ class Calls:
         return outbox.size <= outbox.high_water
 
     async def wait_to_begin(self, call: Call) -> None:
-        """Wait until a call may begin: after those before it, with time and room."""
+        """Wait until earlier calls have begun and there is a slot, time and room."""
         waiting, flusher = self._waiting, self.mapped.shared.flusher
         try:
             if waiting[0] is not call:
@@ -4437,7 +4454,7 @@ class Calls:
         self.connection.wake()
 
     async def resume(self, call: Call) -> None:
-        """Take a slot again, if the call needs one: wait until one is free."""
+        """Wait for a free slot and take it, if the call needs one."""
         late: asyncio.CancelledError | None = None
         self._resuming += 1
         try:
@@ -4605,10 +4622,10 @@ class HubConnection:
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
-            calls = await self._connect()
+            calls = await self._create_hub()
             if calls is not None:
                 self._calls = calls
-                connection.receive = self._receive
+                connection.on_data = self._receive
                 connection.feed(b"")  # what came meanwhile
                 end = await connection.ended
                 await calls.finish(end)
@@ -4621,7 +4638,7 @@ class HubConnection:
             self._mapped.remove(connection, time.monotonic() - begun)
             connection.close(End())
 
-    async def _connect(self) -> Calls | None:
+    async def _create_hub(self) -> Calls | None:
         """Make and register the hub; None if that fails or it refuses the client."""
         mapped, connection = self._mapped, self._connection
         try:
@@ -4697,11 +4714,11 @@ class HubConnection:
         return reconnect.accept()
 
     def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
-        """Count a message unless it answers the server; cut off a client above its rate.
+        """Count a message, unless it answers the server; cut off a client that is too fast.
 
         paused: reading was paused before, so any number of messages may have waited.
         """
-        if isinstance(message, Ack) or self._mapped.registry.expects(message):
+        if isinstance(message, Ack) or self._mapped.registry.results.awaits(message):
             return True
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
@@ -4728,7 +4745,7 @@ class HubConnection:
                 failure = None if error is None else HubException(error)
                 calls.uploads.pop(stream_id).end(failure)
             case Completion():
-                self._mapped.registry.complete(self._connection, message)
+                self._mapped.registry.results.complete(self._connection, message)
             case CancelInvocation(invocation_id):
                 calls.cancel(invocation_id)
             case Ping():
@@ -4772,7 +4789,10 @@ class HubConnection:
             self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
-        """Apply the client's timeout, and send what is due, at a monotonic time."""
+        """Close a silent client's connection, or send a due ping or ack.
+
+        now: monotonic seconds.
+        """
         connection = self._connection
         if connection.state != OPEN:
             return
@@ -4806,7 +4826,7 @@ _LAST_POLL_TIMEOUT = 0.3
 #: Seconds at shutdown for everything together.
 _SHUTDOWN_TIMEOUT = 3.0
 
-#: Seconds after which a client that was refused for lack of room may try again.
+#: Seconds, in Retry-After, when the server is full.
 _RETRY_AFTER = 5
 
 #: Seconds for which an unused token is valid at most.
@@ -4893,7 +4913,7 @@ class Ticket(NamedTuple):
     connection_id: str
     stateful: bool
     #: The time of the wall clock until which it may be used first.
-    ends: float
+    expires_at: float
 
 
 class Tokens:
@@ -4947,13 +4967,13 @@ def _new_id() -> str:
     return secrets.token_urlsafe(16)
 
 
-def _check_connection(connection: Connection, now: float) -> None:
+def _apply_timeouts(connection: Connection, now: float) -> None:
     """Apply the timeouts of a transport. now: the monotonic time in seconds."""
     options, transport = connection.shared.options, connection.transport
     away = now - connection.last_change
     if transport is None:
         if away > _or_infinite(options.disconnect_timeout):
-            log.debug("connection %s did not come back", connection.connection_id)
+            log.debug("connection %s was not resumed in time", connection.connection_id)
             connection.lost(End())
     elif transport.is_closing():
         connection.wake()  # its request notices that the client is gone
@@ -5031,7 +5051,7 @@ class ConnectionManager:
             connection = await self._open(token, user_id)
         if connection is None:
             log.warning(
-                "%s with an unknown token: it has expired, or is from before a restart, "
+                "%s with an unknown token: it has expired, is from before a restart, "
                 "or from another process; several need a common backplane, and a proxy "
                 "that sends all requests of a connection to one of them",
                 request.method,
@@ -5041,15 +5061,15 @@ class ConnectionManager:
         return connection
 
     async def _open(self, token: str, user_id: str | None) -> Connection | None:
-        """Make the connection of a token; None if it may not be used, or no more."""
+        """Create a token's connection; None if it is invalid, expired or used."""
         ticket = self._tokens.read(token, user_id)
-        if ticket is None or ticket.ends < time.time():
+        if ticket is None or ticket.expires_at < time.time():
             return None
         backplane = self._mapped.registry.backplane
         channel = f"connection:{ticket.connection_id}"
         backplane.subscribe(channel)
         elsewhere = False
-        with contextlib.suppress(ConnectionError):  # this process can do without it
+        with contextlib.suppress(ConnectionError):  # serve clients while Redis is away
             if await backplane.subscribed(channel):
                 elsewhere = await backplane.subscribers(channel) > 1
         if ticket.connection_id in self._used:
@@ -5062,8 +5082,8 @@ class ConnectionManager:
         except web.HTTPException:  # the token can be used when there is room
             backplane.unsubscribe(channel)
             raise
-        self._used[ticket.connection_id] = ticket.ends
-        backplane.tell("all", "token used", ticket.connection_id, ticket.ends)
+        self._used[ticket.connection_id] = ticket.expires_at
+        backplane.tell("all", "token used", ticket.connection_id, ticket.expires_at)
         if ticket.stateful:
             connection.reconnect = ReconnectBuffer()
         return connection
@@ -5100,11 +5120,11 @@ class ConnectionManager:
             self._check_all(time.monotonic())
 
     def _check_all(self, now: float) -> None:
-        # A method of its own: variables of a sleeping loop would keep objects alive.
+        # Separate from the loop, whose local variables would keep connections alive.
         self._forget_closed()
         for connection in list(self._connections.values()):
             try:
-                _check_connection(connection, now)
+                _apply_timeouts(connection, now)
             except Exception:  # one broken transport must not stop the heartbeat
                 log.exception("connection %s", connection.connection_id)
                 connection.drop("transport error")
@@ -5129,7 +5149,7 @@ class ConnectionManager:
                 self._unsubscribe(connection_id)
 
     def _unsubscribe(self, connection_id: str) -> None:
-        """Let other processes know that a connection does not exist."""
+        """Unsubscribe, so that other processes see that the connection is gone."""
         self._mapped.registry.backplane.unsubscribe(f"connection:{connection_id}")
 
     async def stop(self) -> None:
@@ -5179,9 +5199,9 @@ class Endpoint:
         self.manager = ConnectionManager(mapped, Tokens(key, path))
         self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
-        self._methods: dict[str, Callable[..., Awaitable[StreamResponse]]] = {
-            "GET": self._open,
-            "POST": self._receive,
+        self._handlers: dict[str, Callable[..., Awaitable[StreamResponse]]] = {
+            "GET": self._get,
+            "POST": self._post,
             "DELETE": self._delete,
         }
 
@@ -5196,14 +5216,14 @@ class Endpoint:
     async def handle(self, request: Request) -> StreamResponse:
         """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
         user_id = await self._check_request(request)
-        if request.method not in self._methods:
-            raise web.HTTPMethodNotAllowed(request.method, self._methods, text="")
+        if request.method not in self._handlers:
+            raise web.HTTPMethodNotAllowed(request.method, self._handlers, text="")
         try:
             connection = None
             if not _skips_negotiation(request):
                 connection = await self.manager.find(request, user_id)
-            # Awaited here, so that an open socket keeps few coroutines alive.
-            return await self._methods[request.method](request, user_id, connection)
+            # Not in a helper: each coroutine costs memory while a socket is open.
+            return await self._handlers[request.method](request, user_id, connection)
         except web.HTTPException as error:
             if request.method == "GET":
                 error.headers.update(_NO_CACHE)
@@ -5262,7 +5282,7 @@ class Endpoint:
         ]
         return answer
 
-    def _open(
+    def _get(
         self, request: Request, user_id: str | None, connection: Connection | None
     ) -> Awaitable[StreamResponse]:
         """Serve a GET: attach it to its connection as the transport."""
@@ -5300,7 +5320,7 @@ class Endpoint:
             raise web.HTTPNotFound(text="")  # the client starts a new connection
         raise web.HTTPConflict(text="")
 
-    async def _receive(
+    async def _post(
         self, request: Request, user_id: str | None, connection: Connection
     ) -> Response:
         """Take bytes from the client; answer when it may send more."""
@@ -5622,7 +5642,8 @@ class HubClient:
         except Exception as error:
             log.exception("the handler of %r failed", target)
             if id is not None:
-                await self._write(Completion(id, NO_RESULT, str(error)))
+                text = str(error).encode(errors="replace").decode()
+                await self._write(Completion(id, NO_RESULT, text))
 
 
 @contextlib.asynccontextmanager
@@ -5660,7 +5681,7 @@ COMPLETED, FAULTED, CANCELED = "Completed", "Faulted", "Canceled"
 
 
 class TooManyOperations(RuntimeError):
-    """So many operations are under way that no other can start."""
+    """Too many operations are running, so another cannot start."""
 
 
 _write_result = _json_writer(Writer(HubOptions(), "json").result_to_plain)
@@ -5809,7 +5830,7 @@ class Operations:
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
         if sum(not o.final for o in self._operations.values()) >= self.running:
-            raise TooManyOperations(f"{self.running} operations are under way already")
+            raise TooManyOperations(f"{self.running} operations are already running")
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
         operation._task = asyncio.create_task(self._run(operation, work, arguments))
@@ -5844,13 +5865,13 @@ class Operations:
         return True
 
     async def context(self, app: object) -> AsyncIterator[None]:
-        """Serve an aiohttp application until it ends (for `app.cleanup_ctx`)."""
+        """Open and close with an aiohttp application (for `app.cleanup_ctx`)."""
         self._closed = False
         yield
         await self.close()
 
     async def close(self) -> None:
-        """Cancel all operations, wait 2 s at most for their end, start no more."""
+        """Cancel all operations, wait up to 2 s for them, and refuse new ones."""
         self._closed = True
         tasks = [o._task for o in self._operations.values() if not o._task.done()]
         for id in list(self._operations):
@@ -6005,7 +6026,7 @@ class _Job:
         return None if self.suspended else datetime.fromtimestamp(self.next, UTC)
 
     def plan(self, now: float) -> None:
-        """Set the next due time: never the last one again if the clock is set back."""
+        """Set the next due time; if the clock was set back, never one that already ran."""
         self.next = math.inf if self.suspended else self.due_after(now)
         if self.next == self.due:
             self.next = self.due_after(self.next)
@@ -6047,7 +6068,7 @@ class Schedule:
     _jobs: dict[str, _Job] = field(default_factory=dict, init=False)
     _task: asyncio.Task[None] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
-    #: The time at the last look at the jobs, to notice that it was set back.
+    #: The time of the last check, to detect that the clock was set back.
     _seen: float = field(default=-math.inf, init=False)
 
     def every(self, seconds: float, *, name: str = "") -> Callable[[F], F]:
@@ -6100,7 +6121,7 @@ class Schedule:
         return [{k: getattr(job, k) for k in keys} for job in self._jobs.values()]
 
     def suspend(self, name: str) -> None:
-        """Let a job's due times pass. Raises KeyError for an unknown name."""
+        """Do not run a job until `resume`. Raises KeyError for an unknown name."""
         self._jobs[name].suspended = True
         self._jobs[name].next = math.inf
 
@@ -6142,7 +6163,7 @@ class Schedule:
         await self.close()
 
     def _restart(self) -> None:
-        """Look at the jobs again: one may be due earlier now."""
+        """Recalculate the sleep: a job may now be due earlier."""
         if self._closed:
             return
         if self._task is not None:
@@ -7313,9 +7334,9 @@ class Demo:
         self.hosts = None if hosts is None else {_host_name(host) for host in hosts}
         self.hub: HubContext
         self.operations: Operations
-        #: What belongs to the hub, whose errors are not JSON, and what needs the token.
-        self.hub_routes: Collection[web.AbstractResource | None]
-        self.api_routes: Collection[web.AbstractResource | None]
+        #: The hub's resources, whose errors are not JSON, and those that need the token.
+        self.hub_resources: Collection[web.AbstractResource | None]
+        self.api_resources: Collection[web.AbstractResource | None]
         self.schedule = Schedule()
         self.schedule.every(30, name="heartbeat")(self._send_heartbeat)
         self.schedule.cron("0 * * * * *", name="admin_status")(self._send_admin_status)
@@ -7330,9 +7351,9 @@ class Demo:
 
     @web.middleware
     async def guard(self, request: Request, handler: Handler) -> StreamResponse:
-        """Check what a request may do; answer errors in JSON. The hub does its own."""
+        """Check a request, and answer errors in JSON. The hub does both by itself."""
         resource = request.match_info.route.resource
-        if resource in self.hub_routes:
+        if resource in self.hub_resources:
             _check_host(request, self.hosts)
             return await handler(request)
         try:
@@ -7341,7 +7362,7 @@ class Demo:
             check(request, self.origins)
             if _is_preflight(request):
                 return Response(status=204)
-            if resource in self.api_routes:
+            if resource in self.api_resources:
                 await self.authenticate(request)
                 await _read_body(request)
                 for part in map(unquote_to_bytes, request.rel_url.raw_parts):
@@ -7354,11 +7375,11 @@ class Demo:
             return _json_error(request, web.HTTPBadRequest(text=str(error)))
         except Exception:
             log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-            text = "The server failed; its log has the reason. Try again later."
+            text = "An error occurred on the server; see its log. Try again later."
             return _json_error(request, web.HTTPInternalServerError(text=text))
 
     def list_api(self) -> list[web.RouteDef]:
-        """List the routes of the API. Where GET sends something, HEAD is not allowed."""
+        """List the routes of the API. HEAD is not allowed where GET sends something."""
         join = functools.partial(self.send_group_request, "join")
         leave = functools.partial(self.send_group_request, "leave")
         return [
@@ -7418,7 +7439,7 @@ class Demo:
         try:
             operation = self.operations.start(work, name="LongOperation")
         except TooManyOperations:
-            text = "Too many operations are under way. Try again later."
+            text = "Too many operations are running. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPTooManyRequests(text=text, headers=headers) from None
         except RuntimeError:
@@ -7528,7 +7549,7 @@ _LARGEST_GROUPS = 100
 
 
 class Monitor:
-    """Numbers of the demo, taken once a second, however many clients watch them."""
+    """Collects the demo's numbers once a second for all clients that watch."""
 
     def __init__(self, demo: Demo) -> None:
         self._demo = demo
@@ -7566,7 +7587,7 @@ class Monitor:
         }
 
     async def _add_up(self) -> dict[str, Any]:
-        """Add up what all processes count; the lag is that of the slowest."""
+        """Add up the counts of all processes; take the largest lag."""
         try:
             counts = await self._demo.hub.everywhere.ask("stats")
         except ConnectionError:
@@ -7598,9 +7619,9 @@ class Monitor:
 #: Where the demo keeps its Monitor, for its hub.
 _MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
 
-#: Where the demo has routes of its own, besides its API.
+#: Paths of the demo that a hub cannot take.
 _OWN_PATHS = ("", "/healthz", "/kestrun.js", "/monitor")
-#: A page that is served if it is there: this file needs no other.
+#: Served if the file exists. kestrun.py needs no other file.
 _MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
 
 
@@ -7623,7 +7644,7 @@ async def _show_client(request: Request) -> Response:
 def _check_app_options(hub_path: str, hosts: Names, token: str | None) -> None:
     """Raise ValueError for an option of `create_app` that cannot be used."""
     if token is not None and (not token or token != token.strip()):
-        raise ValueError("token must not be empty, and not begin or end with blanks")
+        raise ValueError("token must not be empty or begin or end with a space")
     if hub_path.rstrip("/") in _OWN_PATHS:
         raise ValueError(f"hub_path: {hub_path!r} is taken by another route")
     if isinstance(hosts, str) or not all(map(_host_name, hosts)):
@@ -7672,14 +7693,14 @@ def create_app(
         allowed_origins=allowed_origins,
         authenticate=demo.authenticate,
     )
-    demo.hub_routes = frozenset(app.router.resources())
+    demo.hub_resources = frozenset(app.router.resources())
     demo.hub.everywhere.handle("operation", demo.act_on_operation)
     demo.hub.everywhere.handle("stats", monitor.count)
     demo.hub.everywhere.handle(
         "operations", lambda: [*map(_status, demo.operations.list())]
     )
     app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
-    demo.api_routes = {route.resource for route in app.add_routes(demo.list_api())}
+    demo.api_resources = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
     text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
     if '<meta name="hub"' in text:  # it is not another project's
@@ -7754,7 +7775,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--allow-host", action="append", default=[], metavar="NAME", help=text)
     text = "token that hub and API require (environment KESTRUN_TOKEN)"
     add("--token", default=os.environ.get("KESTRUN_TOKEN"), help=text)
-    text = "let anybody in who reaches an address that is not this machine's own"
+    text = "listen on a public --host without a token"
     add("--insecure", action="store_true", help=text)
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
@@ -7770,10 +7791,12 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
-    text = "print what clients may call as JSON, by default on the demo's hub; then end"
+    text = (
+        "print a hub's methods and types as JSON (default: the demo's hub), then exit"
+    )
     demo = "kestrun:KestrunHub"
     add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
-    text = "connect to a hub and print the round trip of a call; then end"
+    text = "connect to a hub, print the round-trip time of a call, then exit"
     add("--probe", metavar="URL", help=text)
     add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
@@ -7911,7 +7934,7 @@ def _import_uvloop() -> Any:
 
 
 def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
-    """Make what the options ask for. Raises ValueError for a wrong combination."""
+    """Make the backplane of the options, if any. Raises ValueError for bad options."""
     if arguments.workers < 1:
         raise ValueError("--workers must be at least 1")
     if arguments.redis is None:
@@ -7928,8 +7951,8 @@ def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     return RedisBackplane(arguments.redis, secret=arguments.secret)
 
 
-def _hosts(arguments: argparse.Namespace) -> Collection[str] | None:
-    """Return `allowed_hosts`. Raises ValueError if strangers would get in."""
+def _allowed_hosts(arguments: argparse.Namespace) -> Collection[str] | None:
+    """Return `allowed_hosts`. Raises ValueError for a public host without a token."""
     if _is_loopback(arguments.host):
         return arguments.allow_host  # type: ignore[no-any-return]
     if not (arguments.token or arguments.insecure):
@@ -7943,6 +7966,8 @@ def _hosts(arguments: argparse.Namespace) -> Collection[str] | None:
 def _print_description(name: str) -> None:
     """Print what clients may call on a hub. name: such as "chat:ChatHub"."""
     module_name, _, class_name = name.partition(":")
+    if not class_name:
+        raise ValueError(f"--describe {name}: give MODULE:HUB, such as chat:ChatHub")
     sys.path.insert(0, os.getcwd())
     sys.modules.setdefault("kestrun", sys.modules[__name__])
     try:
@@ -7957,13 +7982,13 @@ def _print_description(name: str) -> None:
 #: What a refused WebSocket means.
 _PROBLEMS = {
     200: "this is a page, not a hub",
-    400: "this is no hub, or a proxy does not pass the header Upgrade on",
+    400: "this is not a hub, or a proxy does not forward the Upgrade header",
     401: "the token is missing or wrong; give --token",
     403: "this user may not connect",
     404: "there is no hub at this path",
     421: "the server does not know this host name; see --allow-host",
-    502: "the server behind the proxy does not run",
-    503: "the server is full or shuts down",
+    502: "the server behind the proxy is not running",
+    503: "the server is full or shutting down",
 }
 _PROBE_TIMEOUT = 10.0
 
@@ -8012,7 +8037,7 @@ def main(argv: list[str] | None = None) -> int:
         app = create_app(
             hub_path=arguments.hub_path,
             allowed_origins=arguments.allow_origin,
-            allowed_hosts=_hosts(arguments),
+            allowed_hosts=_allowed_hosts(arguments),
             token=arguments.token,
             backplane=backplane,
             sticky=not arguments.worker,

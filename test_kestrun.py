@@ -9304,8 +9304,8 @@ async def test_the_program_describes_a_hub(tmp_path: Path) -> None:
     shown = json.loads(await output_of(*command, "news:NewsHub", cwd=tmp_path))
     assert shown["types"] == {"Item": {"members": {"isNew": "bool"}}}
     for name, reason in {
-        "news": "has no attribute", "news:Nothing": "has no attribute 'Nothing'",
-        "nowhere:Hub": "No module named 'nowhere'", "": "mpty module name",
+        "news": "give MODULE:HUB", "news:Nothing": "has no attribute 'Nothing'",
+        "nowhere:Hub": "No module named 'nowhere'", "": "give MODULE:HUB",
         "news:number": "a subclass of Hub, not 5", "./news.py:NewsHub": "relative import",
         "news:Broken": "Broken.items: a method that yields must be async",
     }.items():  # fmt: skip
@@ -9347,7 +9347,7 @@ async def test_the_program_probes_a_hub(demo) -> None:
 @pytest.mark.parametrize("first, reason", [
     (b'{"error":"no room"}' + RS, "cannot be used: no room"),
     (b"hello" + RS, "cannot be used: This is no hub"), (None, "was closed"),
-    (b"{}" + RS, "was closed"), (400, "400: this is no hub, or a proxy does not pass"),
+    (b"{}" + RS, "was closed"), (400, "400: this is not a hub, or a proxy does not"),
     (502, "502: the server behind the proxy"), (503, "503: the server is full"),
     (421, "421: .*--allow-host"), (403, "403: this user may not"), (418, "418: this is no"),
 ])  # fmt: skip
