@@ -909,13 +909,19 @@ def _library_writer(
     return write
 
 
+#: Everything but the brackets of a JSON text.
+_BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
+
+
 def _check_depth(text: str) -> None:
     """Raise ValueError for JSON that is nested deeper than the reference reads."""
-    depth = 0
-    for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][}{]', "", text):
-        depth += 1 if bracket in "[{" else -1
-        if depth > _JSON_DEPTH:
-            raise ValueError("nested too deeply")
+    if text.count("[") + text.count("{") <= _JSON_DEPTH:
+        return
+    brackets = _BESIDE_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    for _ in range(_JSON_DEPTH):
+        brackets = brackets.replace("[]", "")  # the innermost level
+    if brackets:
+        raise ValueError("nested too deeply")
 
 
 def _json_object(
@@ -925,8 +931,7 @@ def _json_object(
     try:
         text = data.decode().strip(" \t\r\n")
         value = loads(text)
-        if text.count("[") + text.count("{") > _JSON_DEPTH:
-            _check_depth(text)
+        _check_depth(text)
     except Exception:  # noqa: BLE001 (libraries have exceptions of their own)
         raise ProtocolError("Error reading JSON.") from None
     if type(value) is dict:
@@ -955,20 +960,24 @@ class JsonProtocol:
 
     def encode(self, message: Message) -> bytes:
         try:
-            # The most frequent two as text: the encoder has a fast path for a lone
-            # string, while a dict costs it three times as much.
-            match message:
-                case Completion(error=None) if message.result is not NO_RESULT:
-                    number, name, value = 3, "result", message.result
-                case StreamItem():
-                    number, name, value = 2, "item", message.item
-                case _:
-                    return f"{self._write(_to_fields(message))}\x1e".encode()
-            id, value = _dumps(message.invocation_id), self._write_result(value)
-            text = f'{{"type":{number},"invocationId":{id},"{name}":{value}}}\x1e'
-            return text.encode()
+            text = self._to_text(message)
+            _check_depth(text)  # clients that read no deeper would be lost
+            return f"{text}\x1e".encode()
         except (TypeError, ValueError, OverflowError) as error:
             raise self._writer.explain(message, error) from None
+
+    def _to_text(self, message: Message) -> str:
+        # The most frequent two as text: the encoder has a fast path for a lone
+        # string, while a dict costs it three times as much.
+        match message:
+            case Completion(error=None) if message.result is not NO_RESULT:
+                number, name, value = 3, "result", message.result
+            case StreamItem():
+                number, name, value = 2, "item", message.item
+            case _:
+                return self._write(_to_fields(message))
+        id, value = _dumps(message.invocation_id), self._write_result(value)
+        return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}'
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
         while inbox and (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
@@ -3756,7 +3765,8 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
 
 
 #: In one conversion, what each union made of each list and dict (NO_RESULT: nothing),
-#: by their ids. Without it, nested unions of dataclasses would take exponential time.
+#: by their ids, with the value: another could get the id of one that is gone. Without
+#: it, nested unions of dataclasses would take exponential time.
 _union_memo = contextvars.ContextVar[Any]("kestrun_union_memo", default=None)
 
 
@@ -3775,16 +3785,17 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
             finally:
                 _union_memo.reset(token)
         if attempt not in results or not isinstance(value, (list, dict)):
-            results[attempt] = NO_RESULT
+            results[attempt] = value, NO_RESULT
             for converter in converters:
                 try:
-                    results[attempt] = converter(value)
+                    results[attempt] = value, converter(value)
                     break
                 except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
                     continue
-        if results[attempt] is NO_RESULT:
+        _, result = results[attempt]
+        if result is NO_RESULT:
             raise ValueError(f"{names} expected, got {type(value).__name__}")
-        return results[attempt]
+        return result
 
     return convert
 
@@ -4884,7 +4895,8 @@ def _check_site(request: Request, allowed: Collection[str]) -> None:
 
 def _check_encoding(request: Request) -> None:
     """Raise HTTPUnsupportedMediaType for a compressed body, which could be a bomb."""
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+    encodings = request.headers.getall("Content-Encoding", ())  # aiohttp uses the last
+    if any(encoding.lower() != "identity" for encoding in encodings):
         raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
 
 
@@ -5290,7 +5302,7 @@ class Endpoint:
         if transport not in self._options.transports:
             text = f"{transport} transport not supported by this end point type"
             raise web.HTTPNotFound(text=text)
-        if transport == WEBSOCKETS and not web.WebSocketResponse().can_prepare(request):
+        if transport == WEBSOCKETS and not _is_upgrade(request):
             raise web.HTTPBadRequest(text="This is not a valid WebSocket upgrade.")
         if connection is None:
             connection = self.manager.create(user_id)
@@ -5373,6 +5385,14 @@ def _requested_transport(request: Request) -> str:
         return SERVER_SENT_EVENTS
     upgrade = request.headers.get("Upgrade", "").lower()
     return WEBSOCKETS if upgrade == "websocket" else LONG_POLLING
+
+
+def _is_upgrade(request: Request) -> bool:
+    """Return True for a request that can become a WebSocket."""
+    try:
+        return bool(web.WebSocketResponse().can_prepare(request))
+    except ValueError:  # its key is not ASCII
+        return False
 
 
 def _skips_negotiation(request: Request) -> bool:
@@ -7845,6 +7865,8 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         access_log=logging.getLogger("kestrun.access"),
         keepalive_timeout=_IDLE_TIMEOUT,
         shutdown_timeout=1.0,
+        # Or aiohttp would decompress the rest of a refused body, however large it is.
+        auto_decompress=False,
     )
     stop = _stop_event()
     loop = asyncio.get_running_loop()
