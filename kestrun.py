@@ -1174,6 +1174,8 @@ _HIGH_WATER = 65_536
 
 #: Seconds in each iteration of the event loop for the messages of one hub.
 _TIME_SLICE = 0.01
+#: Bytes of a message above which only one is handled in an iteration out of time.
+_LARGE = 4096
 
 #: The states of a connection, in order; OPEN from the handshake on.
 OPENING, OPEN, CLOSING, CLOSED = range(4)
@@ -1232,10 +1234,14 @@ class Counters:
 class Flusher:
     """Sends at the end of each loop iteration what was queued in it.
 
-    So everything that one client is sent in an iteration leaves in one write.
+    So everything that one client is sent in an iteration leaves in one write. It also
+    spreads large work over iterations, or many clients with large messages would hold
+    up those with small ones.
     """
 
     _queue: list[Connection] = field(default_factory=list)
+    #: Large work that waits for an iteration of its own, in order.
+    _work: deque[Callable[[], object]] = field(default_factory=deque)
     _scheduled: bool = False
     _deadline: float = 0.0
 
@@ -1249,6 +1255,18 @@ class Flusher:
         self._schedule()
         return self._deadline
 
+    def run_later(self, work: Callable[[], object]) -> None:
+        """Do large work in a later iteration, after what waits already."""
+        self._work.append(work)
+        self._schedule()
+
+    async def admit(self, size: int) -> None:
+        """Wait until a message of that many bytes may be handled."""
+        if size > _LARGE and (self._work or time.perf_counter() > self.deadline()):
+            admitted = asyncio.Event()
+            self.run_later(admitted.set)
+            await admitted.wait()
+
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
@@ -1260,6 +1278,11 @@ class Flusher:
         queue, self._queue = self._queue, []
         for connection in queue:
             connection.flush()
+        if self._work:
+            work = self._work.popleft()
+            if self._work:
+                self._schedule()  # first: the work may fail
+            work()
 
 
 @dataclass(slots=True, eq=False)
@@ -1488,7 +1511,7 @@ class Connection:
     def release(self, size: int) -> None:
         """Stop counting a call or an item; resume reading if there is room again."""
         if self.inbox.release(size):
-            asyncio.get_running_loop().call_soon(self.feed, b"")  # go on
+            self.shared.flusher.run_later(self.feed)
 
     def close(self, end: End) -> None:
         """End from the hub's side: deliver what is queued, then end the transport."""
@@ -1549,7 +1572,7 @@ class Connection:
         resumable = self.reconnect is not None and not self.reconnect.forgotten
         return resumable and self.state == OPEN
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes = b"") -> None:
         """Process bytes from the client, and bytes left in the inbox, immediately."""
         if self.state >= CLOSING and (data or not self.accepts_messages()):
             return  # ignore data after the end
@@ -1627,8 +1650,8 @@ class Connection:
 # with one exception: a server does not mask, so a frame is a head and the
 # payload, and is written straight to the socket while the socket keeps up.
 
-#: aiohttp's limit for one WebSocket message, in bytes. It may hold many hub
-#: messages, so it is not lower than this.
+#: aiohttp's limit for one WebSocket message, in bytes, unless hub messages may be
+#: larger: it may hold many of them. An unfinished one stays in memory.
 _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
 
 #: The types of WebSocket messages that hold bytes of the connection.
@@ -1733,6 +1756,8 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         transport = WebSocketTransport(connection, _socket_of(request), websocket)
         connection.attach(transport)
         while (message := await websocket.receive()).type in _READ_ON:
+            if message.type in _DATA:
+                await flusher.admit(len(message.data))
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
             if message.type is web.WSMsgType.PING:
@@ -1893,6 +1918,7 @@ async def receive_post(request: Request, connection: Connection) -> None:
         try:
             await asyncio.wait((reading, ended), timeout=timeout, return_when=first)
             if reading.done():
+                await connection.shared.flusher.admit(len(reading.result()))
                 connection.feed(reading.result())
                 await connection.readable()
             elif not ended.done():
@@ -4234,18 +4260,21 @@ class Call:
         stream_id = self.invocation.invocation_id or ""
         try:
             async for item in items:
+                if not connection.writable():
+                    await connection.drain()
                 if connection.state >= CLOSING:
                     return
                 data = connection.protocol.encode(StreamItem(stream_id, item))
                 connection.send(data)
                 sent += len(data)
-                if sent > _HIGH_WATER or not connection.writable():
+                if sent > _HIGH_WATER:
                     sent = 0
                     # A generator that never waits must let others run: the flush,
                     # then a call that waits for room in the outbox.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
-                    await connection.drain()
+                if len(data) > _LARGE:  # the next one is likely to be as large
+                    await connection.shared.flusher.admit(len(data))
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
@@ -4637,7 +4666,7 @@ class HubConnection:
             if calls is not None:
                 self._calls = calls
                 connection.on_data = self._receive
-                connection.feed(b"")  # what came meanwhile
+                connection.feed()  # what came meanwhile
                 end = await connection.ended
                 await calls.finish(end)
                 error = end.error
@@ -4709,7 +4738,7 @@ class HubConnection:
                 if inbox and (inbox.full or time.perf_counter() > deadline):
                     inbox.unfinished = True
                     if not inbox.full:  # else `Connection.release` goes on
-                        asyncio.get_running_loop().call_soon(connection.feed, b"")
+                        mapped.shared.flusher.run_later(connection.feed)
                     return
         except ProtocolError as error:
             name, text = connection.connection_id, _one_line(str(error), 200)
@@ -7564,8 +7593,8 @@ class Demo:
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
 
-#: How many groups of a process `Stats` names.
-_LARGEST_GROUPS = 100
+#: How many groups of a process `Stats` names: the largest of so many.
+_LARGEST_GROUPS, _COUNTED_GROUPS = 100, 10_000
 
 
 class Monitor:
@@ -7593,7 +7622,8 @@ class Monitor:
     def count(self) -> dict[str, Any]:
         """Count what belongs to this process."""
         hub, stats = self._demo.hub, self._demo.hub.stats()
-        sizes = {name: len(hub.groups.find(name)) for name in hub.groups.names()}
+        names = hub.groups.names()[:_COUNTED_GROUPS]
+        sizes = {name: len(hub.groups.find(name)) for name in names}
         states = Counter(operation.state for operation in self._demo.operations.list())
         return {
             "Clients": stats["connections"],
