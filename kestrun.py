@@ -6149,9 +6149,8 @@ class Schedule:
 
     def _register(self, name: str, schedule: str, after: DueAfter) -> Callable[[F], F]:
         def decorate(function: F) -> F:
-            job = _Job(
-                name or getattr(function, "__name__", "job"), function, schedule, after
-            )
+            job_name = name or getattr(function, "__name__", "job")
+            job = _Job(job_name, function, schedule, after)
             if job.name in self._jobs:
                 raise ValueError(f"job name {job.name!r} is in use; choose another")
             job.plan(self.clock())

@@ -2666,6 +2666,7 @@ ARGUMENTS = [
     (datetime.time, "03:02:01.25", MOMENT.time()), (datetime.time, "03:02", CLOCK),
     (datetime.timedelta, "PT5400S", HOUR * 1.5), (datetime.timedelta, "PT1H30M", HOUR * 1.5),
     (datetime.timedelta, "P1W2DT0.25S", HOUR * 216 + HOUR / 14400),
+    (datetime.timedelta, "PT86399999999999.999999S", datetime.timedelta.max),
     (datetime.timedelta, "-P1D", HOUR * -24), (datetime.timedelta, "+PT0S", HOUR * 0),
     (Decimal, "1.10", Decimal("1.10")), (Decimal, 3, Decimal(3)),
     (Decimal, 0.1, Decimal("0.1")), (Decimal, BIG, Decimal(BIG)),
@@ -6860,7 +6861,12 @@ async def test_an_operation_announces_each_step_and_keeps_how_it_ended(
     work, percents: list[int], state: str, result: Any, error: str, caplog
 ) -> None:
     seen: list[tuple] = []
-    ops = kestrun.Operations(on_change=lambda op: seen.append((op.state, op.progress)))
+
+    def on_change(op: kestrun.Operation) -> int:
+        seen.append((op.state, op.progress))
+        return len(seen)  # which is ignored
+
+    ops = kestrun.Operations(on_change=on_change)
     op = ops.start(work)
     if work in (endless, stubborn):
         ops.cancel((await running(op)).id)
@@ -6871,6 +6877,7 @@ async def test_an_operation_announces_each_step_and_keeps_how_it_ended(
     assert (op.error is None) == (state == "Completed")
     assert str(op.error or "") == error
     assert error in caplog.text
+    assert "on_change" not in caplog.text
     assert op.started_at <= op.completed_at
 
 
@@ -7294,9 +7301,11 @@ def test_wrong_intervals_and_names_are_refused() -> None:
     for seconds in (0, -1, float("nan"), float("inf"), "1", True):
         with pytest.raises((TypeError, ValueError)):
             schedule.every(seconds)
-    assert schedule.every(60, name="job")(print) is print
-    with pytest.raises(ValueError, match="job"):
-        schedule.cron(MINUTELY, name="job")(print)
+    schedule.every(60)(partial(print, "tick"))
+    schedule.every(60, name="tock")(print)
+    assert [job["name"] for job in schedule.report()] == ["job", "tock"]
+    with pytest.raises(ValueError, match="tock"):
+        schedule.cron(MINUTELY, name="tock")(print)
     for change in (schedule.suspend, schedule.resume, schedule.cancel):
         with pytest.raises(KeyError):
             change("nobody")
