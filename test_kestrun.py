@@ -4251,11 +4251,10 @@ LIFE = {
 }
 
 
-@pytest.mark.parametrize("frame, stays, flood", [
-    *((*life, False) for life in LIFE.values()),
-    (*LIFE["pings"], True), (*LIFE["empty fragments"], True),
-], ids=[*LIFE, "a flood of pings", "a flood of fragments"])  # fmt: skip
-async def test_only_a_message_is_a_sign_of_life(serve, frame, stays, flood) -> None:
+async def sends_on(server: Server, shake, flood, frame, stays) -> None:
+    """Send a frame again and again; before the handshake nothing keeps it alive."""
+    raw = await RawSocket.open(server, shake=shake)
+
     async def send_on() -> None:
         with suppress(ConnectionError):
             while True:
@@ -4263,23 +4262,30 @@ async def test_only_a_message_is_a_sign_of_life(serve, frame, stays, flood) -> N
                 await raw.writer.drain()
                 await asyncio.sleep(0.001 if flood else 0.1)
 
+    raw.send(1, PING if shake else b"")  # from now on silence would be a timeout
+    if frame.startswith(b"\0"):
+        raw.send(1, fin=False)  # the message of which these are fragments
+    sending = asyncio.create_task(send_on())
+    if stays and shake:
+        await silence(1)
+        raw.send(1, HARE)
+        while b"result" not in (answer := await raw.next())[1]:
+            pass
+        assert answer == HARE_BACK
+    else:
+        assert await raw.close_code() in (1000, None), frame
+    sending.cancel()
+    raw.writer.close()
+
+
+@pytest.mark.parametrize("names, flood", [
+    ([*LIFE], False), (["pings"], True), (["empty fragments"], True),
+], ids=["all", "a flood of pings", "a flood of fragments"])  # fmt: skip
+async def test_only_a_message_is_a_sign_of_life(serve, names, flood) -> None:
     server = await serve(Plain, client_timeout_interval=0.5, handshake_timeout=0.5)
-    for shake in (False, True):  # before the handshake nothing keeps it alive
-        raw = await RawSocket.open(server, shake=shake)
-        raw.send(1, PING if shake else b"")  # from now on silence would be a timeout
-        if frame.startswith(b"\0"):
-            raw.send(1, fin=False)  # the message of which these are fragments
-        sending = asyncio.create_task(send_on())
-        if stays and shake:
-            await silence(1)
-            raw.send(1, HARE)
-            while b"result" not in (answer := await raw.next())[1]:
-                pass
-            assert answer == HARE_BACK
-        else:
-            assert await raw.close_code() in (1000, None)
-        sending.cancel()
-        raw.writer.close()
+    pairs = itertools.product(names, (False, True))
+    sending = (sends_on(server, shake, flood, *LIFE[name]) for name, shake in pairs)
+    await asyncio.gather(*sending)
 
 
 async def test_a_half_open_client_is_dropped_when_its_time_is_up(serve) -> None:
@@ -4292,33 +4298,33 @@ async def test_a_half_open_client_is_dropped_when_its_time_is_up(serve) -> None:
     assert 0.4 < time.monotonic() - begun < 1.5
 
 
-@every_transport
-async def test_a_server_that_stood_still_drops_nobody(serve, wire) -> None:
+async def test_a_server_that_stood_still_drops_nobody(serve) -> None:
     options = {"client_timeout_interval": 0.4, "disconnect_timeout": 0.4}
-    client = await (await serve(Plain, **options, transport_send_timeout=0.4)).connect(
-        wire
-    )
-    await client.send({"type": 6})
-    sending = asyncio.create_task(client.send({"type": 6}))
+    server = await serve(Plain, **options, transport_send_timeout=0.4)
+    clients = [await server.connect(wire) for wire in JSON_WIRES]
+    for client in clients:
+        await client.send({"type": 6})
+    sending = [asyncio.create_task(client.send({"type": 6})) for client in clients]
     await asyncio.sleep(0)
     time.sleep(1)  # noqa: ASYNC251
-    assert await client.invoke("Add", 1, 2) == 3
-    await sending
+    for client in clients:
+        assert await client.invoke("Add", 1, 2) == 3
+    await asyncio.gather(*sending)
 
 
-@everywhere
 @pytest.mark.parametrize("hours", [-1, 1])
-async def test_a_clock_that_is_set_drops_nobody(
-    serve, wire, hours, monkeypatch
-) -> None:
+async def test_a_clock_that_is_set_drops_nobody(serve, hours, monkeypatch) -> None:
     options = {"client_timeout_interval": 0.4, "disconnect_timeout": 0.4}
-    client = await (await serve(Plain, **options, **BRISK)).connect(wire)
+    server = await serve(Plain, **options, **BRISK)
+    clients = [await server.connect(wire) for wire in WIRES]
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3600 * hours)
     for _ in range(6):
-        await client.send({"type": 6})
+        for client in clients:
+            await client.send({"type": 6})
         await silence()
-    assert await client.invoke("Add", 1, 2) == 3
+    for client in clients:
+        assert await client.invoke("Add", 1, 2) == 3
 
 
 # ------------------------------------------------------------------ negotiate
@@ -6213,17 +6219,20 @@ async def test_a_client_that_sends_too_fast_is_cut_off_after_a_burst(
     assert sum(client.id in message for message in warnings) == 1
 
 
-@every_transport
-async def test_a_client_may_send_as_much_as_the_rate_allows(serve, wire) -> None:
+async def test_a_client_may_send_as_much_as_the_rate_allows(serve) -> None:
     """It sends its burst, then goes on at the rate for as long again."""
-    hub, client = await gated(serve, wire, invocations_per_second=100)
-    await client.send(*[call("Note", 1)] * 200)
-    for _ in range(20):
-        await silence(0.1)
-        await client.send(*[call("Note", 1)] * 9)
-    await until(lambda: len(hub.log) == 380)
-    await silence(0.3)
-    assert await client.invoke("Add", 1, 2) == 3
+
+    async def send_on(wire: tuple[str, str]) -> None:
+        hub, client = await gated(serve, wire, invocations_per_second=100)
+        await client.send(*[call("Note", 1)] * 200)
+        for _ in range(20):
+            await silence(0.1)
+            await client.send(*[call("Note", 1)] * 9)
+        await until(lambda: len(hub.log) == 380)
+        await silence(0.3)
+        assert await client.invoke("Add", 1, 2) == 3
+
+    await asyncio.gather(*map(send_on, JSON_WIRES))
 
 
 async def test_a_client_is_not_cut_off_because_the_server_read_late(serve) -> None:
@@ -6295,12 +6304,12 @@ async def test_streams_of_one_client_are_bounded_also_behind_a_waiting_call(
 async def test_calls_that_ask_their_client_are_bounded(serve) -> None:
     options = {"maximum_receive_message_size": None}
     _, client = await gated(serve, hub=Busy, **options)
-    await client.send(*numbered(1500, "Ask"))
+    await client.send(*numbered(1100, "Ask"))
     await until(lambda: len(client.unread) >= 1000)
     await silence()
     assert sum(message["type"] == 1 for message in client.unread) <= 1001
     ended = 0
-    while ended < 1500:
+    while ended < 1100:
         message = await client.next()
         ended += message["type"] == 3
         if message["type"] == 1:
@@ -8444,26 +8453,28 @@ STATS = "Uptime Timestamp Processes LoopLag Clients MessagesIn MessagesOut Queue
 STATS += "Transports Groups Operations YourGroups"
 
 
-@everywhere
-async def test_the_stats_are_streamed_once_a_second(demo, wire) -> None:
-    server = await demo()
-    client, other = await server.connect(wire, path=HUB), await visitor(server)
-    for one, group in ((client, "Blue"), (other, "Blue"), (other, "Red")):
-        await one.invoke("JoinGroup", group)
-    await started(server)
-    ids = [await one.begin("Stats", type=4) for one in (client, other)]
-    begun = time.monotonic()
-    first, second = [(await client.next(2, ids[0]))["item"] for _ in range(2)]
-    assert 0.8 < time.monotonic() - begun < 2
-    assert_fields(first, STATS)
-    assert first["Groups"] == {"Blue": 2, "Red": 1}
-    assert first["YourGroups"] == {"Blue": 2}
-    assert first["Operations"] == {"Running": 1}
-    assert sum(first["Transports"].values()) == first["Clients"] == 2
-    assert second["MessagesOut"] > first["MessagesOut"] > 0
-    assert 0.8 < second["Uptime"] - first["Uptime"] < 2
-    theirs = (await other.next(2, ids[1]))["item"]
-    assert theirs["YourGroups"] == {"Blue": 2, "Red": 1}
+async def test_the_stats_are_streamed_once_a_second(demo) -> None:
+    async def read(wire: tuple[str, str]) -> None:
+        server = await demo()
+        client, other = await server.connect(wire, path=HUB), await visitor(server)
+        for one, group in ((client, "Blue"), (other, "Blue"), (other, "Red")):
+            await one.invoke("JoinGroup", group)
+        await started(server)
+        ids = [await one.begin("Stats", type=4) for one in (client, other)]
+        begun = time.monotonic()
+        first, second = [(await client.next(2, ids[0]))["item"] for _ in range(2)]
+        assert 0.8 < time.monotonic() - begun < 2
+        assert_fields(first, STATS)
+        assert first["Groups"] == {"Blue": 2, "Red": 1}
+        assert first["YourGroups"] == {"Blue": 2}
+        assert first["Operations"] == {"Running": 1}
+        assert sum(first["Transports"].values()) == first["Clients"] == 2
+        assert second["MessagesOut"] > first["MessagesOut"] > 0
+        assert 0.8 < second["Uptime"] - first["Uptime"] < 2
+        theirs = (await other.next(2, ids[1]))["item"]
+        assert theirs["YourGroups"] == {"Blue": 2, "Red": 1}
+
+    await asyncio.gather(*map(read, WIRES))
 
 
 async def test_an_operation_is_cancelled_once_and_then_removed_once(guest) -> None:
@@ -11053,7 +11064,7 @@ async def test_the_groups_of_a_connection_are_limited_from_any_process(cluster) 
 
 async def test_messages_of_each_process_keep_their_order_and_number(cluster) -> None:
     """In a group with members everywhere, from three processes at once."""
-    servers, count = await cluster(outbox_limit=None), 10_000
+    servers, count = await cluster(outbox_limit=None), 3_000
     people = await spread(servers)
     for person in people:
         await servers[0].hub.groups.add(person.id, "all of us")
@@ -11893,8 +11904,8 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert negotiated["availableTransports"] == ALL_TRANSPORTS[:1]
         assert "useStatefulReconnect" not in negotiated
         before = {pid: sockets(pid) for pid in workers}
-        clients = [await running.connect(path=HUB) for _ in range(1000)]
-        assert min(sockets(pid) - before[pid] for pid in workers) >= 100
+        clients = [await running.connect(path=HUB) for _ in range(400)]
+        assert min(sockets(pid) - before[pid] for pid in workers) >= 40
         await running.request("GET", "/api/ps/log/Error?message=one")
         assert all([await hears(client, "one") for client in clients])
         os.kill(workers[0], signal.SIGKILL)
@@ -11904,7 +11915,7 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert len({*children(running.process.pid)} - {*workers}) == 1
         await running.request("GET", "/api/ps/log/Error?message=two")
         living = [client for client in clients if await hears(client, "two")]
-        assert 500 < len(living) <= 900
+        assert 200 < len(living) <= 360
         workers = children(running.process.pid)
         assert await running.end() == 0
         for client in living:
@@ -12044,7 +12055,7 @@ async def test_js_is_served_through_nginx_and_outlives_a_process(
         how |= {"reconnect": [50] * 99}
         await health(there)  # its socket stays open
         before = sockets(there.process.pid)
-        for number, (transport, protocol) in enumerate(wires * 100):
+        for number, (transport, protocol) in enumerate((wires * 100)[:99]):
             how |= {"transport": transport, "protocol": protocol}
             how["on"] = {"ReceiveLog": {}, "ReceiveGroupMessage": {}}
             how["on"]["GetNumber"] = {"returns": number}
