@@ -9317,13 +9317,13 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-async def refused(reasons: dict[tuple, str], **words: Any) -> list[str]:
+async def refused(reasons: dict[str, str], **words: Any) -> list[str]:
     """Run the program with each of these arguments; return the lines that it prints.
 
     Each run must fail and print one line, which must match the pattern. They share
     the start of Python and the imports, which take longest.
     """
-    arguments = json.dumps([*reasons])
+    arguments = json.dumps([shlex.split(line) for line in reasons])
     output = await output_of(sys.executable, "-c", EACH, arguments, **words)
     lines = output.splitlines()
     assert lines[1::2] == ["1"] * len(reasons), output
@@ -9335,22 +9335,19 @@ async def refused(reasons: dict[tuple, str], **words: Any) -> list[str]:
 async def test_the_program_says_in_one_sentence_why_it_cannot_start(tmp_path) -> None:
     (tmp_path / "uvloop.py").write_text("raise ImportError('none here')")
     path = f"{tmp_path}{os.pathsep}{KESTRUN.parent}"
+    reasons = {
+        "--port 70000": "kestrun cannot start: ", "--uvloop": "pip install uvloop",
+        "--hub-path chat": "kestrun cannot start: ",
+        "--host 0.0.0.0 --allow-host app.example": "--insecure",
+        **{f"--host={host}": "kestrun cannot start: .*--token.*--insecure"
+           for host in ("0.0.0.0", "::", "0", "", "192.0.2.1", "example.com")},
+    }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = str(server.getsockname()[1])
-        reasons = {
-            ("--port", taken): taken,
-            ("--port", "70000"): "kestrun cannot start: ",
-            ("--hub-path", "chat"): "kestrun cannot start: ",
-            ("--uvloop",): "pip install uvloop",
-            ("--host", "0.0.0.0", "--allow-host", "app.example"): "--insecure",
-        }
-        for host in ("0.0.0.0", "::", "0", "", "192.0.2.1", "example.com"):
-            reasons["--host", host] = "kestrun cannot start: .*--token.*--insecure"
-        lines = await refused(reasons, PYTHONPATH=path)
+        *_, line = await refused({**reasons, f"--port {taken}": taken}, PYTHONPATH=path)
         process = await run(sys.executable, KESTRUN, "--port", taken)
         output, _ = await asyncio.wait_for(process.communicate(), TOTAL)
-    assert process.returncode == 1
-    assert output.decode().splitlines() == lines[:1]
+    assert (process.returncode, output.decode()) == (1, line + "\n")
 
 
 NEWS = """
@@ -9386,7 +9383,7 @@ async def test_the_program_describes_a_hub(tmp_path: Path) -> None:
         "news:number": "a subclass of Hub, not 5", "./news.py:NewsHub": "relative import",
         "news:Broken": "Broken.items: a method that yields must be async",
     }  # fmt: skip
-    reasons = {("--describe", name): reason for name, reason in reasons.items()}
+    reasons = {f"--describe '{name}'": reason for name, reason in reasons.items()}
     assert "cannot start" not in str(await refused(reasons, cwd=tmp_path))
 
 
@@ -9397,16 +9394,15 @@ async def test_the_program_probes_a_hub(demo) -> None:
     answers = rf"{re.escape(url)} answers in \d+\.\d ms\n"
     assert re.fullmatch(answers, await output_of(*command))
     reasons = {
-        (url,): "answers 401: the token is missing or wrong; give --token",
-        (url, "--token", "x"): "answers 401",
-        (server.origin + "/",): "answers 200: this is a page, not a hub",
-        (server.origin + "/nowhere",): "answers 404: there is no hub at this path",
-        (f"http://127.0.0.1:{free_port()}/hub",): "cannot be used: Cannot connect",
-        ("http://nowhere.invalid/hub",): "cannot be used: Cannot connect",
-    }
-    for wrong in ("", "localhost", "127.0.0.1:5000/hub", "ftp://x/hub"):
-        reasons[wrong,] = "is no URL such as http://"
-    await refused({("--probe", *words): why for words, why in reasons.items()})
+        url: "answers 401: the token is missing or wrong; give --token",
+        f"{url} --token x": "answers 401", "http://nowhere.invalid/hub": "Cannot connect",
+        f"{server.origin}/": "answers 200: this is a page, not a hub",
+        f"{server.origin}/nowhere": "answers 404: there is no hub at this path",
+        f"http://127.0.0.1:{free_port()}/hub": "cannot be used: Cannot connect",
+        **dict.fromkeys(["''", "localhost", "127.0.0.1:5000/hub", "ftp://x/hub"],
+                        "is no URL such as http://"),
+    }  # fmt: skip
+    await refused({f"--probe {words}": reason for words, reason in reasons.items()})
 
 
 MET = [
@@ -9433,9 +9429,8 @@ async def test_the_program_says_what_a_probe_met(serve) -> None:
     app = web.Application()
     app.router.add_get(r"/{number:\d}", handle)
     server = await serve(app=app)
-    urls = [f"{server.origin}/{number}" for number in range(len(MET))]
-    rows = zip(urls, MET, strict=True)
-    await refused({("--probe", url): reason for url, (_, reason) in rows})
+    reasons = [(f"{server.origin}/{n}", reason) for n, (_, reason) in enumerate(MET)]
+    await refused({f"--probe {url}": reason for url, reason in reasons})
 
 
 # ---- type checkers
@@ -11837,19 +11832,20 @@ async def test_the_program_says_in_one_sentence_why_it_cannot_join(tmp_path) -> 
     (tmp_path / "redis.py").write_text("raise ImportError('none here')")
     (tmp_path / "sitecustomize.py").write_text(NO_REUSE)
     port = free_port()
-    start, workers, secret = "--port 0", " --workers 2", " --secret " + "x" * 16
-    good, dead = f" --redis {GOOD}", f" --redis redis://:{PASSWORD}@127.0.0.1:{port}"
+    start, workers, secret = "--port 0 ", " --workers 2", " --secret " + "x" * 16
+    good, dead = f"--redis {GOOD}", f"--redis redis://:{PASSWORD}@127.0.0.1:{port}"
     reasons = {
-        workers: "--redis", good: "(?i)secret", f"{good} --secret short": "16",
-        " --redis http://x" + secret: "redis://",
-        dead + secret: f"127.0.0.1:{port}", workers + dead + secret: f"127.0.0.1:{port}",
+        start + workers: "--redis", start + good: "(?i)secret",
+        f"{start}{good} --secret short": "16",
+        f"{start}--redis http://x{secret}": "redis://",
+        start + dead + secret: f"127.0.0.1:{port}",
+        start + dead + secret + workers: f"127.0.0.1:{port}",
     }  # fmt: skip
-    lacking = {good + secret: "pip install redis", workers + good + secret: "SO_REUSE"}
-    path, lines = f"{tmp_path}{os.pathsep}{KESTRUN.parent}", []
-    for rows, env in ((reasons, {}), (lacking, {"PYTHONPATH": path})):
-        rows = {(*(start + words).split(),): reason for words, reason in rows.items()}
-        lines += await refused(rows, **env)
-    for line in lines:
+    lines = await refused(reasons)
+    reasons = {secret: "pip install redis", secret + workers: "SO_REUSEPORT"}
+    reasons = {start + good + words: reason for words, reason in reasons.items()}
+    path = f"{tmp_path}{os.pathsep}{KESTRUN.parent}"
+    for line in lines + await refused(reasons, PYTHONPATH=path):
         assert line.startswith("kestrun cannot start: ") and PASSWORD not in line
 
 
@@ -13131,7 +13127,16 @@ async def test_the_bench_server_serves_its_hub(name: str) -> None:
 
 # --------------------------------------------------------------- running the tests
 
-for _test in [t for n, t in globals().items() if n.startswith("test_")]:
+#: The tests that wait longest. They begin first, beside all the others.
+LONG = (
+    "test_the_readmes_run_command_starts_the_server",
+    "test_the_program_closes_idle_sockets_after_15_seconds",
+    "test_a_redis_that_hangs_for_long_is_noticed_and_met_again",
+)
+
+_tests = [name for name in globals() if name.startswith("test_")]
+for _name in [*LONG, *(name for name in _tests if name not in LONG)]:
+    globals()[_name] = _test = globals().pop(_name)  # pytest keeps this order
     if inspect.iscoroutinefunction(_test):
         fixtures = {*inspect.signature(_test).parameters}
         in_browser = {"chromium", "monitor", "page", "tab"} & fixtures
@@ -13142,7 +13147,7 @@ for _test in [t for n, t in globals().items() if n.startswith("test_")]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tests on three processes, since many wait; then pytest's arguments."""
+    """Run the tests on five processes, since most wait; then pytest's arguments."""
     options = [
         "asyncio_default_fixture_loop_scope=function",
         "faulthandler_timeout=150",
@@ -13151,7 +13156,9 @@ def main(arguments: list[str]) -> int:
     settings = [word for option in options for word in ("-o", option)]
     # This module has imported the plug-in already, to be started as a program.
     settings += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return pytest.main([__file__, "-q", "-n", "3", *settings, *arguments])
+    settings += ["-p", "no:hypothesispytest"]  # slow to load, and adds reports only
+    settings += ["-q", "-n", "5", "--dist", "worksteal"]
+    return pytest.main([__file__, *settings, *arguments])
 
 
 if __name__ == "__main__":
