@@ -917,9 +917,7 @@ async def test_a_handshake_and_calls_may_arrive_in_pieces_of_any_size(
 
 
 @everywhere
-async def test_a_protocol_error_ends_the_connection_after_what_came_before(
-    serve, wire
-) -> None:
+async def test_a_protocol_error_ends_the_connection_after_what_came_before(serve, wire):
     hub = Gate.fresh()
     server = await serve(hub)
     client = await server.connect(wire)
@@ -1002,9 +1000,7 @@ async def test_without_a_limit_messages_may_be_large(serve, wire) -> None:
 @pytest.mark.parametrize("wire, piece, factor", [
     (WIRES[0], 65_536, 2), *((WIRES[n], 2**30, 8) for n in (0, 3, 4)),
 ])  # fmt: skip
-async def test_large_messages_are_read_in_linear_time(
-    serve, wire, piece, factor
-) -> None:
+async def test_large_messages_are_read_in_linear_time(serve, wire, piece, factor):
     server = await serve(Plain, maximum_receive_message_size=None)
     client = await server.connect(wire)
 
@@ -1646,9 +1642,7 @@ async def test_a_shutdown_closes_a_slow_client_and_others_alike(serve) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_an_aborted_client_costs_no_memory(
-    serve, slow_to_leave, transport
-) -> None:
+async def test_an_aborted_client_costs_no_memory(serve, slow_to_leave, transport):
     server = await serve(slow_to_leave, close_timeout=30, outbox_limit=None)
     client = await SilentClient.open(server, transport)
     one, everyone = server.hub.clients.client(client.id), server.hub.clients.all
@@ -1892,9 +1886,7 @@ async def test_a_poll_brings_all_that_is_queued(serve) -> None:
     assert ([json.loads(m) for m in messages], rest) == ([*results, NOTE], "")
 
 
-async def test_a_poll_without_data_ends_empty_for_it_is_not_pinged_nor_idle(
-    serve,
-) -> None:
+async def test_a_poll_without_data_ends_empty_for_it_is_not_pinged_nor_idle(serve):
     options = {"disconnect_timeout": 0.3, "poll_timeout": 0.5, **BRISK}
     server, url = await polled(serve, **options)
     for _ in range(2):
@@ -2366,9 +2358,7 @@ async def test_all_connections_of_a_user_are_closed_at_once(serve, wire) -> None
     assert await server.hub.abort_user("Ann") == 0
 
 
-async def test_connects_and_disconnects_are_logged_in_one_line_each(
-    serve, caplog
-) -> None:
+async def test_connects_and_disconnects_are_logged_in_one_line_each(serve, caplog):
     caplog.set_level(logging.INFO, "kestrun")
     server = await serve(Plain, authenticate=user_of)
     for wire in JSON_WIRES:
@@ -2921,13 +2911,11 @@ def own() -> types.SimpleNamespace:
         at: datetime.date
 
     def read(annotation: Any) -> Any:
-        if inspect.isclass(annotation) and issubclass(annotation, Model):
-            return annotation.model_validate
         if annotation is Struct:
             return partial(msgspec.convert, type=Struct)
         if typing.get_origin(annotation) is Annotated:
             return pydantic.TypeAdapter(annotation).validate_python
-        return None
+        return annotation.model_validate if annotation is Model else None
 
     def write(value: Any) -> Any:
         if isinstance(value, pydantic.BaseModel):
@@ -2964,10 +2952,8 @@ def own() -> types.SimpleNamespace:
 async def test_pydantic_and_msgspec_are_read_and_written(serve, protocol, caplog):
     server = await serve(own().Owner, **own().options)
     client = await server.connect(("WebSockets", protocol))
-    ann, today = (
-        {"user_name": "Ann", "size": 2},
-        {"user_name": "Bob", "at": "2026-05-04"},
-    )
+    ann = {"user_name": "Ann", "size": 2}
+    today = {"user_name": "Bob", "at": "2026-05-04"}
     assert await client.invoke("Model", ann, [ann]) == [ann, ann]
     assert await client.invoke("Struct", {"a": today}) == today
     assert await client.invoke("Positive", 3) == 3
@@ -3023,12 +3009,9 @@ async def test_an_encoder_that_fails_fails_its_sender(
 
 @pytest.mark.parametrize("result", [5, "int", False])
 def test_a_converter_makes_functions(result: Any) -> None:
-    with pytest.raises(
-        TypeError, match=rf"converter returned {result!r}, not a function"
-    ):
-        kestrun.map_hub(
-            web.Application(), "/hub", Plain, converter=lambda annotation: result
-        )
+    reason = f"converter returned {result!r}, not a function"
+    with pytest.raises(TypeError, match=reason):
+        kestrun.map_hub(web.Application(), "/hub", Plain, converter=lambda _: result)
 
 
 def pascal(name: str, protocol: str) -> str:
@@ -3087,6 +3070,7 @@ class Careless:
 
 @pytest.fixture(params=["orjson", "careless"])
 def library(request: Any) -> Any:
+    """Each JSON library in turn."""
     return Careless() if request.param == "careless" else package(request.param)
 
 
@@ -3715,9 +3699,7 @@ async def test_what_a_client_sends_after_its_close_message_does_not_count(
 
 
 @pytest.mark.parametrize("way", ["close frame", "lost socket", "context.abort"])
-async def test_an_on_connected_that_never_returns_keeps_no_socket_open(
-    serve, way: str
-) -> None:
+async def test_an_on_connected_that_never_returns_keeps_no_socket_open(serve, way: str):
     hub, (app, handlers) = SlowToStart.fresh(), observed()
     client = await SilentClient.open(await serve(hub, app, close_timeout=0.1))
     assert await soon(handlers.get()) == "begun"
@@ -7839,9 +7821,7 @@ async def close_at_once(route: Any) -> None:
 
 @pytest.mark.parametrize("path", ["", "monitor"])
 @pytest.mark.parametrize("how", ["no WebSocket", "closed"])
-async def test_where_websockets_are_blocked_the_pages_use_events(
-    tab, how, path
-) -> None:
+async def test_where_websockets_are_blocked_the_pages_use_events(tab, how, path):
     if how == "closed":
         await tab.route_web_socket("**", close_at_once)
     else:
@@ -13068,9 +13048,8 @@ async def print_figures(redis: Redis, many: int) -> None:
         begun = time.perf_counter()
         while await here.invoke("State") == "Connected":
             pass
-        print(
-            f"s until the loss of Redis is noticed: {time.perf_counter() - begun:.3f}"
-        )
+        noticed = time.perf_counter() - begun
+        print(f"s until the loss of Redis is noticed: {noticed:.3f}")
         await asyncio.sleep(many / 5000)
         begun = time.perf_counter()
         await redis.start()
@@ -13156,8 +13135,7 @@ def main(arguments: list[str]) -> int:
     settings = [word for option in options for word in ("-o", option)]
     # This module has imported the plug-in already, to be started as a program.
     settings += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    settings += ["-p", "no:hypothesispytest"]  # slow to load, and adds reports only
-    settings += ["-q", "-n", "5", "--dist", "worksteal"]
+    settings += ["-q", "-n", "5", "--dist", "worksteal", "-p", "no:hypothesispytest"]
     return pytest.main([__file__, *settings, *arguments])
 
 
