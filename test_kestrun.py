@@ -4330,9 +4330,7 @@ ALL_TRANSPORTS = [
     ("?negotiateVersion=2147483647", 1), ("?negotiateVersion=%201%20", 1),
     ("?negotiateVersion=-0", 0),
 ])  # fmt: skip
-async def test_negotiate_knows_versions_and_needs_no_body(
-    serve, query, version
-) -> None:
+async def test_negotiate_knows_versions_and_needs_no_body(serve, query, version):
     server = await serve(Plain)
     answer = await server.request("POST", "/hub/negotiate" + query, data=b"\xff{")
     assert answer.json["negotiateVersion"] == version
@@ -4346,9 +4344,7 @@ async def test_negotiate_knows_versions_and_needs_no_body(
     ("", NOT_A_NUMBER), ("one", NOT_A_NUMBER), ("1.0", NOT_A_NUMBER),
     ("-1", TOO_OLD.format(-1)), ("-20", TOO_OLD.format(-20)),
 ])  # fmt: skip
-async def test_a_bad_version_is_answered_with_only_an_error(
-    serve, version, error
-) -> None:
+async def test_a_bad_version_is_answered_with_only_an_error(serve, version, error):
     server = await serve(Plain)
     query = f"?negotiateVersion={version}"
     answer = await server.request("POST", "/hub/negotiate" + query)
@@ -5608,9 +5604,7 @@ async def test_as_many_calls_of_a_client_run_as_the_option_allows_and_begin_in_o
 
 
 @everywhere
-async def test_streams_pass_a_call_that_runs_and_items_those_that_wait(
-    serve, wire
-) -> None:
+async def test_streams_pass_a_call_that_runs_and_items_those_that_wait(serve, wire):
     hub, client = await gated(serve, wire, Busy, maximum_streams_per_client=None)
     await client.send(call("Wait", 1))
     assert (await client.stream("Counter", 2))[:2] == [0, 1]
@@ -6265,9 +6259,7 @@ async def test_messages_repeated_on_a_new_socket_do_not_count_again(serve) -> No
     assert await client.invoke("Add", 1, 2) == 3
 
 
-async def test_streams_of_one_client_are_bounded_also_behind_a_waiting_call(
-    serve,
-) -> None:
+async def test_streams_of_one_client_are_bounded_also_behind_a_waiting_call(serve):
     hub, client = await gated(serve, receive_buffer_limit=None)
     ids = [f"s{n}" for n in range(101)]
     streams = [call("Ticks", 3600, type=4, invocationId=id) for id in ids]
@@ -9287,6 +9279,14 @@ async def test_the_program_prints_its_version() -> None:
     assert output == f"kestrun {kestrun.__version__}\n"
 
 
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections, and that no other program gets meanwhile."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+
+
 #: Runs the program with each list of arguments, and prints its exit status.
 EACH = """
 import json, os, sys, kestrun
@@ -9367,7 +9367,7 @@ async def test_the_program_describes_a_hub(tmp_path: Path) -> None:
     assert "cannot start" not in str(await refused(reasons, cwd=tmp_path))
 
 
-async def test_the_program_probes_a_hub(demo) -> None:
+async def test_the_program_probes_a_hub(demo, closed_port) -> None:
     server = await demo(token="sesame")
     url = server.origin + HUB
     command = (sys.executable, KESTRUN, "--probe", url, "--token", "sesame")
@@ -9378,7 +9378,7 @@ async def test_the_program_probes_a_hub(demo) -> None:
         f"{url} --token x": "answers 401", "http://nowhere.invalid/hub": "Cannot connect",
         f"{server.origin}/": "answers 200: this is a page, not a hub",
         f"{server.origin}/nowhere": "answers 404: there is no hub at this path",
-        f"http://127.0.0.1:{free_port()}/hub": "cannot be used: Cannot connect",
+        f"http://127.0.0.1:{closed_port}/hub": "cannot be used: Cannot connect",
         **dict.fromkeys(["''", "localhost", "127.0.0.1:5000/hub", "ftp://x/hub"],
                         "is no URL such as http://"),
     }  # fmt: skip
@@ -11807,19 +11807,20 @@ async def test_few_rights_suffice_and_the_password_is_never_shown(
 NO_REUSE = "import socket; del socket.SO_REUSEPORT"
 
 
-async def test_the_program_says_in_one_sentence_why_it_cannot_join(tmp_path) -> None:
+async def test_the_program_says_in_one_sentence_why_it_cannot_join(
+    tmp_path, closed_port
+):
     package("redis")
     (tmp_path / "redis.py").write_text("raise ImportError('none here')")
     (tmp_path / "sitecustomize.py").write_text(NO_REUSE)
-    port = free_port()
     start, workers, secret = "--port 0 ", " --workers 2", " --secret " + "x" * 16
-    good, dead = f"--redis {GOOD}", f"--redis redis://:{PASSWORD}@127.0.0.1:{port}"
+    closed = f"127.0.0.1:{closed_port}"
+    good, dead = f"--redis {GOOD}", f"--redis redis://:{PASSWORD}@{closed}"
     reasons = {
         start + workers: "--redis", start + good: "(?i)secret",
         f"{start}{good} --secret short": "16",
         f"{start}--redis http://x{secret}": "redis://",
-        start + dead + secret: f"127.0.0.1:{port}",
-        start + dead + secret + workers: f"127.0.0.1:{port}",
+        start + dead + secret: closed, start + dead + secret + workers: closed,
     }  # fmt: skip
     lines = await refused(reasons)
     reasons = {secret: "pip install redis", secret + workers: "SO_REUSEPORT"}
