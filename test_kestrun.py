@@ -996,7 +996,7 @@ async def test_without_a_limit_messages_may_be_large(serve, wire) -> None:
 
 
 # The cost of a byte grows with the size of one piece, since the kernel clears the
-# pages of large ones; sixteenfold it would be if the time grew as the square.
+# pages of what exceeds 32 MiB; sixteenfold it would be if the time grew as the square.
 @pytest.mark.parametrize("wire, piece, factor", [
     (WIRES[0], 65_536, 2), *((WIRES[n], 2**30, 8) for n in (0, 3, 4)),
 ])  # fmt: skip
@@ -1014,8 +1014,8 @@ async def test_large_messages_are_read_in_linear_time(serve, wire, piece, factor
         return (time.process_time() - start) / size
 
     for _ in range(8):  # other work on the machine disturbs
-        small = sorted([await cost(2 << 20) for _ in range(5)])[2]
-        if (large := await cost(32 << 20)) < factor * small:
+        small = sorted([await cost(4 << 20) for _ in range(5)])[2]
+        if (large := await cost(64 << 20)) < factor * small:
             break
     assert large < factor * small
 
@@ -11039,7 +11039,7 @@ async def test_the_groups_of_a_connection_are_limited_from_any_process(cluster) 
 
 async def test_messages_of_each_process_keep_their_order_and_number(cluster) -> None:
     """In a group with members everywhere, from three processes at once."""
-    servers, count = await cluster(outbox_limit=None), 3_000
+    servers, count = await cluster(outbox_limit=None), 10_000
     people = await spread(servers)
     for person in people:
         await servers[0].hub.groups.add(person.id, "all of us")
@@ -11881,8 +11881,8 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert negotiated["availableTransports"] == ALL_TRANSPORTS[:1]
         assert "useStatefulReconnect" not in negotiated
         before = {pid: sockets(pid) for pid in workers}
-        clients = [await running.connect(path=HUB) for _ in range(400)]
-        assert min(sockets(pid) - before[pid] for pid in workers) >= 40
+        clients = [await running.connect(path=HUB) for _ in range(1000)]
+        assert min(sockets(pid) - before[pid] for pid in workers) >= 100
         await running.request("GET", "/api/ps/log/Error?message=one")
         assert all([await hears(client, "one") for client in clients])
         os.kill(workers[0], signal.SIGKILL)
@@ -11892,7 +11892,7 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert len({*children(running.process.pid)} - {*workers}) == 1
         await running.request("GET", "/api/ps/log/Error?message=two")
         living = [client for client in clients if await hears(client, "two")]
-        assert 200 < len(living) <= 360
+        assert 500 < len(living) <= 900
         workers = children(running.process.pid)
         assert await running.end() == 0
         for client in living:
@@ -12032,7 +12032,7 @@ async def test_js_is_served_through_nginx_and_outlives_a_process(
         how |= {"reconnect": [50] * 99}
         await health(there)  # its socket stays open
         before = sockets(there.process.pid)
-        for number, (transport, protocol) in enumerate((wires * 100)[:99]):
+        for number, (transport, protocol) in enumerate(wires * 100):
             how |= {"transport": transport, "protocol": protocol}
             how["on"] = {"ReceiveLog": {}, "ReceiveGroupMessage": {}}
             how["on"]["GetNumber"] = {"returns": number}
