@@ -2562,8 +2562,8 @@ class RedisLink:
 _BEAT, _MISSED_BEATS = 1.0, 5
 #: Seconds to wait for the answers of all, and for a subscription to be active.
 _ANSWER_TIMEOUT = 1.0
-#: Seconds of silence after which one process does not work on its answer.
-_SILENCE = 1.8
+#: How often that may pass without a sign of work on the answer of a single process.
+_SILENCES = 5
 _NO_ANSWER = "Another process does not answer."
 _FAILED_ELSEWHERE = "Another process failed; see its log."
 #: Bytes of a signature, and of a process id in hexadecimal.
@@ -2886,16 +2886,21 @@ class HubBackplane(Backplane):
         return found
 
     async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
+        silences = 0
         with self._redis.questions.ask() as (number, answers):
             missing = await self._publish_question(channel, number, question, arguments)
             while missing:
                 try:
-                    async with asyncio.timeout(_SILENCE):
+                    async with asyncio.timeout(_ANSWER_TIMEOUT):
                         answer = await answers.get()
                 except TimeoutError:
                     if self._redis.connected and self._redis.missed_beats:
                         continue  # Redis hangs, perhaps not for long
-                    raise ConnectionError(_NO_ANSWER) from None
+                    silences += 1
+                    if silences == _SILENCES or not await self.subscribers(channel):
+                        raise ConnectionError(_NO_ANSWER) from None
+                    continue
+                silences = 0
                 if answer is None:
                     raise ConnectionError(_FAILED_ELSEWHERE)
                 if answer is not NO_RESULT:
