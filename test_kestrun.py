@@ -13140,7 +13140,8 @@ def main(arguments: list[str]) -> int:
     settings = [word for option in options for word in ("-o", option)]
     # This module has imported the plug-in already, to be started as a program.
     settings += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    settings += ["-q", "-n", "5", "--dist", "worksteal", "-p", "no:hypothesispytest"]
+    settings += ["-q", "-rs", "-n", "5", "--dist", "worksteal"]
+    settings += ["-p", "no:hypothesispytest"]
     return pytest.main([__file__, *settings, *arguments])
 
 
