@@ -346,7 +346,7 @@ def _is_async(function: Any) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, called)))
 
 
-async def _finish(result: Any) -> Any:
+async def _result_of(result: Any) -> Any:
     """Return what a function returned; await it if the function was async."""
     return await result if hasattr(result, "__await__") else result
 
@@ -831,10 +831,14 @@ def _read_float(text: str) -> float:
     return number if math.isfinite(number) else _TooLarge(number)
 
 
-#: Reads JSON. Raises ValueError.
-_loads = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_float=_read_float
-).decode
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_float)
+
+
+def _loads(text: str) -> Any:
+    value, end = _decoder.raw_decode(text)  # a third faster than `decode`
+    if end != len(text):
+        raise ValueError("text behind the value")
+    return value
 
 
 def _json_writer(convert: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
@@ -915,8 +919,6 @@ _BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
 
 def _check_depth(text: str) -> None:
     """Raise ValueError for JSON that is nested deeper than the reference reads."""
-    if text.count("[") + text.count("{") <= _JSON_DEPTH:
-        return
     brackets = _BESIDE_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
     for _ in range(_JSON_DEPTH):
         brackets = brackets.replace("[]", "")  # the innermost level
@@ -931,7 +933,8 @@ def _json_object(
     try:
         text = data.decode().strip(" \t\r\n")
         value = loads(text)
-        _check_depth(text)
+        if text.count("[") + text.count("{") > _JSON_DEPTH:
+            _check_depth(text)
     except Exception:  # noqa: BLE001 (libraries have exceptions of their own)
         raise ProtocolError("Error reading JSON.") from None
     if type(value) is dict:
@@ -961,7 +964,8 @@ class JsonProtocol:
     def encode(self, message: Message) -> bytes:
         try:
             text = self._to_text(message)
-            _check_depth(text)  # clients that read no deeper would be lost
+            if text.count("[") + text.count("{") > _JSON_DEPTH:
+                _check_depth(text)  # clients that read no deeper would be lost
             return f"{text}\x1e".encode()
         except (TypeError, ValueError, OverflowError) as error:
             raise self._writer.explain(message, error) from None
@@ -1252,7 +1256,8 @@ class Flusher:
 
     def deadline(self) -> float:
         """Return when this iteration's time for messages is over."""
-        self._schedule()
+        if not self._scheduled:
+            self._schedule()
         return self._deadline
 
     def run_later(self, work: Callable[[], object]) -> None:
@@ -1952,8 +1957,8 @@ class Address(NamedTuple):
     local: bool = False
 
 
-class Backplane:
-    """The other processes that serve the same hub; here there are none.
+class Backplane(Protocol):
+    """The other processes that serve the same hub, as its registry sees them.
 
     A channel names the processes that get a message or a question: "all",
     "group:NAME", "user:ID", "connection:ID" or "process:ID". Methods that ask raise
@@ -1999,6 +2004,10 @@ class Backplane:
         Waits as long as that process works on the answer.
         """
         return None
+
+
+class NoBackplane(Backplane):
+    """The backplane of a process that is alone."""
 
 
 class GroupManager:
@@ -2220,7 +2229,7 @@ class Registry:
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
-        self.backplane = Backplane()
+        self.backplane: Backplane = NoBackplane()
         self.connections: Connections = {}
         self.groups = GroupManager(self)
         self.results = PendingResults(self)
@@ -2319,7 +2328,7 @@ class Registry:
 
     async def handle(self, question: str, *arguments: Any) -> Any:
         """Answer a question for this process."""
-        return await _finish(self.handlers[question](*arguments))
+        return await _result_of(self.handlers[question](*arguments))
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
@@ -2739,7 +2748,7 @@ class RedisBackplane:
             connected = await self._link_changes.get()
             for callback in self.callbacks:
                 try:
-                    await _finish(callback(connected))
+                    await _result_of(callback(connected))
                 except (Exception, SystemExit):
                     log.exception("on_backplane: %r failed", callback)
 
@@ -4214,9 +4223,9 @@ class Call:
     async def _authorize(self) -> Any:
         """Call the method if all checks allow it. Raises Unauthorized."""
         for check in self.method.checks:
-            if not await _finish(check(self._calls.hub.context)):
+            if not await _result_of(check(self._calls.hub.context)):
                 raise Unauthorized
-        return await _finish(self._call())
+        return await _result_of(self._call())
 
     def _call(self) -> Any:
         """Call the method, or let the hub's `on_invocation` do it."""
@@ -4226,7 +4235,7 @@ class Call:
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
-            return await _finish(method.function(hub, *invocation.arguments))
+            return await _result_of(method.function(hub, *invocation.arguments))
 
         return hub.on_invocation(invocation, call_next)
 
@@ -4714,7 +4723,7 @@ class HubConnection:
     async def _run_hook(self, name: str, *arguments: Any) -> BaseException | None:
         """Run a hook of the hub; log and return what it raises."""
         try:
-            await _finish(getattr(self._hub, name)(*arguments))
+            await _result_of(getattr(self._hub, name)(*arguments))
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -5690,7 +5699,9 @@ class HubClient:
         """Call a handler; answer if the server waits."""
         id, target = message.invocation_id, message.target
         try:
-            result = await _finish(self._handlers[target.lower()](*message.arguments))
+            result = await _result_of(
+                self._handlers[target.lower()](*message.arguments)
+            )
             if id is not None:
                 await self._write(Completion(id, result))
         except Exception as error:
@@ -5956,7 +5967,7 @@ class Operations:
     async def _announce(self, operation: Operation) -> None:
         try:
             if self.on_change is not None:
-                await _finish(self.on_change(operation))
+                await _result_of(self.on_change(operation))
         except (Exception, SystemExit):
             log.exception("on_change failed for operation %r", operation.name)
 
@@ -6100,7 +6111,7 @@ class _Job:
 
     async def _run(self) -> None:
         try:
-            await _finish(self.function())
+            await _result_of(self.function())
         except (Exception, SystemExit):
             self.failures += 1
             log.exception("job %s failed and runs again next time", self.name)
