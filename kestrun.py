@@ -2571,8 +2571,9 @@ class RedisLink:
 _BEAT, _MISSED_BEATS = 1.0, 5
 #: Seconds to wait for the answers of all, and for a subscription to be active.
 _ANSWER_TIMEOUT = 1.0
-#: How often that may pass without a sign of work on the answer of a single process.
-_SILENCES = 5
+#: Seconds to wait for a sign of work on the answer of a single process, and how often
+#: that may take longer. Other than a beat, so that the two do not keep pace.
+_SILENCE, _SILENCES = 0.7, 7
 _NO_ANSWER = "Another process does not answer."
 _FAILED_ELSEWHERE = "Another process failed; see its log."
 #: Bytes of a signature, and of a process id in hexadecimal.
@@ -2900,7 +2901,7 @@ class HubBackplane(Backplane):
             missing = await self._publish_question(channel, number, question, arguments)
             while missing:
                 try:
-                    async with asyncio.timeout(_ANSWER_TIMEOUT):
+                    async with asyncio.timeout(_SILENCE):
                         answer = await answers.get()
                 except TimeoutError:
                     if self._redis.connected and self._redis.missed_beats:
