@@ -919,6 +919,8 @@ _BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
 
 def _check_depth(text: str) -> None:
     """Raise ValueError for JSON that is nested deeper than the reference reads."""
+    if text.count("[") + text.count("{") <= _JSON_DEPTH:
+        return
     brackets = _BESIDE_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
     for _ in range(_JSON_DEPTH):
         brackets = brackets.replace("[]", "")  # the innermost level
@@ -933,7 +935,7 @@ def _json_object(
     try:
         text = data.decode().strip(" \t\r\n")
         value = loads(text)
-        if text.count("[") + text.count("{") > _JSON_DEPTH:
+        if len(text) > 2 * _JSON_DEPTH:
             _check_depth(text)
     except Exception:  # noqa: BLE001 (libraries have exceptions of their own)
         raise ProtocolError("Error reading JSON.") from None
@@ -964,7 +966,7 @@ class JsonProtocol:
     def encode(self, message: Message) -> bytes:
         try:
             text = self._to_text(message)
-            if text.count("[") + text.count("{") > _JSON_DEPTH:
+            if len(text) > 2 * _JSON_DEPTH:
                 _check_depth(text)  # clients that read no deeper would be lost
             return f"{text}\x1e".encode()
         except (TypeError, ValueError, OverflowError) as error:
@@ -1265,9 +1267,9 @@ class Flusher:
         self._work.append(work)
         self._schedule()
 
-    async def admit(self, size: int) -> None:
-        """Wait until a message of that many bytes may be handled."""
-        if size > _LARGE and (self._work or time.perf_counter() > self.deadline()):
+    async def admit(self) -> None:
+        """Wait until a large message may be handled."""
+        if self._work or time.perf_counter() > self.deadline():
             admitted = asyncio.Event()
             self.run_later(admitted.set)
             await admitted.wait()
@@ -1761,8 +1763,8 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         transport = WebSocketTransport(connection, _socket_of(request), websocket)
         connection.attach(transport)
         while (message := await websocket.receive()).type in _READ_ON:
-            if message.type in _DATA:
-                await flusher.admit(len(message.data))
+            if message.type in _DATA and len(message.data) > _LARGE:
+                await flusher.admit()
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
             if message.type is web.WSMsgType.PING:
@@ -1923,7 +1925,8 @@ async def receive_post(request: Request, connection: Connection) -> None:
         try:
             await asyncio.wait((reading, ended), timeout=timeout, return_when=first)
             if reading.done():
-                await connection.shared.flusher.admit(len(reading.result()))
+                if len(reading.result()) > _LARGE:
+                    await connection.shared.flusher.admit()
                 connection.feed(reading.result())
                 await connection.readable()
             elif not ended.done():
@@ -4289,7 +4292,7 @@ class Call:
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                 if len(data) > _LARGE:  # the next one is likely to be as large
-                    await connection.shared.flusher.admit(len(data))
+                    await connection.shared.flusher.admit()
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()

@@ -13010,6 +13010,7 @@ def bench_server(name: str, port: str, loop: str = "") -> None:
     app[kestrun.HUB] = hub
     new_loop = package(loop).new_event_loop if loop else asyncio.new_event_loop
     options = {"host": "127.0.0.1", "port": int(port), "backlog": 1024}
+    gc.freeze()  # the objects of the tests: users have none of them
     web.run_app(app, loop=new_loop(), access_log=None, **options)
 
 
