@@ -550,7 +550,7 @@ class Writer:
         raise TypeError(f"{_a(value)} cannot be sent")
 
     def result_to_plain(self, value: Any) -> Any:
-        """Convert a part of a method's result. Here a set is allowed: it becomes a list."""
+        """Convert a part of a method's result, where a set becomes a list."""
         return (
             list(value) if isinstance(value, (set, frozenset)) else self.to_plain(value)
         )
@@ -2677,9 +2677,8 @@ class RedisBackplane:
         link = RedisLink(self._pool)
         await link.open(set(self._wanted))
         self._use(link)
-        self._tasks = [
-            asyncio.create_task(w) for w in (self._run(link), self._run_callbacks())
-        ]
+        works = self._run(link), self._run_callbacks()
+        self._tasks = [asyncio.create_task(work) for work in works]
 
     async def stop(self) -> None:
         """Send queued messages, then disconnect."""
@@ -2694,16 +2693,20 @@ class RedisBackplane:
         """Keep a link to Redis: when one is lost, dial the next."""
         while True:
             begun = time.monotonic()
+            works = [link.write(), link.read(self._receive), link.subscribe()]
+            works.append(self._watch(link))
+            # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
+            # cancelled once, and then a timeout of the next dial would end the task.
+            tasks = [asyncio.create_task(work) for work in works]
             try:
-                async with asyncio.TaskGroup() as group:
-                    works = link.write(), link.read(self._receive), link.subscribe()
-                    for work in (*works, self._watch(link)):
-                        group.create_task(work)
-            except ExceptionGroup as lost:
-                reason = _one_line(str(lost.exceptions[0]), 200)
+                ended, _ = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
+                reason = _one_line(str(ended.pop().exception()), 200)
                 log.warning("backplane: lost Redis: %s", reason)
             finally:
                 self._link = None
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 self._counts["dropped"] += await link.close()
             self._link_changes.put_nowait(False)
             link = await self._dial(0.05 if time.monotonic() - begun > 1 else 1.0)
@@ -2714,13 +2717,15 @@ class RedisBackplane:
         """Dial until it succeeds. delay: seconds before the first attempt."""
         while True:
             await asyncio.sleep(delay * random.uniform(0.5, 1))
-            delay = min(delay * 2, 1.0)
+            begun = time.monotonic()
             link = RedisLink(self._pool)
             try:
                 await link.open(set(self._wanted))
                 return link
             except ConnectionError as error:
                 log.debug("backplane: %s", _one_line(str(error), 200))
+            # An attempt that Redis did not answer has waited long enough.
+            delay = min(delay * 2, 1.0) if time.monotonic() - begun < 1 else 0.05
 
     def _use(self, link: RedisLink) -> None:
         for channel in self._wanted ^ link.active:  # they changed meanwhile
@@ -2738,7 +2743,7 @@ class RedisBackplane:
             reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
             reply.add_done_callback(self._count_processes)
             for each in self._hubs.values():
-                each.report_work()
+                each.report_work(link)
             await asyncio.sleep(_BEAT)
         raise ConnectionError("Redis does not answer.")
 
@@ -2765,7 +2770,7 @@ class RedisBackplane:
             self._link.want(channel, wanted)
 
     async def wait_active(self, channel: bytes) -> bool:
-        """Wait until a wanted channel is active; return False if that takes too long."""
+        """Wait until a wanted channel is active; return whether it is in time."""
         link = self._link
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
@@ -2833,6 +2838,12 @@ class RedisBackplane:
             "reconnects": max(0, counts["connects"] - 1),
             "rejected": counts["rejected"],
         }
+
+
+def _cancel_unheard(reply: asyncio.Task[None], report: asyncio.Future[Any]) -> None:
+    """Cancel a reply if its report has reached no process: the one that asked died."""
+    if not report.cancelled() and report.exception() is None and not report.result():
+        reply.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -2974,10 +2985,13 @@ class HubBackplane(Backplane):
             log.exception("backplane: the question %r failed", question)
             self._send(sender, "answer", number, None)
 
-    def report_work(self) -> None:
+    def report_work(self, link: RedisLink) -> None:
         """Let those who asked know that this process still works on their answers."""
-        for sender, number in self.replies:
-            self._send(sender, "working", number)
+        for (sender, number), reply in self.replies.items():
+            channel = self.channel(f"process:{sender}")
+            packet = self._redis.seal(channel, ["working", self.path, number])
+            report = link.submit("PUBLISH", channel, packet)
+            report.add_done_callback(functools.partial(_cancel_unheard, reply))
 
     def _send(self, process_id: str, kind: str, *content: Any) -> None:
         """Send a packet to one process."""
@@ -3773,8 +3787,9 @@ def _read_duration(text: str) -> timedelta:
         raise ValueError("a duration such as PT1H30M expected")
     sign, *whole, seconds = match.groups("0")
     weeks, days, hours, minutes = map(int, whole)
-    microseconds = int(Decimal(seconds) * 1_000_000)
-    duration = timedelta(days, 0, microseconds, 0, minutes, hours, weeks)
+    number, _, fraction = seconds.partition(".")
+    microseconds = int(fraction[:6].ljust(6, "0"))  # a float would lose some
+    duration = timedelta(days, int(number), microseconds, 0, minutes, hours, weeks)
     return -duration if sign == "-" else duration
 
 
@@ -3936,9 +3951,8 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
     """
     _check_hub_class(hub_class)
     found: list[Any] = []
-    converters = _LenientConverters(
-        HubOptions(converter=found.append)
-    )  # gets all annotations
+    options = HubOptions(converter=found.append)  # gets all annotations, changes none
+    converters = _LenientConverters(options)
     methods = []
     for method in _collect_methods(hub_class, converters).values():
         items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
@@ -4772,7 +4786,7 @@ class HubConnection:
         return reconnect.accept()
 
     def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
-        """Count a message, unless it answers the server; cut off a client that is too fast.
+        """Count a message, unless it answers the server; cut off who sends too fast.
 
         paused: reading was paused before, so any number of messages may have waited.
         """
@@ -4927,8 +4941,8 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
 def _check_site(request: Request, allowed: Collection[str]) -> None:
     """Raise HTTPForbidden for a request that a page of another site has caused.
 
-    Browsers send no Origin with images, links and prefetches, but other headers that
-    tell. (Fetch Metadata Request Headers; other clients send none of them.)
+    Browsers send no Origin with images, links and prefetches; other headers show where
+    those come from. (Fetch Metadata Request Headers. Other clients send none.)
     """
     _check_origin(request, allowed)
     headers = request.headers
@@ -6095,7 +6109,7 @@ class _Job:
         return None if self.suspended else datetime.fromtimestamp(self.next, UTC)
 
     def plan(self, now: float) -> None:
-        """Set the next due time; if the clock was set back, never one that already ran."""
+        """Set the next due time; never one that already ran, if the clock is set back."""
         self.next = math.inf if self.suspended else self.due_after(now)
         if self.next == self.due:
             self.next = self.due_after(self.next)
@@ -7070,8 +7084,7 @@ const methods = {
   ReceiveLog: ({ level, message, timestamp }) =>
     note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
-    const text = (data && events[eventName]?.(data)) ?? data?.Message
-      ?? JSON.stringify(data);
+    const text = (data && events[eventName]?.(data)) ?? JSON.stringify(data);
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
     note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
   },
@@ -7093,6 +7106,8 @@ const methods = {
 const events = {            // each returns its text for the log
   __proto__: null,          // so that an event called "constructor" finds nothing
   PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
+  GroupJoinRequest: ({ Message }) => Message,
+  GroupLeaveRequest: ({ Message }) => Message,
   OperationProgress: showOperation,
   OperationComplete: showOperation,
   ServerHeartbeat: ({ Message, Uptime, ConnectedClients }) =>
@@ -7402,7 +7417,7 @@ class Demo:
         self.hosts = None if hosts is None else {_host_name(host) for host in hosts}
         self.hub: HubContext
         self.operations: Operations
-        #: The hub's resources, whose errors are not JSON, and those that need the token.
+        #: The hub's resources, whose errors are not JSON, and those of the API.
         self.hub_resources: Collection[web.AbstractResource | None]
         self.api_resources: Collection[web.AbstractResource | None]
         self.schedule = Schedule()
@@ -7612,7 +7627,7 @@ class Demo:
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
 
-#: How many groups of a process `Stats` names: the largest of so many.
+#: `Stats` names so many of a process's groups, the largest, and looks at so many.
 _LARGEST_GROUPS, _COUNTED_GROUPS = 100, 10_000
 
 

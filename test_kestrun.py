@@ -9167,6 +9167,18 @@ BEGINNINGS = {
 }
 
 
+async def test_a_compressed_body_is_not_unpacked_once_it_is_refused() -> None:
+    """Ten of 100 MB: aiohttp reads on after the answer, and could unpack them."""
+    body, headers = gzip.compress(bytes(100 << 20), 1), {"Content-Encoding": "gzip"}
+    async with program("--port", str(free_port())) as running:
+        for path in (HUB + "/negotiate", "/api/operation/start", "/nowhere"):
+            await running.request("POST", path)  # what the first one loads
+        before = processor_time(running.process.pid)
+        for path in (HUB + "/negotiate", "/nowhere") * 5:
+            await running.request("POST", path, data=body, headers=headers)
+        assert processor_time(running.process.pid) - before < 0.3
+
+
 async def test_the_program_closes_idle_sockets_after_15_seconds() -> None:
     """But neither those of clients that wait nor, at once, those that write slowly."""
     port = free_port()
@@ -11370,6 +11382,21 @@ async def test_nothing_waits_for_an_answer_that_nobody_wants(cluster, redis, how
     assert await client.invoke("Add", 1, 2) == 3
 
 
+async def test_the_question_of_a_process_that_is_gone_is_dropped(cluster) -> None:
+    (two,) = await cluster(1)
+    client = await two.connect()
+    before = len(asyncio.all_tasks())
+    (one,) = await cluster(1)
+    proxy = one.hub.clients.client(client.id)
+    asking = asyncio.create_task(proxy.invoke("Echo"))
+    await client.next(1)
+    await one.__aexit__()
+    with pytest.raises(ConnectionError):
+        await soon(asking)
+    await until(lambda: len(asyncio.all_tasks()) <= before)
+    assert await client.invoke("Add", 1, 2) == 3
+
+
 # ---- when Redis fails
 
 
@@ -11853,6 +11880,12 @@ def shown(pid: int) -> Path:
     return Path(f"/proc/{pid}")
 
 
+def processor_time(pid: int) -> float:
+    """Seconds of the processor that a process has used."""
+    words = (shown(pid) / "stat").read_text().split()
+    return sum(map(int, words[13:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     path = shown(pid) / f"task/{pid}/children"
@@ -12284,8 +12317,7 @@ class Soaked(Program):
     @property
     def cpu(self) -> float:
         """Seconds of the processor used so far."""
-        words = Path(f"/proc/{self.process.pid}/stat").read_text().split()
-        return sum(map(int, words[13:15])) / os.sysconf("SC_CLK_TCK")
+        return processor_time(self.process.pid)
 
     async def disconnect(self) -> None:
         if self.process.returncode is None:
