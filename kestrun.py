@@ -227,7 +227,7 @@ class HubOptions:
     #: Groups that one client can be in.
     maximum_groups_per_client: int | None = None
     #: Messages of one client in a second, on average; at most twice as many at once.
-    #: Its answers to the server do not count. A client that sends more is cut off.
+    #: Its answers to this process do not count. A client that sends more is cut off.
     invocations_per_second: float | None = None
     #: Connections of this hub in one process; further ones get 503.
     maximum_connections: int | None = 10_000
@@ -1430,6 +1430,11 @@ async def _end_tasks(
             task.cancel()
 
 
+def _new_id() -> str:
+    """Return a random 128-bit id that is safe in a URL."""
+    return secrets.token_urlsafe(16)
+
+
 def _new_future() -> asyncio.Future[Any]:
     return asyncio.get_running_loop().create_future()
 
@@ -1997,16 +2002,18 @@ class Backplane(Protocol):
         """Count the processes that have subscribed to a channel."""
         return 0
 
-    async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
-        """Return the answers of all others at a channel that come within a second."""
-        return []
+    async def ask(
+        self, channel: str, question: str, *arguments: Any
+    ) -> tuple[list[Any], int]:
+        """Ask the others at a channel.
 
-    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
-        """Return the answer of the process that owns a channel; None if none does.
-
-        Waits as long as that process works on the answer.
+        Returns the answers that come within a second, and how many are missing.
         """
-        return None
+        return [], 0
+
+    async def deserted(self, channel: str) -> None:
+        """Return once no process subscribes to a channel, which may be at once."""
+        return
 
 
 class NoBackplane(Backplane):
@@ -2036,10 +2043,8 @@ class GroupManager:
         """
         if not 1 <= len(name) <= 256:
             raise HubException("A group name must have 1 to 256 characters.")
-        problem = await self.join(connection_id, name)
-        if problem is None:
-            others, channel = self._registry.backplane, f"connection:{connection_id}"
-            problem = await others.ask_owner(channel, "join", connection_id, name)
+        channel = f"connection:{connection_id}"
+        problem = await self._registry.ask_owner(channel, "join", connection_id, name)
         if problem:
             raise HubException(problem)
 
@@ -2049,9 +2054,8 @@ class GroupManager:
         Raises ConnectionError if the connection is not here and the other processes
         cannot be reached.
         """
-        if self.leave(connection_id, name) is None:
-            others, channel = self._registry.backplane, f"connection:{connection_id}"
-            await others.ask_owner(channel, "leave", connection_id, name)
+        channel = f"connection:{connection_id}"
+        await self._registry.ask_owner(channel, "leave", connection_id, name)
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
@@ -2118,12 +2122,20 @@ def _in_protocol(
 
 
 class PendingResults:
-    """Results that clients have been asked for, by calls of this process or others."""
+    """The calls of this process that wait for a client's result.
+
+    A client of another process gets the invocation like any message. Its id names the
+    process that waits, so the client's own process only has to pass the result on.
+    """
+
+    #: An invocation id: the id of the process that waits, if there are several, and a
+    #: number after an "s". A client's own ids are plain numbers.
+    _ID = re.compile("([0-9a-f]{16})s[0-9]+")
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: Each client that was asked, and its answer, by invocation id.
-        self._waiting: dict[str, tuple[Connection, asyncio.Future[Completion]]] = {}
+        #: The client that was asked, and its result, by invocation id.
+        self._waiting: dict[str, tuple[str, asyncio.Future[Completion]]] = {}
         self._last = 0
 
     async def invoke(self, connection_id: str, message: Invocation) -> Completion:
@@ -2132,78 +2144,55 @@ class PendingResults:
         Raises ConnectionError if there is no such client or it leaves, and TypeError
         or ValueError if the message cannot be written.
         """
+        result: asyncio.Future[Completion] = _new_future()
         self._last += 1
-        # Other than a client's own ids, which are plain numbers.
         id = f"{self._registry.backplane.process_id}s{self._last}"
         message = dataclasses.replace(message, invocation_id=id)
         connection = self._registry.connections.get(connection_id)
-        if connection is None:
-            return await self._invoke_elsewhere(connection_id, message)
-        if connection.state >= CLOSING:
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
-        data = connection.protocol.encode(message)
-        return await self._send_and_wait(connection, id, data)
-
-    async def _send_and_wait(
-        self, connection: Connection, invocation_id: str, data: bytes
-    ) -> Completion:
-        """Send an invocation to a client of this process; return its completion."""
-        future: asyncio.Future[Completion] = _new_future()
-        self._waiting[invocation_id] = connection, future
+        self._waiting[id] = connection_id, result
         try:
-            connection.send(data)
-            either: list[asyncio.Future[Any]] = [future, connection.ended]
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if connection is None:
+                await self._ask_elsewhere(connection_id, message, result)
+            else:
+                await self._ask_here(connection, message, result)
         finally:
-            del self._waiting[invocation_id]
-        if not future.done():
-            text = f"Connection '{connection.connection_id}' disconnected."
-            raise ConnectionError(text)
-        return future.result()
-
-    async def _invoke_elsewhere(
-        self, connection_id: str, message: Invocation
-    ) -> Completion:
-        """Call a handler of another process's client."""
-        protocols = self._registry.protocols
-        common = protocols["json"]
-        encoded = {common: common.encode(message)}
-        self._registry.encode_for_others(message, encoded)
-        texts = {protocol.name: _to_base64(data) for protocol, data in encoded.items()}
-        arguments = (connection_id, message.invocation_id, texts)
-        channel = f"connection:{connection_id}"
-        answer = await self._registry.backplane.ask_owner(channel, "result", *arguments)
-        if answer is None:
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
-        protocol, text = answer
-        completion = decode_one(protocols[protocol], base64.b64decode(text))
-        assert isinstance(completion, Completion)
+            del self._waiting[id]
+        completion = result.result()
+        if completion.error is None and completion.result is NO_RESULT:
+            completion.error = "Client didn't provide a result."
         return completion
 
-    async def invoke_for_others(
-        self, connection_id: str, invocation_id: str, texts: dict[str, str]
-    ) -> tuple[str, str] | None:
-        """Call a handler for another process; None if its client is not here."""
-        connection = self._registry.connections.get(connection_id)
-        if connection is None or connection.state >= CLOSING:
-            return None
-        protocol, protocols = connection.protocol, self._registry.protocols
-        common = protocols["json"]
-        encoded = {
-            p: base64.b64decode(texts[n]) for n, p in protocols.items() if n in texts
-        }
-        data = _in_protocol(protocol, encoded, common)
-        text = "The arguments cannot be sent."
-        completion = Completion(invocation_id, NO_RESULT, text)
-        if data is not None:
-            try:
-                completion = await self._send_and_wait(connection, invocation_id, data)
-            except ConnectionError:
-                return None
-        return protocol.name, _to_base64(protocol.encode(completion))
+    async def _ask_here(
+        self, connection: Connection, message: Invocation, result: asyncio.Future[Any]
+    ) -> None:
+        """Send the message; return when the result is there."""
+        name, ended = connection.connection_id, connection.ended
+        if ended.done():
+            raise ConnectionError(f"Connection '{name}' does not exist.")
+        connection.send(connection.protocol.encode(message))
+        await asyncio.wait([result, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ConnectionError(f"Connection '{name}' disconnected.")
+
+    async def _ask_elsewhere(
+        self, connection_id: str, message: Invocation, result: asyncio.Future[Any]
+    ) -> None:
+        """Send the message to another process's client, as `_ask_here` does."""
+        registry, backplane = self._registry, self._registry.backplane
+        address = Address("connections", (connection_id,))
+        encoded = {p: p.encode(message) for p in registry.protocols.values()}
+        backplane.publish(address, message, encoded)
+        gone = asyncio.create_task(backplane.deserted(f"connection:{connection_id}"))
+        try:
+            await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if not result.done():
+            await gone  # raises if Redis is away
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
 
     def awaits(self, message: Message | None) -> bool:
-        """Return True for a client result that somebody waits for."""
+        """Return True for a client result that somebody here waits for."""
         id = message.invocation_id if isinstance(message, Completion) else None
         return id in self._waiting
 
@@ -2212,19 +2201,34 @@ class PendingResults:
 
         Raises ProtocolError if another client was asked.
         """
-        invocation_id = completion.invocation_id
-        if invocation_id not in self._waiting:
-            return
-        owner, future = self._waiting[invocation_id]
-        if owner is not connection:
-            raise ProtocolError(
-                f"Connection ID '{connection.connection_id}' is not valid for "
-                f"invocation ID '{invocation_id}'."
-            )
-        if completion.error is None and completion.result is NO_RESULT:
-            completion.error = "Client didn't provide a result."
-        if not future.done():
-            future.set_result(completion)
+        id, name = completion.invocation_id, connection.connection_id
+        if id in self._waiting:
+            if not self._resolve(name, completion):
+                text = f"Connection ID '{name}' is not valid for invocation ID '{id}'."
+                raise ProtocolError(text)
+        elif (match := self._ID.fullmatch(id)) is not None:
+            protocol = connection.protocol
+            try:
+                data = protocol.encode(completion)
+            except (TypeError, ValueError, OverflowError) as error:
+                data = protocol.encode(Completion(id, NO_RESULT, str(error)))
+            result = name, protocol.name, _to_base64(data)
+            self._registry.backplane.tell(f"process:{match[1]}", "complete", *result)
+
+    def complete_elsewhere(self, connection_id: str, protocol: str, text: str) -> None:
+        """Take a result that another process passes on."""
+        data = base64.b64decode(text)
+        completion = decode_one(self._registry.protocols[protocol], data)
+        if self.awaits(completion):
+            assert isinstance(completion, Completion)
+            self._resolve(connection_id, completion)
+
+    def _resolve(self, connection_id: str, completion: Completion) -> bool:
+        """Let a call go on; return False if it has asked another client."""
+        owner, result = self._waiting[completion.invocation_id]
+        if owner == connection_id and not result.done():
+            result.set_result(completion)
+        return owner == connection_id
 
 
 class Registry:
@@ -2249,7 +2253,7 @@ class Registry:
             "groups": lambda id: self.groups.of(id) if id in self.connections else None,
             "join": self.groups.join,
             "leave": self.groups.leave,
-            "result": self.results.invoke_for_others,
+            "complete": self.results.complete_elsewhere,
         }
 
     def add(self, connection: Connection) -> None:
@@ -2335,15 +2339,29 @@ class Registry:
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
-        answers = [await self.handle(question, *arguments)]
-        return answers + await self.backplane.ask(channel, question, *arguments)
+        own = await self.handle(question, *arguments)
+        others, _ = await self.backplane.ask(channel, question, *arguments)
+        return [own, *others]
 
     async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
         """Return the answer of the one process that knows; None if there is none."""
         answer = await self.handle(question, *arguments)
         if answer is not None:
             return answer
-        return await self.backplane.ask_owner(channel, question, *arguments)
+        return await self.ask_elsewhere(channel, question, *arguments)
+
+    async def ask_elsewhere(self, channel: str, question: str, *arguments: Any) -> Any:
+        """Return the answer of the one other process that knows; None if none does.
+
+        Raises ConnectionError if it may be one that does not answer.
+        """
+        answers, missing = await self.backplane.ask(channel, question, *arguments)
+        for answer in answers:
+            if answer is not None:
+                return answer
+        if missing:
+            raise ConnectionError("Another process does not answer.")
+        return None
 
 
 # -------------------------------------------------------------------- redis
@@ -2560,25 +2578,21 @@ class RedisLink:
 #
 #   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
 #   all                               every process            messages, questions,
-#                                                              news
+#                                                              used tokens
 #   group:NAME, user:ID               those who have members   messages, questions
 #   connection:ID                     the one who has it       messages, questions
 #   process:ID                        that process             questions, answers,
-#                                                              its own beat
+#                                                              client results, beats
 #
-# With each beat, a process reports which questions it is still answering. If the
-# sender no longer waits, it replies "give up". Each packet is signed with the secret:
-# signature, sender, a header in JSON, and after a line break the encoded message.
+# Each packet is signed with the secret: signature, sender, a header in JSON, and after
+# a line break the encoded message.
 
 #: Seconds between beats, and how many may fail to come back before redialling.
 _BEAT, _MISSED_BEATS = 1.0, 5
-#: Seconds to wait for the answers of all, and for a subscription to be active.
+#: Seconds to wait for the answers of others, and for a subscription to be active.
 _ANSWER_TIMEOUT = 1.0
-#: Seconds to wait for a sign of work on the answer of a single process, and how often
-#: that may take longer. Other than a beat, so that the two do not keep pace.
-_SILENCE, _SILENCES = 0.7, 7
-_NO_ANSWER = "Another process does not answer."
-_FAILED_ELSEWHERE = "Another process failed; see its log."
+#: Seconds between looks whether the process of a client that was asked still lives.
+_LOOK_INTERVAL = 0.7
 #: Bytes of a signature, and of a process id in hexadecimal.
 _SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
 
@@ -2589,33 +2603,6 @@ def _sign(key: bytes, *parts: bytes) -> bytes:
     for part in parts:
         signature.update(len(part).to_bytes(8, "big") + part)
     return signature.digest()
-
-
-class Questions(dict[int, asyncio.Queue[Any]]):
-    """The questions of this process that wait for answers, by number."""
-
-    _last = 0
-
-    @contextlib.contextmanager
-    def ask(self) -> Iterator[tuple[int, asyncio.Queue[Any]]]:
-        """Return the number of a new question, and the queue that gets its answers."""
-        self._last += 1
-        number, answers = self._last, asyncio.Queue[Any]()
-        self[number] = answers
-        try:
-            yield number, answers
-        finally:
-            del self[number]
-
-    def take(self, number: int, answer: Any) -> bool:
-        """Take an answer in a list; return False if nobody waits for it.
-
-        An empty list says nothing, None that the other process failed, NO_RESULT
-        that it still works.
-        """
-        if number in self:
-            self[number].put_nowait(answer)
-        return number in self
 
 
 class RedisBackplane:
@@ -2643,11 +2630,10 @@ class RedisBackplane:
         self._hubs: dict[str, HubBackplane] = {}
         #: The channels that the hubs want; the link subscribes to them.
         self._wanted: set[bytes] = set()
-        self._link: RedisLink | None = None
+        self.link: RedisLink | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
-        self.missed_beats = 0
-        self.questions = Questions()
+        self._missed_beats = 0
         #: Links lost (False) and made (True), not yet reported to the application.
         self._link_changes: asyncio.Queue[bool]
         self._counts = Counter[str]()
@@ -2684,7 +2670,7 @@ class RedisBackplane:
         """Send queued messages, then disconnect."""
         with contextlib.suppress(ConnectionError):
             await self.command("PING")
-        replies = [task for hub in self._hubs.values() for task in hub.replies.values()]
+        replies = [task for hub in self._hubs.values() for task in hub.replies]
         await _end_tasks([*self._tasks, *replies], (0, 1))
         self._tasks.clear()
         self._wanted.clear()
@@ -2703,7 +2689,7 @@ class RedisBackplane:
                 reason = _one_line(str(ended.pop().exception()), 200)
                 log.warning("backplane: lost Redis: %s", reason)
             finally:
-                self._link = None
+                self.link = None
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -2730,20 +2716,18 @@ class RedisBackplane:
     def _use(self, link: RedisLink) -> None:
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
-        self._link = link
+        self.link = link
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
 
     async def _watch(self, link: RedisLink) -> None:
         """Detect a Redis that hangs: our own beats do not come back."""
-        self.missed_beats, hub = 0, next(iter(self._hubs.values()))
-        while self.missed_beats < _MISSED_BEATS:
-            self.missed_beats += 1
+        self._missed_beats, hub = 0, next(iter(self._hubs.values()))
+        while self._missed_beats < _MISSED_BEATS:
+            self._missed_beats += 1
             self.publish(hub.channel(f"process:{self.process_id}"), ["beat", hub.path])
             reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
             reply.add_done_callback(self._count_processes)
-            for each in self._hubs.values():
-                each.report_work(link)
             await asyncio.sleep(_BEAT)
         raise ConnectionError("Redis does not answer.")
 
@@ -2766,31 +2750,27 @@ class RedisBackplane:
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel, or leave it, with each link."""
         (self._wanted.add if wanted else self._wanted.discard)(channel)
-        if self._link is not None:
-            self._link.want(channel, wanted)
+        if self.link is not None:
+            self.link.want(channel, wanted)
 
     async def wait_active(self, channel: bytes) -> bool:
         """Wait until a wanted channel is active; return whether it is in time."""
-        link = self._link
+        link = self.link
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 while link is not None and channel not in link.active:
                     await link.active_changed()
-                    if link is not self._link or channel not in self._wanted:
+                    if link is not self.link or channel not in self._wanted:
                         break
         return link is not None and channel in link.active
 
-    @property
-    def connected(self) -> bool:
-        return self._link is not None
-
     async def command(self, *command: Any) -> Any:
         """Send a command. Raises ConnectionError if Redis does not reply."""
-        if self._link is None:
+        if self.link is None:
             raise ConnectionError("Redis is not connected.")
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                return await self._link.submit(*command)
+                return await self.link.submit(*command)
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
 
@@ -2802,7 +2782,7 @@ class RedisBackplane:
 
     def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
         """Publish a packet without waiting; drop and count it if Redis is away."""
-        link = self._link
+        link = self.link
         if link is None or not link.publish(channel, self.seal(channel, header, body)):
             self._counts["dropped"] += 1
 
@@ -2811,7 +2791,8 @@ class RedisBackplane:
         signature, packet = data[:_SIGNATURE_SIZE], data[_SIGNATURE_SIZE:]
         sender, content = packet[:_PROCESS_ID_SIZE], packet[_PROCESS_ID_SIZE:]
         own = sender == self.process_id.encode()
-        if own and not (self.questions or channel.endswith(sender)):
+        asking = any(hub.questions for hub in self._hubs.values())
+        if own and not (asking or channel.endswith(sender)):
             return  # this process has delivered its message itself
         try:
             if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
@@ -2819,7 +2800,7 @@ class RedisBackplane:
             header, _, body = content.partition(b"\n")
             kind, path, *rest = json.loads(header.decode(errors="surrogatepass"))
             if kind == "beat" and own:
-                self.missed_beats = 0
+                self._missed_beats = 0
             elif (hub := self._hubs.get(path)) is not None:
                 hub.receive(sender.decode(), own, kind, rest, body)
         except Exception as error:  # noqa: BLE001 (it may contain anything)
@@ -2832,18 +2813,12 @@ class RedisBackplane:
         """Describe the state, for `HubContext.stats`."""
         counts = self._counts
         return {
-            "state": "Disconnected" if self._link is None else "Connected",
+            "state": "Disconnected" if self.link is None else "Connected",
             "processes": counts["processes"],
             "dropped": counts["dropped"],
             "reconnects": max(0, counts["connects"] - 1),
             "rejected": counts["rejected"],
         }
-
-
-def _cancel_unheard(reply: asyncio.Task[None], report: asyncio.Future[Any]) -> None:
-    """Cancel a reply if its report has reached no process: the one that asked died."""
-    if not report.cancelled() and report.exception() is None and not report.result():
-        reply.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -2853,8 +2828,10 @@ class HubBackplane(Backplane):
     _redis: RedisBackplane
     path: str
     _registry: Registry
-    #: The questions that this process works on, by their sender and number.
-    replies: dict[tuple[str, int], asyncio.Task[None]] = field(default_factory=dict)
+    #: The answers that arrive to each question of this process, in lists.
+    questions: dict[str, asyncio.Queue[list[Any]]] = field(default_factory=dict)
+    #: The answers to questions of others that are under way.
+    replies: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def process_id(self) -> str:
@@ -2894,60 +2871,42 @@ class HubBackplane(Backplane):
         header = ["tell", self.path, handler, arguments]
         self._redis.publish(self.channel(channel), header)
 
-    async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
-        found: list[Any] = []
-        with self._redis.questions.ask() as (number, answers):
-            missing = await self._publish_question(channel, number, question, arguments)
-            try:
+    async def ask(
+        self, channel: str, question: str, *arguments: Any
+    ) -> tuple[list[Any], int]:
+        id, name, found = _new_id(), self.channel(channel), list[Any]()
+        answers = self.questions[id] = asyncio.Queue[list[Any]]()
+        try:
+            packet = self._redis.seal(name, ["ask", self.path, id, question, arguments])
+            missing = int(await self._redis.command("PUBLISH", name, packet))
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ANSWER_TIMEOUT):
                     while missing:
-                        if (answer := await answers.get()) is not NO_RESULT:
-                            found += answer or ()
-                            missing -= 1
-            except TimeoutError:
-                text = "backplane: %d process(es) did not answer %r"
-                log.warning(text, missing, question)
-        return found
+                        found += await answers.get()
+                        missing -= 1
+        finally:
+            del self.questions[id]
+        if missing:
+            text = "backplane: %d process(es) did not answer %r"
+            log.warning(text, missing, question)
+        return found, missing
 
-    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
-        silences = 0
-        with self._redis.questions.ask() as (number, answers):
-            missing = await self._publish_question(channel, number, question, arguments)
-            while missing:
-                try:
-                    async with asyncio.timeout(_SILENCE):
-                        answer = await answers.get()
-                except TimeoutError:
-                    if self._redis.connected and self._redis.missed_beats:
-                        continue  # Redis hangs, perhaps not for long
-                    silences += 1
-                    if silences == _SILENCES or not await self.subscribers(channel):
-                        raise ConnectionError(_NO_ANSWER) from None
-                    continue
-                silences = 0
-                if answer is None:
-                    raise ConnectionError(_FAILED_ELSEWHERE)
-                if answer is not NO_RESULT:
-                    missing -= 1
-                    if answer and answer[0] is not None:
-                        return answer[0]
-        return None
-
-    async def _publish_question(
-        self, channel: str, number: int, question: str, arguments: tuple[Any, ...]
-    ) -> int:
-        """Publish a question; return how many processes got it, this one included."""
-        name = self.channel(channel)
-        packet = self._redis.seal(name, ["ask", self.path, number, question, arguments])
-        return int(await self._redis.command("PUBLISH", name, packet))
+    async def deserted(self, channel: str) -> None:
+        link, name = self._redis.link, self.channel(channel)
+        while link is not None and link is self._redis.link:
+            _, number = await link.submit("PUBSUB", "NUMSUB", name)
+            if not number:
+                return
+            await asyncio.sleep(_LOOK_INTERVAL)
+        raise ConnectionError("Redis is not connected.")  # a result may be lost
 
     def receive(
         self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
     ) -> None:
         """Act on a packet of another process, or on one that came back."""
         match kind, rest:
-            case "ask", [number, *_] if own:
-                self._redis.questions.take(number, [])
+            case "ask", [id, *_] if own and id in self.questions:
+                self.questions[id].put_nowait([])  # one answer less is missing
             case _ if own:
                 pass
             case "send", [kind, names, excluding, sizes]:
@@ -2955,16 +2914,13 @@ class HubBackplane(Backplane):
                 self._deliver(address, sizes, body)
             case "tell", [handler, arguments]:
                 self._registry.handlers[handler](*arguments)
-            case "ask", [number, *_] if (key := (sender, number)) not in self.replies:
-                self.replies[key] = asyncio.create_task(self._reply(sender, *rest))
-                self.replies[key].add_done_callback(lambda _: self.replies.pop(key))
-            case "answer", [number, answer]:
-                self._redis.questions.take(number, answer)
-            case "working", [number]:
-                if not self._redis.questions.take(number, NO_RESULT):
-                    self._send(sender, "give up", number)
-            case "give up", [number] if (sender, number) in self.replies:
-                self.replies[sender, number].cancel()
+            case "ask", [id, question, arguments]:
+                reply = self._reply(sender, id, question, arguments)
+                task = asyncio.create_task(reply)
+                self.replies.add(task)
+                task.add_done_callback(self.replies.discard)
+            case "answer", [id, answer] if id in self.questions:
+                self.questions[id].put_nowait([answer])
 
     def _deliver(self, address: Address, sizes: dict[str, int], body: bytes) -> None:
         encoded: Encoded = {}
@@ -2975,28 +2931,15 @@ class HubBackplane(Backplane):
         self._registry.deliver(address, encoded)
 
     async def _reply(
-        self, sender: str, number: int, question: str, arguments: list[Any]
+        self, sender: str, id: str, question: str, arguments: list[Any]
     ) -> None:
-        """Answer a question of another process."""
+        """Answer a question of another process, if that does not fail."""
+        channel = self.channel(f"process:{sender}")
         try:
-            answer = [await self._registry.handle(question, *arguments)]
-            self._send(sender, "answer", number, answer)
+            answer = await self._registry.handle(question, *arguments)
+            self._redis.publish(channel, ["answer", self.path, id, answer])
         except (Exception, SystemExit):
             log.exception("backplane: the question %r failed", question)
-            self._send(sender, "answer", number, None)
-
-    def report_work(self, link: RedisLink) -> None:
-        """Let those who asked know that this process still works on their answers."""
-        for (sender, number), reply in self.replies.items():
-            channel = self.channel(f"process:{sender}")
-            packet = self._redis.seal(channel, ["working", self.path, number])
-            report = link.submit("PUBLISH", channel, packet)
-            report.add_done_callback(functools.partial(_cancel_unheard, reply))
-
-    def _send(self, process_id: str, kind: str, *content: Any) -> None:
-        """Send a packet to one process."""
-        channel = self.channel(f"process:{process_id}")
-        self._redis.publish(channel, [kind, self.path, *content])
 
 
 # ------------------------------------------------------------------ hub API
@@ -3355,8 +3298,8 @@ class Everywhere:
         question = f"own {question}"
         if process_id == self.process_id:
             return await self._registry.handle(question, *arguments)
-        others, channel = self._registry.backplane, f"process:{process_id}"
-        return await others.ask_owner(channel, question, *arguments)
+        channel = f"process:{process_id}"
+        return await self._registry.ask_elsewhere(channel, question, *arguments)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5035,11 +4978,6 @@ class Tokens:
         return _sign(self._key, b"token", content, self._path, user)
 
 
-def _new_id() -> str:
-    """Return a random 128-bit id that is safe in a URL."""
-    return secrets.token_urlsafe(16)
-
-
 def _apply_timeouts(connection: Connection, now: float) -> None:
     """Apply the timeouts of a transport. now: the monotonic time in seconds."""
     options, transport = connection.shared.options, connection.transport
@@ -5107,7 +5045,12 @@ class ConnectionManager:
         token, connection_id = token or _new_id(), connection_id or _new_id()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
-        self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
+        backplane, channel = (
+            self._mapped.registry.backplane,
+            f"connection:{connection_id}",
+        )
+        backplane.subscribe(channel)
+        connection.ended.add_done_callback(lambda _: backplane.unsubscribe(channel))
         return connection
 
     async def find(self, request: Request, user_id: str | None) -> Connection:
@@ -5138,6 +5081,8 @@ class ConnectionManager:
         ticket = self._tokens.read(token, user_id)
         if ticket is None or ticket.expires_at < time.time():
             return None
+        if ticket.connection_id in self._used:
+            return None
         backplane = self._mapped.registry.backplane
         channel = f"connection:{ticket.connection_id}"
         backplane.subscribe(channel)
@@ -5145,9 +5090,9 @@ class ConnectionManager:
         with contextlib.suppress(ConnectionError):  # serve clients while Redis is away
             if await backplane.subscribed(channel):
                 elsewhere = await backplane.subscribers(channel) > 1
-        if ticket.connection_id in self._used:
-            return self._connections.get(token)
-        if elsewhere:
+        if (connection := self._connections.get(token)) is not None:
+            return connection  # another request has made it meanwhile
+        if elsewhere or ticket.connection_id in self._used:
             backplane.unsubscribe(channel)
             return None
         try:
@@ -5203,27 +5148,15 @@ class ConnectionManager:
                 connection.drop("transport error")
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
-        self._forget_used()
 
     def _forget_closed(self) -> None:
+        """Forget closed connections, and used tokens that have expired."""
         for token, connection in list(self._connections.items()):
             if connection.state == CLOSED:
                 del self._connections[token]
-                if connection.connection_id not in self._used:
-                    self._unsubscribe(connection.connection_id)
-
-    def _forget_used(self) -> None:
-        """Forget used tokens that have expired."""
-        expired = [id for id, ends in self._used.items() if ends < time.time()]
-        living = {c.connection_id for c in self._connections.values() if expired}
-        for connection_id in expired:
-            del self._used[connection_id]
-            if connection_id not in living:
-                self._unsubscribe(connection_id)
-
-    def _unsubscribe(self, connection_id: str) -> None:
-        """Unsubscribe, so that other processes see that the connection is gone."""
-        self._mapped.registry.backplane.unsubscribe(f"connection:{connection_id}")
+        for connection_id, expires_at in list(self._used.items()):
+            if expires_at < time.time():
+                del self._used[connection_id]
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""

@@ -11302,6 +11302,14 @@ async def test_a_process_that_hangs_is_missing_in_answers_and_loses_nothing(
         assert await everywhere.members("g") == [mine.id]
         assert 0.5 < time.monotonic() - begun < 2
         assert "WARNING" in {record.levelname for record in caplog.records}
+        begun = time.monotonic()
+        for question in (
+            here.hub.groups.add(theirs.id, "other"),
+            everywhere.groups_of(theirs.id),
+        ):
+            with pytest.raises(ConnectionError, match="does not answer"):
+                await question
+        assert time.monotonic() - begun < 3
         for number in range(100):
             await here.hub.clients.group("g").send("Note", number)
         assert await notes(mine, 100) == [*range(100)]
@@ -11379,6 +11387,36 @@ async def test_nothing_waits_for_an_answer_that_nobody_wants(cluster, redis, how
         task.cancelled() is False and not task.exception() for task in asking
     )
     await until(lambda: len(asyncio.all_tasks()) <= before)
+    assert await client.invoke("Add", 1, 2) == 3
+
+
+async def test_only_the_client_that_was_asked_can_answer(cluster) -> None:
+    one, two, three = await cluster(3)
+    asked, other, third = [await server.connect() for server in (two, two, three)]
+    proxy = one.hub.clients.client(asked.id)
+    asking = asyncio.create_task(proxy.invoke("GetName"))
+    question = await asked.next(1)
+    id = question["invocationId"]
+    for liar in (other, third):
+        await answer(liar, question, result="a lie")
+        for wrong in (id[:-1], f"{id}0", f"{'0' * 16}s1", "s1", f"{'a' * 9999}s1"):
+            await answer(liar, {"invocationId": wrong}, result="a lie")
+        assert await liar.invoke("Add", 1, 2) == 3
+    await answer(asked, question, result=[1e300, {"a": [None]}])
+    assert await soon(asking) == [1e300, {"a": [None]}]
+    await answer(asked, question, result="once more")
+    assert await asked.invoke("Add", 1, 2) == 3
+
+
+async def test_a_result_that_cannot_be_passed_on_is_an_error(cluster) -> None:
+    one, two = await cluster(2)
+    client = await two.connect()
+    asking = asyncio.create_task(one.hub.clients.client(client.id).invoke("GetName"))
+    id = (await client.next(1))["invocationId"]
+    text = f'{{"type":3,"invocationId":"{id}","result":[1e999]}}\x1e'
+    await client.write(text.encode())
+    with pytest.raises(kestrun.HubException, match="not finite"):
+        await soon(asking)
     assert await client.invoke("Add", 1, 2) == 3
 
 
@@ -11469,7 +11507,13 @@ async def test_news_of_the_link_come_in_order_and_hold_up_no_shutdown(cluster, r
 async def test_nothing_is_lost_while_redis_hangs_for_three_seconds(cluster, redis):
     servers = await cluster()
     people = await spread(servers)
+    proxy = servers[0].hub.clients.client(people[1].id)
+    asking = asyncio.create_task(proxy.invoke("GetName"))
+    question = await people[1].next(1)
+    while question.get("target") != "GetName":
+        question = await people[1].next(1)
     with redis.hung() as begun:
+        await answer(people[1], question, result="Bob")
         for number, (name, server) in itertools.product(range(100), enumerate(servers)):
             await server.hub.clients.all.send("Note", [name, number])
         for name, person in enumerate(people):
@@ -11480,6 +11524,7 @@ async def test_nothing_is_lost_while_redis_hangs_for_three_seconds(cluster, redi
         others = [other for other in range(3) if other != name]
         wanted = [[other, number] for other in others for number in range(100)]
         assert sorted(await notes(person, 200), key=itemgetter(0)) == wanted
+    assert await soon(asking) == "Bob"
     await works(servers, people)
     await linked(*servers, reconnects=0, dropped=0)
 
