@@ -3029,7 +3029,7 @@ class SingleClientProxy(ClientProxy):
         """Call `method` on the client and return what its handler returns.
 
         timeout: seconds to wait for the answer; None waits until the connection
-            ends.
+            ends. A call or an answer that another process loses is not repeated.
         returns: the type of the result, checked and converted like an argument of a
             hub method; ValueError if it does not fit.
         Meanwhile the caller's other calls may run. Raises ConnectionError if there
@@ -3940,7 +3940,7 @@ def _describe_type(kind: type) -> dict[str, Any]:
 # message is read; a call that is async or has to wait runs in a task of its own.
 
 #: Calls and streams of one client that may run at the same time, whether they
-#: hold a slot or not.
+#: hold a slot or not. Further ones wait as long as there is room for them.
 _MAX_RUNNING = 1000
 
 #: Waiting calls of one client that get a task in advance. Calls that end in their
@@ -4433,6 +4433,9 @@ class Calls:
                 await asyncio.sleep(0)  # let others run
             self._last_deadline = flusher.deadline()
             while not self._may_begin(call):
+                if self.connection.inbox.full and len(self._running) >= _MAX_RUNNING:
+                    # Calls that run may wait for answers that cannot be read.
+                    raise HubException("The client has too many calls at once.")
                 await self.connection.changed()
             self._take_slot(call)
         finally:

@@ -2435,6 +2435,28 @@ async def test_an_answer_after_the_timeout_is_ignored(serve) -> None:
     assert await client.invoke("Add", 1, 2) == 3
 
 
+async def test_a_client_that_calls_more_than_it_answers_is_read_on(serve) -> None:
+    """Its answers come behind calls for which there is no room."""
+    server = await serve(Asking.fresh(), receive_buffer_limit=10_000)
+    client, count = await server.connect(), 2500
+    calls = [call("AskOther", client.id, invocationId=str(n)) for n in range(count)]
+    writing = asyncio.create_task(client.send(*calls))
+    ends = []
+    while len(ends) < count:
+        message = await client.next()
+        if message["type"] == 3:
+            ends.append(message.get("error") or message["result"])
+        else:
+            await answer(client, message, result="Bob")
+    await writing
+    refused = [end for end in ends if end != "Bob"]
+    assert {end.rpartition("HubException: ")[2] for end in refused} == {
+        "The client has too many calls at once."
+    }
+    assert len(refused) <= count - 1000
+    assert await client.invoke("Add", 1, 2) == 3
+
+
 async def test_only_the_client_that_was_asked_may_answer(serve) -> None:
     server = await serve(Asking.fresh(), enable_detailed_errors=True)
     one, two, other = [await server.connect() for _ in range(3)]
@@ -11971,11 +11993,15 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         assert min(sockets(pid) - before[pid] for pid in workers) >= 100
         await running.request("GET", "/api/ps/log/Error?message=one")
         assert all([await hears(client, "one") for client in clients])
-        os.kill(workers[0], signal.SIGKILL)
-        async with asyncio.timeout(10):  # two seconds, unless the machine is busy
+        victim, passed = workers[0], []
+        while min(passed, default=9) >= 2:  # a busy machine may be late once or twice
+            assert len(passed) < 3
+            begun = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
             await redis.has(3, HUB)
             await redis.has(4, HUB, PATIENCE)
-        assert len({*children(running.process.pid)} - {*workers}) == 1
+            passed.append(time.monotonic() - begun)
+            (victim,) = {*children(running.process.pid)} - {*workers}
         await running.request("GET", "/api/ps/log/Error?message=two")
         living = [client for client in clients if await hears(client, "two")]
         assert 500 < len(living) <= 900
