@@ -6241,7 +6241,7 @@ export class HubConnection {
   #retries = 0;             // since the connection was last stable
   #lastId = 0;
   #lastPing = 0;
-  #started = () => {};
+  #started = null;          // { resolve, reject } of the promise of `start`
 
   /** token: a function that returns the access token, called for each attempt. */
   constructor(url, { token = () => null } = {}) {
@@ -6254,13 +6254,16 @@ export class HubConnection {
     this.#handlers.set(target.toLowerCase(), handler);
   }
 
-  /** Connect now. The promise is kept at the next connection, maybe after retries. */
+  /** Connect, maybe after retries; throw if the token is refused, or after `stop`. */
   start() {
     this.#reset();
     this.#retries = 0;
     this.#failed.clear();
+    const { promise, ...started } = Promise.withResolvers();
+    promise.catch(() => {});    // whoever does not await it is told by `onstate`
+    this.#started = started;
     this.#connect();
-    return new Promise((resolve) => { this.#started = resolve; });
+    return promise;
   }
 
   stop() {
@@ -6352,7 +6355,6 @@ export class HubConnection {
     // Retry delays start again at 0 only after a connection that lasted.
     this.#timers.stable = setTimeout(() => { this.#retries = 0; }, 2_000);
     this.#setState("Connected");
-    this.#started();
   }
 
   // Messages.
@@ -6433,6 +6435,10 @@ export class HubConnection {
 
   #setState(state, detail = {}) {
     this.state = state;
+    if (state === "Connected") this.#started.resolve();
+    if (["Disconnected", "Unauthorized"].includes(state)) {
+      this.#started?.reject(new Error(detail.reason ?? `${state}.`));
+    }
     this.onstate(state, detail);
   }
 }

@@ -7581,6 +7581,24 @@ async def fill_log(page: Any, many: int) -> None:
     await sees(page, "#log li", f"entry {many}.")
 
 
+async def test_the_pages_client_says_why_it_cannot_start(tab) -> None:
+    script = """async ([path, token]) => {
+      const { HubConnection } = await import("./kestrun.js");
+      const connection = new HubConnection(path, { token: () => token });
+      const started = connection.start();
+      if (token === "stop") connection.stop();
+      return await started.catch((error) => error.message);
+    }"""
+    async with Server(kestrun.create_app(token="right")) as server:
+        await tab.goto(server.origin)
+        for token, wanted in {
+            "wrong": "Unauthorized.",
+            "stop": "Disconnected.",
+            "right": None,
+        }.items():
+            assert await tab.evaluate(script, ["hubs/kestrun", token]) == wanted, token
+
+
 async def test_the_log_follows_its_end_unless_it_is_scrolled_up(page) -> None:
     await fill_log(page, 40)
     scroll = "document.getElementById('scroll')"
