@@ -4388,11 +4388,9 @@ class Calls:
         log.info("connection %s: %s", name, _one_line(text, 200))
         self.reply(invocation, NO_RESULT, text)
 
-    def reply(
-        self, invocation: Invocation, result: Any, error: str | None = None
-    ) -> None:
+    def reply(self, message: Invocation, result: Any, error: str | None = None) -> None:
         """Complete a call, if it has an id. Raises what `encode` raises."""
-        connection, invocation_id = self.connection, invocation.invocation_id
+        connection, invocation_id = self.connection, message.invocation_id
         if invocation_id is not None:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
