@@ -529,7 +529,7 @@ class Writer:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             kind = type(value)
             if kind not in self._members:
-                self._members[kind] = self._spell(dataclasses.fields(kind))
+                self._members[kind] = self.spell(dataclasses.fields(kind))
             return {wire: getattr(value, name) for name, wire in self._members[kind]}
         if isinstance(value, Enum):
             return value.value
@@ -555,7 +555,8 @@ class Writer:
             list(value) if isinstance(value, (set, frozenset)) else self.to_plain(value)
         )
 
-    def _spell(self, fields: Iterable[dataclasses.Field[Any]]) -> list[tuple[str, str]]:
+    def spell(self, fields: Iterable[dataclasses.Field[Any]]) -> list[tuple[str, str]]:
+        """Return the name of each field, with its spelling on the wire."""
         spell = self._options.member_name or (lambda name, _: _camel_case(name))
         return [(field.name, spell(field.name, self._protocol)) for field in fields]
 
@@ -3886,15 +3887,19 @@ def _check_hub_class(hub_class: Any) -> None:
         raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
 
 
-def describe(hub_class: type[Hub]) -> dict[str, Any]:
+def describe(
+    hub_class: type[Hub], options: HubOptions = HubOptions()
+) -> dict[str, Any]:
     """Describe what clients may call, and the types that they need for it.
 
+    options: those of the hub; its `member_name` spells the members of dataclasses.
     Returns JSON values; front ends can generate their types from them. Raises
-    TypeError for a class that is no hub, or has methods that `map_hub` refuses.
+    TypeError for a class that is no hub, or has methods that `map_hub` refuses, and
+    for two types of the same name.
     """
     _check_hub_class(hub_class)
-    found: list[Any] = []
-    options = HubOptions(converter=found.append)  # gets all annotations, changes none
+    found: list[Any] = []  # all annotations; none is changed
+    options = dataclasses.replace(options, converter=found.append)
     converters = _LenientConverters(options)
     methods = []
     for method in _collect_methods(hub_class, converters).values():
@@ -3913,21 +3918,28 @@ def describe(hub_class: type[Hub]) -> dict[str, Any]:
         description = {"name": method.name, "parameters": parameters}
         description |= {"result": _type_text(method.result), "stream": method.streaming}
         methods.append({**description, "authorize": checks})
-    kinds = {kind.__name__: kind for kind in found if isinstance(kind, type)}
-    described = {name: _describe_type(kind) for name, kind in sorted(kinds.items())}
-    described = {name: members for name, members in described.items() if members}
-    return {"hub": hub_class.__name__, "methods": methods, "types": described}
+    kinds = {kind: _describe_type(kind, options) for kind in found if _has_parts(kind)}
+    described = {kind.__name__: parts for kind, parts in kinds.items()}
+    if len(described) < len(kinds):
+        raise TypeError(f"{hub_class.__name__}: two of its types have the same name")
+    types = dict(sorted(described.items()))
+    return {"hub": hub_class.__name__, "methods": methods, "types": types}
 
 
-def _describe_type(kind: type) -> dict[str, Any]:
-    """Describe the members of an object type or of an enum; {} for other types."""
+def _has_parts(kind: Any) -> bool:
+    """Return True for an enum and for an object type."""
+    enum = isinstance(kind, type) and issubclass(kind, Enum)
+    return enum or dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+
+
+def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
+    """Describe the values of an enum, or the members of an object type."""
     if issubclass(kind, Enum):
         return {"values": [member.value for member in kind]}
-    if not (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)):
-        return {}
     hints = typing.get_type_hints(kind)
     if dataclasses.is_dataclass(kind):
-        hints = {_camel_case(f.name): hints[f.name] for f in dataclasses.fields(kind)}
+        members = Writer(options, "json").spell(dataclasses.fields(kind))
+        hints = {wire: hints[name] for name, wire in members}
     return {"members": {name: _type_text(hint) for name, hint in hints.items()}}
 
 

@@ -4191,9 +4191,21 @@ def test_a_hub_is_described_for_front_ends() -> None:
                 "next": "Trail | None"}},
         },
     }  # fmt: skip
+    options = kestrun.HubOptions(member_name=lambda name, _: name.upper())
+    spelled = kestrun.describe(Described, options)["types"]["Point"]
+    assert spelled == {"members": {"X": "int", "USER_NAME": "str"}}
     for wrong in (Plain(), int, None, no_hub(numbers_of=numbers_of)):
         with pytest.raises(TypeError):
             kestrun.describe(wrong)
+
+
+def test_two_types_of_the_same_name_cannot_be_described() -> None:
+    def take(self, one, two): ...
+
+    other = dataclasses.make_dataclass("Point", [("z", int)])
+    take.__annotations__ = {"one": Point, "two": other}
+    with pytest.raises(TypeError, match="two of its types have the same name"):
+        kestrun.describe(no_hub(take=take))
 
 
 async def test_hubs_in_one_application_are_apart(serve) -> None:
