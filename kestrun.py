@@ -6278,7 +6278,6 @@ export class HubConnection {
 
   stop() {
     this.#reset();
-    this.connectionId = null;   // the next start is no reconnect
     this.#setState("Disconnected");
   }
 
@@ -6320,7 +6319,7 @@ export class HubConnection {
 
   async #connect() {
     const attempt = ++this.#attempt;
-    this.#setState(this.connectionId ? "Reconnecting" : "Connecting");
+    this.#setState(this.state === "Reconnecting" ? "Reconnecting" : "Connecting");
     try {
       const url = `${this.url}/negotiate?negotiateVersion=1`;
       const answer = await request("POST", url, { token: this.token() });
@@ -6429,7 +6428,8 @@ export class HubConnection {
     if (!reconnect) return this.#setState("Disconnected", { reason });
     const delay = RETRY_DELAYS[Math.min(this.#retries++, RETRY_DELAYS.length - 1)];
     this.#timers.retry = setTimeout(() => this.#connect(), delay * 1000);
-    this.#setState("Reconnecting", { reason, delay });
+    const state = this.state === "Connecting" ? this.state : "Reconnecting";
+    this.#setState(state, { reason, delay });
   }
 
   #reset() {                // close the transport, ignore its events, fail pending calls
@@ -6877,7 +6877,7 @@ async function perform(action) {
 
 const states = { Reconnecting: "Connection lost.", Unauthorized: "Token required" };
 const transports = { WebSockets: "WebSockets", ServerSentEvents: "Server-Sent Events" };
-let countdown = 0, focused = null;
+let countdown = 0, focused = null, explained = false;
 
 function showState(state, { reason, delay }) {
   const connected = state === "Connected", previous = document.body.dataset.state;
@@ -6888,8 +6888,8 @@ function showState(state, { reason, delay }) {
   if (previous === "Connected") focused = document.activeElement;
   document.querySelectorAll("fieldset").forEach((set) => { set.disabled = !connected; });
   showDetail(connected ? `over ${transports[connection.transport]}` : "", delay);
-  // Later attempts that fail add nothing to the log.
-  if (reason && previous !== "Reconnecting") note("Connection", reason);
+  if (reason && !explained) note("Connection", reason);   // once, not for each attempt
+  explained = !connected && Boolean(explained || reason);
   if (state === "Unauthorized") askForToken();
   if (connected) {
     note("Connection", previous === "Reconnecting" ? "Connected again." : "Connected.");

@@ -7854,6 +7854,30 @@ async def test_the_page_says_what_it_waits_for_and_turns_its_controls_off(tab) -
         await tab.click("#retry")
         await sees(tab, "#state", "Connected")
         await sees(tab, "#detail", "over WebSockets")
+        await tab.clock.run_for(100)  # until the log is drawn
+        first, _, last = await log_entries(tab)
+        assert (first, last) == ("Connected.", "Connected again.")
+
+
+async def test_a_page_that_never_was_connected_lost_nothing(tab) -> None:
+    refused: list[Any] = []
+
+    async def refuse(route: Any) -> None:
+        refused.append(route)
+        await route.abort()
+
+    async with Server(kestrun.create_app()) as server:
+        await tab.route("**/negotiate*", refuse)
+        await tab.goto(server.origin)
+        for attempts in (2, 4):  # it tries again at once, then after some seconds
+            await until(lambda n=attempts: len(refused) >= n)
+            await sees(tab, "#detail", "Trying again in ")
+            assert await tab.inner_text("#state") == "Connecting"
+            await tab.click("#retry")
+        await tab.unroute("**/negotiate*")
+        await sees(tab, "#log li", "Connected.")
+        reason = "The server cannot be reached. Is it running?"
+        assert await log_entries(tab) == [reason, "Connected."]
 
 
 async def test_the_focus_comes_back_with_the_connection(tab) -> None:
@@ -7897,6 +7921,9 @@ async def test_where_websockets_are_blocked_the_pages_use_events(tab, how, path)
             await sees(tab, "#log li", "three")
             echoes = [t for t in await log_entries(tab) if t in ("one", "two", "three")]
             assert echoes == ["one", "two", "three"]
+            blocked = ["WebSockets did not reach the server."] * (how == "closed")
+            first = [*blocked, "Connected."]
+            assert (await log_entries(tab))[: len(first)] == first
 
 
 @pytest.fixture(scope="session")
