@@ -6577,7 +6577,9 @@ PAGE = r"""<!doctype html>
   #groups [data-size]::after { content: " · " attr(data-size); }
   body:not([data-state="Connected"]) #groups li::after { content: ", joining again"; }
   #operations li { display: grid; gap: .375rem; padding: .75rem 0; font-size: .875rem; }
-  #operations :is(b, p) { flex: 1; }
+  #operations :is(.short, p) { flex: 1 0 auto; max-width: 100%; }
+  #operations .row .row { margin-left: auto; }
+  #operations button { padding: 0 .5rem; }
   progress { width: 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
@@ -6734,14 +6736,14 @@ await admins.send("ReceiveGroupMessage", {"Message": "Hi"})</pre>
         <ul id="operations" aria-label="Operations, newest first"></ul>
       </fieldset>
       <template id="operation"><li>
-        <div class="row"><b class="name">Operation</b> <span class="elapsed"></span>
-          <output class="state"></output></div>
+        <div class="row"><b class="name">Operation</b> <span class="short"></span>
+          <span class="elapsed"></span> <output class="state"></output></div>
         <progress max="100" value="0"></progress>
         <form class="row">
           <p class="message"></p>
-          <button name="status" class="status">Status</button>
-          <button name="cancel" class="cancel">Cancel</button>
-          <button name="remove" class="remove" hidden>Remove</button>
+          <div class="row"><button name="status" class="status">Status</button>
+            <button name="cancel" class="cancel">Cancel</button>
+            <button name="remove" class="remove" hidden>Remove</button></div>
         </form>
       </li></template>
       <details><summary>The code behind this</summary>
@@ -6866,7 +6868,8 @@ function note(kind, text, { timestamp = Date.now(), ...more } = {}) {
 async function perform(action) {
   try {
     const answer = await action();
-    if (answer) note("Answer", answer.Message ?? answer);
+    const { TaskId, Message = answer } = answer ?? {};
+    if (Message) note("Answer", TaskId ? `${short(TaskId)} · ${Message}` : Message);
   } catch (error) {
     note("Error", error.message);
     if (error.status === 401) askForToken();
@@ -6982,6 +6985,7 @@ function showGroups() {
 }
 
 const rows = () => Array.from(byId("operations").children);
+const short = (taskId) => taskId.slice(-4);
 const isFinal = (row) => !row.querySelector(".remove").hidden;
 
 function operationRow(taskId) {
@@ -6989,8 +6993,10 @@ function operationRow(taskId) {
   if (known) return known;
   const row = byId("operation").content.firstElementChild.cloneNode(true);
   row.dataset.taskId = taskId;
-  row.querySelector("progress").ariaLabel = `Progress of ${taskId}`;
-  row.querySelectorAll("button").forEach((button) => { button.value = taskId; });
+  row.querySelector(".short").textContent = short(taskId);
+  row.querySelector("progress").ariaLabel = `Progress of operation ${short(taskId)}`;
+  row.querySelectorAll("button").forEach((button) => Object.assign(button,
+    { value: taskId, ariaLabel: `${button.textContent} operation ${short(taskId)}` }));
   byId("operations").prepend(row);
   rows().filter(isFinal).slice(20).forEach((old) => old.remove());
   return row;
@@ -7013,7 +7019,7 @@ function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
   }
   showElapsed(row);
   byId("clear-finished").hidden = !rows().some(isFinal);
-  return `${State}: ${Progress} %, ${message}`;
+  return `${short(TaskId)} · ${State}: ${Progress} %, ${message}`;
 }
 
 function showElapsed(row) {

@@ -7687,6 +7687,20 @@ async def test_operations_appear_in_every_page_and_after_a_reload(page, other) -
         await sees(tab, f"{running} .state", "Running")
 
 
+async def test_two_operations_can_be_told_apart(page) -> None:
+    """In their rows, by the names of their controls, and in the log."""
+    for row in [await start_operation(page, 60) for _ in range(2)]:
+        short = await page.inner_text(f"{row} .short")
+        assert row.endswith(f'{short}"]')
+        for control in ("Status", "Cancel", "Progress of"):
+            name = f"{control} operation {short}"
+            role = "progressbar" if control == "Progress of" else "button"
+            assert await page.get_by_role(role, name=name, exact=True).count() == 1
+        await page.click(f"{row} .cancel")
+        await sees(page, "#log li", f"{short} · The operation is Canceled")
+        await sees(page, "#log li", f"{short} · Canceled: ")
+
+
 async def test_the_page_shows_hub_messages_as_they_travel(page) -> None:
     await page.fill("#echo", "<i>over</i>")
     await page.click("#wire summary")
