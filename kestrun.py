@@ -6553,9 +6553,9 @@ PAGE = r"""<!doctype html>
   summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
   summary::before { content: "▸"; display: inline-block; width: 1.25rem; }
   [open] > summary { margin-bottom: 0; }
-  [open] > summary::before { content: "▾"; }
-  pre { margin-top: .5rem; padding: .75rem; border-radius: .5rem; font-size: .75rem;
-    background: var(--raised); white-space: pre-wrap; }
+  [open] > summary::before { content: "▾" / ""; }
+  pre { margin: .5rem -.5rem 0; padding: .625rem .5rem; border-radius: .5rem;
+    font-size: .75rem; background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
   #numbers { display: flex; gap: 2rem; align-items: center; white-space: nowrap; }
@@ -6688,10 +6688,11 @@ connection.on("ReceiveLog", (log) => console.log(log));
 await connection.start();
 await connection.invoke("Echo", "Hello");</pre>
 <pre>class MyHub(kestrun.Hub):
-    async def echo(self, message):
-        await self.clients.caller.send("ReceiveEcho", message)
-hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)
-await hub.clients.all.send("ReceiveLog", {"message": "Hi"})</pre>
+    async def echo(self, text):
+        clients = self.clients
+        await clients.caller.send("ReceiveEcho", text)
+        await clients.all.send("ReceiveLog", text)
+hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)</pre>
       </details>
     </section>
 
@@ -6717,9 +6718,10 @@ connection.on("ReceiveGroupMessage", (message) => {
 await connection.invoke("JoinGroup", "Admins");</pre>
 <pre>class MyHub(kestrun.Hub):
     async def join_group(self, name):
-        await self.groups.add(self.context.connection_id, name)
-admins = hub.clients.group("Admins")
-await admins.send("ReceiveGroupMessage", {"Message": "Hi"})</pre>
+        me = self.context.connection_id
+        await self.groups.add(me, name)
+        await self.clients.group(name).send(
+            "ReceiveGroupMessage", {"Message": "Hi"})</pre>
       </details>
     </section>
 

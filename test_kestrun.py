@@ -7712,12 +7712,13 @@ async def test_the_page_shows_hub_messages_as_they_travel(page) -> None:
 
 
 async def test_the_code_on_the_page_works(page) -> None:
-    """Five lines each: the JavaScript in the page, the Python in this test."""
+    """Few short lines each: the JavaScript in the page, the Python in this test."""
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     await page.click("#start")
     texts = await page.locator("details pre").all_text_contents()
-    assert [len(text.splitlines()) for text in texts] == [5] * 6
+    assert [len(text.splitlines()) for text in texts] == [5, 6, 5, 6, 5, 5]
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 58
     script = "\n".join(texts[::2]).replace("./kestrun.js", page.url + "kestrun.js")
     load, rest = script.split(";", 1)
     load = load.replace("import {", "const {").replace("from ", "= await import(") + ")"
@@ -7730,10 +7731,16 @@ async def test_the_code_on_the_page_works(page) -> None:
     scope = {"kestrun": kestrun, "app": app, "asyncio": asyncio}
     scope["operations"] = kestrun.Operations()
     for text in texts[1::2]:
-        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        running = eval(compile(text, "page", "exec", flags), scope)
-        if running is not None:
-            await running
+        eval(compile(text, "page", "exec"), scope)
+    kestrun.map_hub(app, "/groups", scope["MyHub"])  # that of the second text
+    async with Server(app) as server:
+        client = await server.connect(path=HUB)
+        await client.invoke("Echo", "Hi")
+        assert await client.received("ReceiveEcho") == ["Hi"]
+        assert await client.received("ReceiveLog") == ["Hi"]
+        member = await server.connect(path="/groups")
+        await member.invoke("JoinGroup", "Admins")
+        assert await member.received("ReceiveGroupMessage") == [{"Message": "Hi"}]
     operation = scope["operation"]
     scope["operations"].cancel(operation.id)
     assert (await operation.wait()).state == "Canceled"
