@@ -6530,7 +6530,7 @@ PAGE = r"""<!doctype html>
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
   h2 + p { margin-top: -.5rem; }
-  p, label, dt, summary { color: var(--muted); font-size: .875rem; }
+  p, label, dt, summary, a, #detail, .short { color: var(--muted); font-size: .875rem; }
   b, a { color: var(--ink); }
   pre, code, time { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
   main, .controls, fieldset, section { display: grid; gap: .75rem; border: 0;
@@ -6538,9 +6538,11 @@ PAGE = r"""<!doctype html>
   main, .controls { gap: 1rem; }
   section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
     border-radius: .75rem; background: var(--panel); }
-  #intro { padding: .625rem 1.125rem; background: none; }
-  label { display: grid; flex: 1 1 6rem; gap: .25rem; }
-  .row:has(label) { align-items: end; }
+  #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
+  #intro p { flex: 1 1 20rem; }
+  #intro a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
+  label { display: grid; flex: 1 1 4rem; gap: .25rem; }
+  form.row:has(label) { align-items: end; }
   input, button { min-height: 2.75rem; padding: .375rem .75rem; border-radius: .5rem;
     border: 1px solid var(--edge); background: var(--panel); color: var(--ink);
     font: inherit; }
@@ -6551,23 +6553,25 @@ PAGE = r"""<!doctype html>
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
   summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
-  summary::before { content: "▸"; display: inline-block; width: 1.25rem; }
+  summary::before { content: "▸" / ""; display: inline-block; width: 1.25rem; }
   [open] > summary { margin-bottom: 0; }
   [open] > summary::before { content: "▾" / ""; }
   pre { margin: .5rem -.5rem 0; padding: .625rem .5rem; border-radius: .5rem;
     font-size: .75rem; background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
-  #numbers { display: flex; gap: 2rem; align-items: center; white-space: nowrap; }
-  #facts { display: grid; grid-template-columns: repeat(4, auto); gap: .25rem 2rem; }
+  #numbers { display: grid; grid-template-columns: repeat(4, auto) minmax(3rem, 9rem);
+    gap: .25rem 2rem; white-space: nowrap; }
+  body:not([data-state="Connected"]) dd { opacity: .6; }
   dd { font-weight: 600; font-variant-numeric: tabular-nums; }
-  dt[class]::before { content: "▬"; margin-right: .375rem; color: var(--feather); }
+  dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   dt.clients::before { color: var(--accent); }
-  #plot { flex: 0 1 9rem; height: 2.75rem; border-bottom: 1px solid var(--edge); }
+  #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
   #plot path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   #plot .clients { stroke: var(--accent); }
   #state, .state { font-weight: 600; }
-  #state::before { content: "●"; margin-right: .375rem; color: var(--warn); }
+  #connection { flex: none; min-height: 2.875rem; }    /* with and without its button */
+  #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
   #token-hint { flex: 1 0 100%; }
   #token-form label { max-width: 27rem; }
@@ -6583,14 +6587,14 @@ PAGE = r"""<!doctype html>
   progress { width: 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
-  #log-panel .row { align-items: center; }
   #log-panel h2 { margin-right: auto; }
-  #log-panel label { flex-basis: 4rem; max-width: 18rem; }
+  #log-panel label { max-width: 18rem; }
   #log-panel .row button { padding: 0 .5rem; }
   #scroll { overflow-y: auto; border-top: 1px solid var(--line); }
   #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
-  :is(#log, #frames, #groups):empty::after { content: "Nothing yet";
-    color: var(--muted); font-size: .875rem; }
+  :is(#log, #frames, #groups)::after { color: var(--muted); font-size: .875rem; }
+  :is(#log, #frames):empty::after { content: "Nothing yet"; }
+  #log:has(li):not(:has(> :not([hidden])))::after { content: "No entries match"; }
   #groups:empty::after { content: "This page is in no group."; }
   #log li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline;
     padding: .3125rem 0; font-size: .9375rem; }
@@ -6601,28 +6605,29 @@ PAGE = r"""<!doctype html>
   #log [data-kind~="Warning"] strong { color: var(--warn); }
   #log [data-kind~="Error"] strong { color: var(--bad); }
   @media (width < 75rem) { #numbers { order: 1; flex: 1 0 100%; } }
-  @media (width >= 75rem) {                  /* one row, whatever the state says */
-    header { flex-wrap: nowrap; }
-    .brand, #facts { flex: none; }
-    #numbers { flex-shrink: 9; min-width: 26rem; }
-  }
+  @media (width >= 75rem) { header { flex-wrap: nowrap; } .brand { flex: none; } }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
-    html { scroll-padding-bottom: 38dvh; }   /* keeps the focus above it */
-    #facts { grid-template-columns: auto auto; column-gap: 1rem; }
-    #plot { flex: 1; height: 5rem; }
-    #log-panel { height: 38dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
+    html { scroll-padding-bottom: 50dvh; }   /* keeps the focus above it */
+    #numbers { grid-template-columns: auto auto 1fr; column-gap: 1rem; }
+    #numbers > :last-child { grid-area: 1 / 3 / 3; }
+    #plot { height: 4.5rem; }
+    #log-panel { height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
       padding: .5rem 1rem; gap: .5rem; border-width: 1px 0 0; border-radius: 0; }
     #log-panel.folded { height: auto; }
-    .folded :is(label, #pause, #copy, #clear, #scroll) { display: none; }
-    #log-panel h2 { flex: 1 0 70%; }
-    #log-panel label { max-width: none; }
+    .folded :is(label, #pause, #copy, #clear, #scroll),
+    #log-panel:not(.folded) #newest { display: none; }
+    #newest { flex: 1; margin: 0; overflow: hidden; text-overflow: ellipsis;
+      white-space: nowrap; }
+    #log-panel:not(.folded) h2 { position: absolute; clip-path: inset(50%); }
   }
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
     body { height: 100dvh; padding: 1.25rem 2rem 2rem; }
-    #fold { display: none; }
+    #fold, #newest { display: none; }
     main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
       align-content: stretch; }
-    .controls { overflow-y: auto; grid-auto-rows: max-content; }
+    .controls { overflow-y: auto; grid-auto-rows: max-content; margin: -1rem 0 -2rem;
+      padding: 1rem 0 2rem; scroll-padding: 1rem 0 2rem; mask: linear-gradient(
+        #0000, #000 1rem, #000 calc(100% - 2rem), #0000); }   /* fades at its ends */
   }
 </style>
 </head>
@@ -6633,35 +6638,35 @@ PAGE = r"""<!doctype html>
       <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
     <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
   </div>
-  <div id="numbers">
-    <dl id="facts">
-      <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
-      <div><dt class="rate">Messages/s</dt> <dd id="rate">–</dd></div>
-      <div><dt>Round trip</dt> <dd id="round-trip">–</dd></div>
-      <div><dt>Uptime</dt> <dd id="uptime">–</dd></div>
-    </dl>
-    <svg id="plot" viewBox="0 0 59 20" preserveAspectRatio="none" role="img"
-      aria-label="Clients and messages a second during the last minute">
-      <path class="clients"/><path class="rate"/></svg>
-  </div>
-  <div>
-    <output id="state">Connecting</output> <span id="detail"></span>
+  <dl id="numbers">
+    <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
+    <div><dt class="rate">Messages/s</dt> <dd id="rate">–</dd></div>
+    <div><dt>Round trip</dt> <dd id="round-trip">–</dd></div>
+    <div><dt>Uptime</dt> <dd id="uptime">–</dd></div>
+    <div><dt>Last minute</dt> <dd>
+      <svg id="plot" viewBox="0 0 59 20" preserveAspectRatio="none" role="img">
+        <title>Clients and messages a second during the last minute</title>
+        <path class="clients"/><path class="rate"/></svg></dd></div>
+  </dl>
+  <div id="connection" class="row">
+    <div><output id="state">Connecting</output> <div id="detail"></div></div>
     <button id="retry" form="actions" hidden>Try now</button>
   </div>
 </header>
 <form id="actions" hidden></form>
 
-<form id="token-form" class="row" hidden>
+<form id="token-form" class="row" aria-label="Access" hidden>
   <p id="token-hint"></p>
   <label>Token <input id="token" type="password" autocomplete="off" required
     pattern="[ -~]+" title="Latin letters, digits and signs"></label>
   <button id="token-send" class="main">Connect</button>
 </form>
 
-<p id="intro"><b>New to SignalR?</b> It keeps a connection open, over which the server
-  calls functions of this page, and the page those of the server. Open this page in
-  <a href="" target="_blank" rel="noopener">a second tab</a>, press <b>Join</b> in both,
-  then <b>Broadcast</b>. <a id="monitor" href="monitor" hidden>Watch the server</a></p>
+<aside id="intro" class="row"><p><b>New to SignalR?</b> It keeps a connection open, over
+  which the server calls functions of this page, and the page those of the server. Open
+  this page in <a href="" target="_blank" rel="noopener">a second tab</a>, press
+  <b>Join</b> in both, then <b>Broadcast</b>.</p>
+  <a id="monitor" href="monitor" hidden>Watch the server</a></aside>
 
 <main>
   <div class="controls">
@@ -6771,15 +6776,15 @@ operation = operations.start(work, name="LongOperation")</pre>
     </section>
   </div>
 
-  <section id="log-panel" aria-labelledby="log-title">
+  <section id="log-panel" class="folded" aria-labelledby="log-title">
     <div class="row">
-      <h2 id="log-title">Log</h2>
-      <button id="fold" form="actions" aria-expanded="true">Fold</button>
+      <h2 id="log-title">Log</h2> <p id="newest"></p>
       <label><input id="filter" type="search" placeholder="Filter"
         aria-label="Filter the log"></label>
       <button id="pause" form="actions">Pause</button>
       <button id="copy" form="actions" title="Copy as JSON lines">Copy</button>
       <button id="clear" form="actions">Clear</button>
+      <button id="fold" form="actions" aria-expanded="false">Unfold</button>
     </div>
     <div id="scroll" role="log" tabindex="0" aria-labelledby="log-title">
       <fieldset disabled><ol id="log"></ol></fieldset></div>
@@ -6847,6 +6852,7 @@ const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   const { time, kind, text, action, group } = entry;
   const item = element("li"), shown = clock.format(new Date(time));
   item.dataset.kind = kind;
+  byId("newest").textContent = text;          // all that a folded log shows
   item.append(element("time", shown, { dateTime: time }), element("strong", kind),
     element("span", text));
   if (action) {             // such as Join in an invitation
@@ -7107,7 +7113,7 @@ const buttons = {           // by name, or by id; each gets the button's value
     byId("pause").textContent = log.paused ? "Resume" : "Pause";
     log.update();
   },
-  clear: () => log.clear(),
+  clear: () => { log.clear(); byId("newest").textContent = ""; },
   async copy() {
     const shown = log.entries.filter((_, index) => !log.list.children[index].hidden);
     const lines = shown.map((entry) => `${JSON.stringify(entry)}\n`);
@@ -7119,6 +7125,7 @@ const buttons = {           // by name, or by id; each gets the button's value
     const folded = byId("log-panel").classList.toggle("folded");
     byId("fold").textContent = folded ? "Unfold" : "Fold";
     byId("fold").ariaExpanded = !folded;
+    byId("scroll").scrollTop = byId("scroll").scrollHeight;
   },
 };
 
