@@ -8253,6 +8253,7 @@ async def test_the_monitor_plots_what_the_server_does(monitor) -> None:
     asyncio.get_running_loop().call_soon(time.sleep, 0.6)
     for selector, text in {
         "#connections .now": "4open",
+        "#connections .scale": "10",
         "#messages .now": "out",
         "#queued .now": " Bwaiting",
         "#lag figcaption": re.compile(r"Highest ([5-9]|\d,.)\d\d ms"),
@@ -8271,7 +8272,7 @@ async def test_the_monitor_can_be_paused_and_read_at_any_time(monitor) -> None:
     tab, server = monitor
     await tab.click("#pause")
     await visitor(server)
-    await sees(tab, "#summary", "1 WebSockets")
+    await sees(tab, "#summary", "1 over WebSockets")
     await tab.hover("#connections svg", position={"x": 1, "y": 50})
     await sees(tab, "#connections figcaption", "s ago")
     assert await tab.inner_text("#connections .now span") == "1"
