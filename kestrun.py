@@ -346,6 +346,16 @@ def _is_async(function: Any) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, called)))
 
 
+def _check_call(function: Any, usage: str, count: int) -> None:
+    """Raise TypeError if a function cannot be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError as error:
+        raise TypeError(f"{usage}: {error} ({function!r})") from None
+    except ValueError:  # it does not tell its signature
+        pass
+
+
 async def _result_of(result: Any) -> Any:
     """Return what a function returned; await it if the function was async."""
     return await result if hasattr(result, "__await__") else result
@@ -3400,10 +3410,9 @@ def authorize(check: Callable[[HubCallerContext], Any]) -> Callable[[F], F]:
     check: (context) -> bool, plain or async. If it returns False, the call fails with
         "Failed to invoke 'X' because user is unauthorized".
     Checks add up, also with those of base classes and of overridden methods. Raises
-    TypeError if `check` is not a function.
+    TypeError if `check` is not a function of one argument.
     """
-    if not callable(check):
-        raise TypeError(f"authorize takes a function of a context, not {check!r}")
+    _check_call(check, "authorize takes a function of the context", 1)
 
     def decorate(target: F) -> F:
         plain: Any = getattr(target, "__func__", target)  # of a static method
@@ -3451,6 +3460,8 @@ class HubMethod:
         self.checks: list[Callable[[HubCallerContext], Any]] = []
         for checked in (*reversed(hub_class.__mro__), *_definitions(hub_class, name)):
             self.checks += vars(checked).get("__kestrun_checks__", ())
+        if getattr(function, "__qualname__", "").startswith("authorize.<locals>"):
+            raise TypeError(f"{self.qualified_name}: write @authorize(check)")
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         if not takes_hub:  # a static or class method
             self.function = lambda hub, *arguments: function(*arguments)
@@ -3464,12 +3475,15 @@ class HubMethod:
         self.signature: list[tuple[inspect.Parameter, Any]] = []
         self._rest: list[tuple[str, Converter]] = []  # of *arguments
         parameters = list(inspect.signature(function).parameters.values())
+        if takes_hub and not parameters:
+            raise TypeError(f"{self.qualified_name}: the first parameter must be self")
         for parameter in parameters[1:] if takes_hub else parameters:
             annotation = _annotation(function, parameter.name)
             try:
                 self._add(parameter, annotation, converters)
             except (TypeError, NameError, AttributeError) as error:
-                text = f"{self.qualified_name}: parameter {parameter.name!r}: {error}"
+                shown = f"{parameter.name!r} ({_type_text(annotation)})"
+                text = f"{self.qualified_name}: parameter {shown}: {error}"
                 raise TypeError(text) from None
         unwrapped = inspect.unwrap(function)
         if inspect.isgeneratorfunction(unwrapped):
@@ -3554,9 +3568,13 @@ def _collect_methods(
     Those are the public ones that the class adds or inherits from others than Hub,
     static and class methods too.
     Raises TypeError for two methods whose names are the same to clients, for a method
-    that hides an attribute of Hub, and for a check where it would not be asked.
+    that hides an attribute of Hub, for a check where it would not be asked, and for a
+    hook with the wrong parameters.
     """
     methods: dict[str, HubMethod] = {}
+    hooks = {"on_connected": 1, "on_disconnected": 2, "on_invocation": 3}
+    for name, count in hooks.items():
+        _check_call(getattr(hub_class, name), f"{hub_class.__name__}.{name}", count)
     for name in dir(hub_class):
         member = inspect.getattr_static(hub_class, name)
         is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
@@ -3624,9 +3642,8 @@ class Converters:
         """Return the converter for values of this annotation.
 
         exact: accept only values that are of the annotated type as they arrive, so
-        an int is no float. Unions try this first. Types that the wire does not have
-        accept what they are written as. Raises TypeError for an annotation whose
-        values cannot be checked.
+        an int is no float; types that are written as text accept that. Unions try
+        this first. Raises TypeError for an annotation whose values cannot be checked.
         """
         custom = self._options.converter
         if custom is not None and (convert := custom(annotation)) is not None:
@@ -3659,14 +3676,18 @@ class Converters:
         if isinstance(kind, type) and (convert := self._for_class(kind, exact)):
             return convert
         raise TypeError(
-            f"the annotation {getattr(kind, '__name__', kind)} cannot be checked; use "
-            "types such as int, str, list, dict, dataclasses, enums, datetime, or "
-            "Any, or set HubOptions.converter"
+            f"the annotation {_type_text(annotation)} cannot be checked; use Any, or set "
+            "HubOptions.converter, or use bool, int, float, str, bytes, list, dict, set, "
+            "frozenset, tuple, unions, Literal, dataclasses, TypedDict, Enum, datetime, "
+            "date, time, timedelta, Decimal, UUID, NewType, Annotated"
         )
 
     def _for_class(self, kind: Any, exact: bool) -> Converter | None:
         if kind in _WRITTEN_AS:
-            return functools.partial(_to_type, kind, _WRITTEN_AS[kind])
+            accepted = _WRITTEN_AS[kind]
+            if exact:
+                accepted = {str: accepted[str]}
+            return functools.partial(_to_type, kind, accepted)
         if kind in _ACCEPTED:
             return functools.partial(_to_type, kind, {} if exact else _ACCEPTED[kind])
         if issubclass(kind, Enum):
@@ -3744,11 +3765,12 @@ _ACCEPTED: dict[type, dict[type, Converter]] = {
     int: {float: _whole},
     float: {int: float},
     bytes: {str: functools.partial(base64.b64decode, validate=True)},
-    datetime: {str: datetime.fromisoformat},
 }
 
-#: Types that the wire does not have, with what they are written as.
+#: Types that are written as text, since JSON or the wire does not have them, with the
+#: types that are accepted for them.
 _WRITTEN_AS: dict[type, dict[type, Converter]] = {
+    datetime: {str: datetime.fromisoformat},
     uuid.UUID: {str: uuid.UUID},
     date: {str: date.fromisoformat},
     clock_time: {str: clock_time.fromisoformat},
@@ -3777,10 +3799,11 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
     """Convert to the member of the value's exact type, else to the first that fits."""
     if _unchanged in converters:  # a member takes any value
         return _unchanged
-    names = " or ".join(getattr(m, "__name__", str(m)) for m in members)
+    names = " or ".join(map(_type_text, members))
 
     def convert(value: Any) -> Any:
         results, attempt = _union_memo.get(), (id(convert), id(value))
+        arrived, reason = type(value).__name__, ""
         if results is None:  # the outermost union
             token = _union_memo.set({})
             try:
@@ -3793,11 +3816,14 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
                 try:
                     results[attempt] = value, converter(value)
                     break
-                except Exception:  # noqa: BLE001, S112 (a dataclass is user code)
-                    continue
+                except Exception as error:  # noqa: BLE001 (a dataclass is user code)
+                    text = _text_of(error)
+                    # What is wrong inside says more than that a type is another.
+                    reason = reason if text.endswith(f", got {arrived}") else text
         _, result = results[attempt]
         if result is NO_RESULT:
-            raise ValueError(f"{names} expected, got {type(value).__name__}")
+            text = f"{names} expected, got {arrived}"
+            raise ValueError(f"{text} ({reason})" if reason else text)
         return result
 
     return convert
@@ -3927,20 +3953,32 @@ def describe(
 
 
 def _has_parts(kind: Any) -> bool:
-    """Return True for an enum and for an object type."""
+    """Return True for enums, object types, and other names of types."""
+    named = hasattr(kind, "__supertype__") or hasattr(kind, "__value__")
     enum = isinstance(kind, type) and issubclass(kind, Enum)
-    return enum or dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+    return named or enum or dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
 
 
 def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
-    """Describe the values of an enum, or the members of an object type."""
+    """Describe what a name stands for, an enum's values, or an object's members."""
+    if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):
+        other = getattr(kind, "__supertype__", None) or kind.__value__
+        return {"alias": _type_text(other)}
     if issubclass(kind, Enum):
-        return {"values": [member.value for member in kind]}
+        names, values = kind.__members__, [m.value for m in kind.__members__.values()]
+        return {"names": [*names], "values": values}
     hints = typing.get_type_hints(kind)
+    optional = [
+        name for name in hints if name in getattr(kind, "__optional_keys__", ())
+    ]
     if dataclasses.is_dataclass(kind):
-        members = Writer(options, "json").spell(dataclasses.fields(kind))
-        hints = {wire: hints[name] for name, wire in members}
-    return {"members": {name: _type_text(hint) for name, hint in hints.items()}}
+        fields, missing = dataclasses.fields(kind), dataclasses.MISSING
+        spelled = dict(Writer(options, "json").spell(fields))
+        hints = {wire: hints[name] for name, wire in spelled.items()}
+        needed = {f.name for f in fields if f.default is f.default_factory is missing}
+        optional = [wire for name, wire in spelled.items() if name not in needed]
+    members = {name: _type_text(hint) for name, hint in hints.items()}
+    return {"members": members, "optional": optional}
 
 
 # ----------------------------------------------------------- hub connection
@@ -4197,7 +4235,7 @@ class Call:
         """Call the method if all checks allow it. Raises Unauthorized."""
         for check in self.method.checks:
             if not await _result_of(check(self._calls.hub.context)):
-                raise Unauthorized
+                raise Unauthorized("the user is unauthorized")
         return await _result_of(self._call())
 
     def _call(self) -> Any:
@@ -5409,15 +5447,15 @@ def _skips_negotiation(request: Request) -> bool:
     return _requested_transport(request) == WEBSOCKETS
 
 
-def _constructor_error(hub_class: type[Hub]) -> str:
-    """Return why a class cannot be made without arguments; "" if it can."""
+def _constructor_arguments(hub_class: type[Hub]) -> str:
+    """Name the arguments without which a class cannot be made."""
     try:
-        inspect.signature(hub_class).bind()
-    except TypeError as error:
-        return str(error)
+        parameters = inspect.signature(hub_class).parameters.values()
     except ValueError:  # it has no signature
-        pass
-    return ""
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in optional]
+    return ", ".join(parameter.name for parameter in needed)
 
 
 def map_hub(
@@ -5445,10 +5483,11 @@ def map_hub(
     and two methods with the same wire name.
     """
     _check_hub_class(hub_class)
-    if factory is None and (problem := _constructor_error(hub_class)):
+    if factory is None and (arguments := _constructor_arguments(hub_class)):
         name = hub_class.__name__
-        call = f"map_hub(app, path, {name}, factory=lambda: {name}(…))"
-        raise TypeError(f"{name} cannot be made without arguments ({problem}): {call}")
+        call = f"map_hub(app, path, {name}, factory=lambda: {name}({arguments}))"
+        raise TypeError(f"{name} cannot be made without arguments; use {call}")
+    _check_call(factory or dict, "factory takes no arguments", 0)
     if not isinstance(path, str) or not path.startswith("/"):
         raise ValueError(f'path must start with "/", got {path!r}')
     if "{" in path or "}" in path:
@@ -5545,17 +5584,28 @@ class HubClient:
         """Call a method of the hub without waiting for it."""
         await self._call(Invocation(target, list(arguments)))
 
-    async def invoke(self, target: str, *arguments: Any) -> Any:
+    @typing.overload
+    async def invoke(self, target: str, *arguments: Any, returns: type[T]) -> T: ...
+
+    @typing.overload
+    async def invoke(
+        self, target: str, *arguments: Any, returns: types.UnionType = ...
+    ) -> Any: ...
+
+    async def invoke(self, target: str, *arguments: Any, returns: Any = Any) -> Any:
         """Call a method of the hub and return its result.
 
         arguments: of any type that hubs can send; async iterators are uploaded.
+        returns: the type of the result, checked and converted like an argument of a
+            hub method; ValueError if it does not fit.
         Raises HubException with the error that the hub reports, ConnectionError if
         the connection ends.
         """
+        convert = Converters(HubOptions()).make(returns)
         call = Invocation(target, list(arguments), next(self._ids))
         async with contextlib.aclosing(self._answers_of(call)) as answers:
             result = (await anext(answers)).result
-        return None if result is NO_RESULT else result
+        return convert(None if result is NO_RESULT else result)
 
     async def stream(self, target: str, *arguments: Any) -> AsyncIterator[Any]:
         """Yield the items of a stream; leaving the loop early cancels it."""
@@ -5720,8 +5770,10 @@ _write_result = _json_writer(Writer(HubOptions(), "json").result_to_plain)
 class Operation:
     """One piece of work. Read it at any time; only `Operations` changes it."""
 
+    #: For people; given to `start`.
     name: str
     description: str
+    #: Random, after the `prefix` of its Operations.
     id: str
     #: "NotStarted", then "Running", finally "Completed", "Faulted" or "Canceled".
     state: str = NOT_STARTED
@@ -5735,8 +5787,10 @@ class Operation:
     #: What the work returned, or the exception it raised.
     result: Any = None
     error: BaseException | None = None
+    #: Whether `cancel` was called; the work may go on for a while.
     cancel_requested: bool = False
-    expires_at: float = math.inf
+    #: The monotonic time at which it is forgotten.
+    _expires_at: float = math.inf
     _task: asyncio.Task[None] = field(init=False)
 
     def __repr__(self) -> str:
@@ -5745,7 +5799,6 @@ class Operation:
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as JSON values: times and the error as text."""
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        del fields["expires_at"]
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
         error = self.error
@@ -5854,7 +5907,8 @@ class Operations:
         """
         if not _is_async(work):
             raise TypeError(
-                f"start(work, …): an async function of a Progress, not {work!r}"
+                "start(work, 3) takes a function such as `async def work(progress, "
+                f"count)` and its arguments, not {work!r}"
             )
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
@@ -5925,7 +5979,7 @@ class Operations:
             operation.state, operation.error = FAULTED, error
             log.exception("operation %r failed", operation.name)
         operation.completed_at = datetime.now(UTC)
-        operation.expires_at = time.monotonic() + self.retention
+        operation._expires_at = time.monotonic() + self.retention
         await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
@@ -5939,7 +5993,7 @@ class Operations:
         """Forget final operations that expired or are too many; return the others."""
         now, surplus = time.monotonic(), len(self._operations) - self.limit
         for operation in list(self._operations.values()):
-            if operation.final and (surplus > 0 or operation.expires_at <= now):
+            if operation.final and (surplus > 0 or operation._expires_at <= now):
                 del self._operations[operation.id]
                 surplus -= 1
         return self._operations
@@ -6041,6 +6095,8 @@ class _Job:
     due: float = -math.inf
     next: float = math.inf
     last_run: datetime | None = None
+    #: Seconds between the last run and its due time.
+    late: float = 0.0
     suspended: bool = False
     runs: int = 0
     failures: int = 0
@@ -6067,8 +6123,9 @@ class _Job:
         if self.running:
             log.warning("job %s skipped a run: the last one still runs", self.name)
             return
-        if now - self.due > 1:
-            log.warning("job %s started %.1f s late", self.name, now - self.due)
+        self.late = now - self.due
+        if self.late > 1:
+            log.warning("job %s started %.1f s late", self.name, self.late)
         self.runs += 1
         self.last_run = datetime.fromtimestamp(now, UTC)
         self.task = asyncio.create_task(self._run())
@@ -6143,9 +6200,12 @@ class Schedule:
         return decorate
 
     def report(self) -> list[dict[str, Any]]:
-        """Describe every job: name, schedule, suspended, last and next run, counts."""
-        keys = ["name", "schedule", "suspended", "running", "last_run", "next_run"]
-        keys += ["runs", "failures"]
+        """Describe every job: name, schedule, state, last and next run, counts.
+
+        "late" is the number of seconds from the last run's due time to its start.
+        """
+        keys = ["name", "schedule", "suspended", "running", "last_run", "late"]
+        keys += ["next_run", "runs", "failures"]
         return [{k: getattr(job, k) for k in keys} for job in self._jobs.values()]
 
     def suspend(self, name: str) -> None:
@@ -8066,6 +8126,8 @@ async def _probe(url: str, token: str | None) -> None:
         text = f"{shown} cannot be used: {error}"
         if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
             text = f"{shown!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
+        elif isinstance(error, aiohttp.ClientConnectorError):
+            text = f"{shown} cannot be reached: is the server running there?"
         elif isinstance(error, aiohttp.WSServerHandshakeError):
             reason = _PROBLEMS.get(error.status, "this is no hub")
             text = f"{shown} answers {error.status}: {reason}"

@@ -2529,6 +2529,9 @@ RETURNED = [
     (dict[str, float], {"a": 1}, {"a": 1.0}),
     (int, "3", "int expected, got str"), (int, None, "int expected, got NoneType"),
     (list[int], [1, "a"], "int expected, got str"),
+    (list[int] | None, 5, r"list\[int\] or None expected, got int$"),
+    (list[int] | None, ["q"], r"expected, got list \(int expected, got str\)$"),
+    (dict[str, int] | None, {"x": "q"}, r"got dict \(int expected, got str\)$"),
     (datetime.timedelta, "P9999999999D", "result of 'GetName'"),
     (datetime.date, "soon", "Invalid isoformat"), (Literal["a"], "b", "one of"),
 ]  # fmt: skip
@@ -2695,6 +2698,8 @@ ARGUMENTS = [
     (list[Annotated[int, []]], [1], [1]), (object, {"a": 1}, {"a": 1}),
     (list[Any], [1, "a"], [1, "a"]), (dict[str, Decimal], {"a": "1.0"}, {"a": Decimal("1.0")}),
     (dict[datetime.date, int], {"2026-05-04": 1}, {MOMENT.date(): 1}),
+    (Decimal | float, 1.5, 1.5), (Decimal | int, 5, 5), (int | Decimal, 1.5, Decimal("1.5")),
+    (datetime.datetime | str, "2026-05-04T03:02:01.25Z", MOMENT),
     (Decimal | str, "1.0", Decimal("1.0")), (str | Decimal, "1.0", "1.0"),
     (datetime.date | None, None, None), (datetime.date | str, "soon", "soon"),
     (set[int] | list[str], ["a"], ["a"]), (Tree, {"a": [{"b": 1}, "c"]}, {"a": [{"b": 1}, "c"]}),
@@ -2829,9 +2834,11 @@ def test_an_annotation_that_cannot_be_checked_is_refused_at_once(
     assert re.search(r"take\b.*'peculiar'", str(caught.value))
     if annotation is Foo:
         text = (
-            "Taking.take: parameter 'peculiar': the annotation Foo cannot be checked; "
+            r"Taking.take: parameter 'peculiar' \(Foo\): the annotation Foo cannot be "
         )
-        text += "use types such as int, str, .*HubOptions.converter"
+        text += (
+            "checked; use Any, or set HubOptions.converter, or use bool, int, .*Decimal"
+        )
         assert re.match(text, str(caught.value))
 
 
@@ -4079,7 +4086,11 @@ class Needy(kestrun.Hub):
 
 
 @pytest.mark.parametrize("hub, reason", [
-    (Needy, r"'database'.*: map_hub\(app, path, Needy, factory=lambda: Needy\(…\)\)"),
+    (Needy, r"use map_hub\(app, path, Needy, factory=lambda: Needy\(database\)\)"),
+    (no_hub(on_disconnected=lambda self: None), "Odd.on_disconnected: too many"),
+    (no_hub(on_invocation=lambda self, call_next: None), "Odd.on_invocation: too many"),
+    (no_hub(ping=lambda: None), "Odd.ping: the first parameter must be self"),
+    (no_hub(ping=kestrun.authorize(lambda self: None)), r"Odd.ping: write @authorize\("),
     (no_hub(numbers_of=numbers_of), "Odd.numbers_of: a method that yields must be async"),
     (no_hub(numbers_of=staticmethod(numbers_of)), "must be async"),
     (no_hub(on_connected=kestrun.authorize(is_user)(lambda self: None)),
@@ -4092,8 +4103,8 @@ def test_a_mistake_in_a_hub_class_shows_when_it_is_mapped(hub, reason: str) -> N
         kestrun.map_hub(web.Application(), "/hub", hub)
 
 
-@pytest.mark.parametrize("wrong", [None, True, "admin"])
-def test_a_check_is_a_function(wrong: Any) -> None:
+@pytest.mark.parametrize("wrong", [None, True, "admin", lambda: True, Needy.__init__])
+def test_a_check_is_a_function_of_a_context(wrong: Any) -> None:
     with pytest.raises(TypeError, match="authorize takes a function"):
         kestrun.authorize(wrong)
 
@@ -4145,7 +4156,7 @@ class Described(Mixin, kestrun.Hub):
 
     @staticmethod
     async def watch(
-        items: AsyncIterator[Foo], by: Literal["a", 1]
+        items: AsyncIterator[Foo], by: Literal["a", 1], far: Metres
     ) -> AsyncIterator[tuple[int, ...]]:
         yield (1,)
 
@@ -4177,23 +4188,30 @@ def test_a_hub_is_described_for_front_ends() -> None:
                    parameter("more", "Permission", repeated=True),
                    result="list[Point]", authorize=["is_admin"]),
             method("Watch", parameter("items", "AsyncIterator[Foo]"),
-                   parameter("by", "Literal['a', 1]"), stream=True,
+                   parameter("by", "Literal['a', 1]"), parameter("far", "Metres"),
+                   stream=True,
                    result="AsyncIterator[tuple[int, ...]]"),
         ],
         "types": {
-            "Colour": {"values": [1, "blue"]},
-            "Permission": {"values": [1, 2]},
-            "Place": {"members": {"user_name": "str", "at": "date", "point": "Point"}},
-            "Point": {"members": {"x": "int", "userName": "str"}},
-            "Trail": {"members": {
-                "points": "list[Point]", "colour": "Colour | None",
-                "at": "datetime | None", "length": "float | int",
-                "next": "Trail | None"}},
+            "Colour": {"names": ["RED", "DEEP_BLUE"], "values": [1, "blue"]},
+            "Metres": {"alias": "float"},
+            "Permission": {"names": ["READ", "WRITE"], "values": [1, 2]},
+            "Place": {
+                "members": {"user_name": "str", "at": "date", "point": "Point"},
+                "optional": ["point"]},
+            "Point": {
+                "members": {"x": "int", "userName": "str"}, "optional": ["userName"]},
+            "Trail": {
+                "members": {
+                    "points": "list[Point]", "colour": "Colour | None",
+                    "at": "datetime | None", "length": "float | int",
+                    "next": "Trail | None"},
+                "optional": ["colour", "at", "length", "next"]},
         },
     }  # fmt: skip
     options = kestrun.HubOptions(member_name=lambda name, _: name.upper())
     spelled = kestrun.describe(Described, options)["types"]["Point"]
-    assert spelled == {"members": {"X": "int", "USER_NAME": "str"}}
+    assert spelled["members"] == {"X": "int", "USER_NAME": "str"}
     for wrong in (Plain(), int, None, no_hub(numbers_of=numbers_of)):
         with pytest.raises(TypeError):
             kestrun.describe(wrong)
@@ -6585,6 +6603,10 @@ async def test_the_client_calls_streams_uploads_and_receives(serve, by, protocol
     async with connected(serve, by=by, protocol=protocol) as (hub, connection):
         assert await connection.receive("Welcome") == ["you"]  # before any call
         assert await connection.invoke("Add", 1, 2) == 3
+        sum = await connection.invoke("Add", 1, 2, returns=float)
+        assert (sum, type(sum)) == (3.0, float)
+        with pytest.raises(ValueError, match="str expected, got int"):
+            await connection.invoke("Add", 1, 2, returns=str)
         assert await connection.invoke("note", Point(1, "Ann")) is None
         assert hub.log.pop() == {"x": 1, "userName": "Ann"}
         assert [n async for n in connection.stream("Counter", 3)] == [0, 1, 2]
@@ -7348,7 +7370,7 @@ async def test_a_job_that_raises_is_reported_and_runs_again(schedule, clock, cap
     (report,) = schedule.report()
     times = [report.pop(key).timestamp() for key in ("last_run", "next_run")]
     assert times == [clock.moment("10:02:02"), clock.moment("10:03:00")]
-    counts = {"runs": 2, "failures": 2, "running": False, "suspended": False}
+    counts = {"runs": 2, "failures": 2, "running": False, "suspended": False, "late": 2}
     assert report == {"name": "clumsy", "schedule": "every 60 s"} | counts
     for text in ("clumsy failed", "ValueError: oops", "clumsy started 2.0 s late"):
         assert text in caplog.text
@@ -9506,7 +9528,7 @@ async def test_the_program_describes_a_hub(tmp_path: Path) -> None:
     names = [method["name"] for method in described["methods"]]
     assert {"Echo", "JoinGroup"} <= {*names} and described["hub"] == "KestrunHub"
     shown = json.loads(await output_of(*command, cwd=tmp_path))
-    assert shown["types"] == {"Item": {"members": {"isNew": "bool"}}}
+    assert shown["types"]["Item"] == {"members": {"isNew": "bool"}, "optional": []}
     reasons = {
         "news": "give MODULE:HUB", "news:Nothing": "has no attribute 'Nothing'",
         "nowhere:Hub": "No module named 'nowhere'", "": "give MODULE:HUB",
@@ -9525,10 +9547,11 @@ async def test_the_program_probes_a_hub(demo, closed_port) -> None:
     assert re.fullmatch(answers, await output_of(*command))
     reasons = {
         url: "answers 401: the token is missing or wrong; give --token",
-        f"{url} --token x": "answers 401", "http://nowhere.invalid/hub": "Cannot connect",
+        f"{url} --token x": "answers 401",
+        "http://nowhere.invalid/hub": "cannot be reached: is the server running there",
         f"{server.origin}/": "answers 200: this is a page, not a hub",
         f"{server.origin}/nowhere": "answers 404: there is no hub at this path",
-        f"http://127.0.0.1:{closed_port}/hub": "cannot be used: Cannot connect",
+        f"http://127.0.0.1:{closed_port}/hub": "cannot be reached: is the server",
         **dict.fromkeys(["''", "localhost", "127.0.0.1:5000/hub", "ftp://x/hub"],
                         "is no URL such as http://"),
     }  # fmt: skip
