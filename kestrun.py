@@ -2119,19 +2119,6 @@ class GroupManager:
             self._groups_of.pop(connection_id, None)
 
 
-def _in_protocol(
-    protocol: HubProtocol, encoded: Encoded, common: HubProtocol
-) -> bytes | None:
-    """Return a message of another process as a protocol writes it, if it can.
-
-    common: JSON, in which every process can write.
-    """
-    if protocol not in encoded and common in encoded:  # the sender has no msgpack
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            encoded[protocol] = protocol.encode(decode_one(common, encoded[common]))
-    return encoded.get(protocol)
-
-
 class PendingResults:
     """The calls of this process that wait for a client's result.
 
@@ -2312,10 +2299,15 @@ class Registry:
 
     def deliver(self, address: Address, encoded: Encoded) -> None:
         """Queue a message that another process has published."""
+        common = self.protocols["json"]  # the only one of a sender without msgpack
         for connection in self._receivers(address):
-            data = _in_protocol(connection.protocol, encoded, self.protocols["json"])
-            if data is not None:
-                connection.send(data)
+            protocol = connection.protocol
+            if protocol not in encoded and common in encoded:
+                with contextlib.suppress(TypeError, ValueError, OverflowError):
+                    message = decode_one(common, encoded[common])
+                    encoded[protocol] = protocol.encode(message)
+            if protocol in encoded:
+                connection.send(encoded[protocol])
 
     def encode_for_others(self, message: Invocation, encoded: Encoded) -> None:
         """Add the protocols of which other processes may have clients.
@@ -3251,8 +3243,9 @@ class Everywhere:
     """One hub in all processes that serve it: `hub.everywhere`.
 
     Without a backplane that is this process. With one, each method raises
-    ConnectionError if it needs other processes that cannot be reached; those that
-    do not answer within a second are left out, with a warning.
+    ConnectionError if it needs other processes that cannot be reached, or one that
+    does not answer within a second. Of all, those that do not are left out, with a
+    warning.
     """
 
     _registry: Registry
@@ -3305,7 +3298,7 @@ class Everywhere:
         return await self._registry.ask("all", f"own {question}", *arguments)
 
     async def ask_process(self, process_id: str, question: str, *arguments: Any) -> Any:
-        """Ask the process with this id, which may be this one. None: no answer."""
+        """Ask the process with this id, which may be this one; None if there is none."""
         question = f"own {question}"
         if process_id == self.process_id:
             return await self._registry.handle(question, *arguments)
@@ -3944,7 +3937,7 @@ def describe(
         description = {"name": method.name, "parameters": parameters}
         description |= {"result": _type_text(method.result), "stream": method.streaming}
         methods.append({**description, "authorize": checks})
-    kinds = {kind: _describe_type(kind, options) for kind in found if _has_parts(kind)}
+    kinds = {k: parts for k in found if (parts := _describe_type(k, options))}
     described = {kind.__name__: parts for kind, parts in kinds.items()}
     if len(described) < len(kinds):
         raise TypeError(f"{hub_class.__name__}: two of its types have the same name")
@@ -3952,33 +3945,26 @@ def describe(
     return {"hub": hub_class.__name__, "methods": methods, "types": types}
 
 
-def _has_parts(kind: Any) -> bool:
-    """Return True for enums, object types, and other names of types."""
-    named = hasattr(kind, "__supertype__") or hasattr(kind, "__value__")
-    enum = isinstance(kind, type) and issubclass(kind, Enum)
-    return named or enum or dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
-
-
 def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
-    """Describe what a name stands for, an enum's values, or an object's members."""
+    """Describe an enum, an object type or an alias; {} for other annotations."""
     if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
-    if issubclass(kind, Enum):
+    if isinstance(kind, type) and issubclass(kind, Enum):
         names, values = kind.__members__, [m.value for m in kind.__members__.values()]
         return {"names": [*names], "values": values}
+    if not (typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)):
+        return {}
     hints = typing.get_type_hints(kind)
-    optional = [
-        name for name in hints if name in getattr(kind, "__optional_keys__", ())
-    ]
+    optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
         fields, missing = dataclasses.fields(kind), dataclasses.MISSING
         spelled = dict(Writer(options, "json").spell(fields))
         hints = {wire: hints[name] for name, wire in spelled.items()}
         needed = {f.name for f in fields if f.default is f.default_factory is missing}
-        optional = [wire for name, wire in spelled.items() if name not in needed]
+        optional = frozenset(spelled[f.name] for f in fields if f.name not in needed)
     members = {name: _type_text(hint) for name, hint in hints.items()}
-    return {"members": members, "optional": optional}
+    return {"members": members, "optional": [m for m in members if m in optional]}
 
 
 # ----------------------------------------------------------- hub connection
