@@ -9702,15 +9702,19 @@ async def test_a_typed_hub_passes_type_checkers_and_mistakes_do_not(
     right.write_text(TYPED)
     wrong.write_text(TYPED + WRONGLY_TYPED)
     shutil.copy(KESTRUN, tmp_path)
+    files = ["kestrun.py", "right.py", "wrong.py"]
+    for text in snippets("python"):
+        files.append(re.match(r"# ([\w.]+)", text)[1])
+        (tmp_path / files[-1]).write_text(text)
+    files.remove("several.py")  # a part of chat.py
     words = [word.format(cache=tmp_path / "cache") for word in CHECKERS[checker]]
-    command = [sys.executable, "-m", *words]
-    process = await run(
-        *command, "kestrun.py", "right.py", "wrong.py", cwd=tmp_path, PYTHONPATH=""
-    )
+    command = [sys.executable, "-m", *words, *files]
+    process = await run(*command, cwd=tmp_path, PYTHONPATH="")
     output = (await asyncio.wait_for(process.communicate(), 140))[0].decode()
     if "wrong.py" not in output:
         needed("let pyright install Node.js")
-    assert not re.search(r"(right|kestrun)\.py:\d", output.replace("note:", "")), output
+    faults = [line for line in output.splitlines() if re.search(r"\.py:\d", line)]
+    assert all("note:" in f or "wrong.py" in f for f in faults), output
     first = len(TYPED.splitlines()) + 4
     found = {int(n) for n in re.findall(r"wrong\.py:(\d+):.*error", output)}
     assert found == {*range(first, first + 5)}, output
@@ -13232,6 +13236,7 @@ class ClusterHub(BenchHub):
 
 
 BENCHED = {"kestrun": BenchHub, "kestrun-async": AsyncBenchHub, "cluster": ClusterHub}
+BENCHED["kestrun-orjson"] = BenchHub
 
 
 def bench_server(name: str, port: str, loop: str = "") -> None:
@@ -13240,12 +13245,14 @@ def bench_server(name: str, port: str, loop: str = "") -> None:
     app, backplane = web.Application(), None
     if url := os.environ.get("KESTRUN_REDIS"):
         backplane = kestrun.RedisBackplane(url, secret=SECRET)
-    hub = kestrun.map_hub(app, "/hubs/bench", BENCHED[name], backplane=backplane)
+    options: Any = {"json": package("orjson")} if name == "kestrun-orjson" else {}
+    options["backplane"] = backplane
+    hub = kestrun.map_hub(app, "/hubs/bench", BENCHED[name], **options)
     app[kestrun.HUB] = hub
     new_loop = package(loop).new_event_loop if loop else asyncio.new_event_loop
-    options = {"host": "127.0.0.1", "port": int(port), "backlog": 1024}
     gc.freeze()  # the objects of the tests: users have none of them
-    web.run_app(app, loop=new_loop(), access_log=None, **options)
+    where: Any = {"host": "127.0.0.1", "port": int(port), "backlog": 1024}
+    web.run_app(app, loop=new_loop(), access_log=None, **where)
 
 
 def bench(url: str = "") -> Any:
@@ -13334,7 +13341,7 @@ async def test_the_figures_of_several_processes_are_printed(redis) -> None:
     assert all(re.search(r"\d$", line) for line in lines)
 
 
-@pytest.mark.parametrize("name", ["kestrun", "kestrun-async"])  # figures have "cluster"
+@pytest.mark.parametrize("name", [name for name in BENCHED if name != "cluster"])
 async def test_the_bench_server_serves_its_hub(name: str) -> None:
     arguments = ("--bench-server", name, str(free_port()))
     async with program(*arguments, script=__file__) as running:
