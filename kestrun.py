@@ -229,7 +229,7 @@ class HubOptions:
     #: Messages of one client in a second, on average; at most twice as many at once.
     #: Its answers to this process do not count. A client that sends more is cut off.
     invocations_per_second: float | None = None
-    #: Connections of this hub in one process; further ones get 503.
+    #: Connections of this hub in one process, and unused tokens; more get 503.
     maximum_connections: int | None = 10_000
     #: Send the text of every exception to the caller. For development only.
     enable_detailed_errors: bool = False
@@ -481,8 +481,7 @@ def _one_line(text: str, longest: int | None = None) -> str:
     text = text[:longest]
     if text.isprintable():
         return text
-    escape = "unicode_escape"
-    return "".join(c if c.isprintable() else c.encode(escape).decode() for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _camel_case(name: str) -> str:
@@ -1475,6 +1474,10 @@ class Connection:
     on_data: Callable[[], None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def __str__(self) -> str:
+        """Name it for the log, where the whole id of an old client would be its token."""
+        return self.connection_id[:22]
+
     def __post_init__(self) -> None:
         options = self.shared.options
         self.inbox = Inbox(_or_infinite(options.receive_buffer_limit))
@@ -1551,7 +1554,7 @@ class Connection:
         if self.state == CLOSED:
             return
         self.shared.counters.drops[reason] += 1
-        log.warning("connection %s dropped: %s", self.connection_id, reason)
+        log.warning("connection %s dropped: %s", self, reason)
         transport = self.transport
         error = ConnectionAbortedError(f"The client was dropped: {reason}.")
         self.lost(End(error))
@@ -1630,7 +1633,7 @@ class Connection:
             if self.outbox.size and self.transport is not None:
                 self.transport.flush()
         except Exception:
-            log.exception("connection %s", self.connection_id)
+            log.exception("connection %s", self)
             self.drop("transport error")
 
     def take(self) -> bytes:
@@ -1805,7 +1808,7 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
 def _websocket_ended(connection: Connection, code: int | None, error: object) -> None:
     """Tell the connection how its socket ended: by a bad frame, closed, or lost."""
     if isinstance(error, aiohttp.WebSocketError):
-        log.warning("connection %s: %s", connection.connection_id, error)
+        log.warning("connection %s: %s", connection, error)
         connection.lost(End(ProtocolError(str(error))))
     elif code is not None and code != aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
         connection.lost(End(in_order=True))
@@ -1949,8 +1952,10 @@ async def receive_post(request: Request, connection: Connection) -> None:
                 raise TimeoutError
         finally:
             reading.cancel()
-    if not request.content.at_eof():
-        request.protocol.keep_alive(False)  # the rest is not read
+    if not request.content.at_eof():  # the rest is not read
+        request.protocol.keep_alive(False)
+        if request.transport is not None:
+            request.transport.pause_reading()
 
 
 # ----------------------------------------------------------------- registry
@@ -2146,48 +2151,32 @@ class PendingResults:
         self._last += 1
         id = f"{self._registry.backplane.process_id}s{self._last}"
         message = dataclasses.replace(message, invocation_id=id)
-        connection = self._registry.connections.get(connection_id)
+        gone: asyncio.Future[Any] = _new_future()
         self._waiting[id] = connection_id, result
         try:
-            if connection is None:
-                await self._ask_elsewhere(connection_id, message, result)
-            else:
-                await self._ask_here(connection, message, result)
+            gone = self._send(connection_id, message)
+            await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            gone.cancel()
             del self._waiting[id]
+        if not result.done():
+            gone.result()  # raises if Redis is away
+            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
         completion = result.result()
         if completion.error is None and completion.result is NO_RESULT:
             completion.error = "Client didn't provide a result."
         return completion
 
-    async def _ask_here(
-        self, connection: Connection, message: Invocation, result: asyncio.Future[Any]
-    ) -> None:
-        """Send the message; return when the result is there."""
-        name, ended = connection.connection_id, connection.ended
-        if ended.done():
-            raise ConnectionError(f"Connection '{name}' does not exist.")
-        connection.send(connection.protocol.encode(message))
-        await asyncio.wait([result, ended], return_when=asyncio.FIRST_COMPLETED)
-        if not result.done():
-            raise ConnectionError(f"Connection '{name}' disconnected.")
-
-    async def _ask_elsewhere(
-        self, connection_id: str, message: Invocation, result: asyncio.Future[Any]
-    ) -> None:
-        """Send the message to another process's client, as `_ask_here` does."""
+    def _send(self, connection_id: str, message: Invocation) -> asyncio.Future[Any]:
+        """Send the message; return a future that is done once the client is gone."""
         registry, backplane = self._registry, self._registry.backplane
-        address = Address("connections", (connection_id,))
+        connection = registry.connections.get(connection_id)
+        if connection is not None:
+            connection.send(connection.protocol.encode(message))
+            return asyncio.shield(connection.ended)
         encoded = {p: p.encode(message) for p in registry.protocols.values()}
-        backplane.publish(address, message, encoded)
-        gone = asyncio.create_task(backplane.deserted(f"connection:{connection_id}"))
-        try:
-            await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-        if not result.done():
-            await gone  # raises if Redis is away
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+        backplane.publish(Address("connections", (connection_id,)), message, encoded)
+        return asyncio.create_task(backplane.deserted(f"connection:{connection_id}"))
 
     def awaits(self, message: Message | None) -> bool:
         """Return True for a client result that somebody here waits for."""
@@ -4078,16 +4067,15 @@ class MappedHub:
     def add(self, connection: Connection, context: HubCallerContext) -> None:
         self.contexts[connection.connection_id] = context
         self.registry.add(connection)
-        who = connection.connection_id, connection.user_id, connection.transport_name
+        who = connection, connection.user_id, connection.transport_name
         log.info("connection %s opened: user %r, %s", *who)
 
     def remove(self, connection: Connection, seconds: float) -> None:
         """Forget a connection, if it was added. seconds: how long it lasted."""
-        id, user = connection.connection_id, connection.user_id
-        if self.contexts.pop(id, None) is not None:
+        if self.contexts.pop(connection.connection_id, None) is not None:
             self.registry.remove(connection)
-            text = "connection %s closed: user %r, %s, after %.1f s"
-            log.info(text, id, user, connection.transport_name, seconds)
+            who = connection, connection.user_id, connection.transport_name
+            log.info("connection %s closed: user %r, %s, after %.1f s", *who, seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -4148,13 +4136,12 @@ class UploadStream:
 
 def _log_failure(name: str, connection: Connection, error: BaseException) -> None:
     """Log an exception of user code; with its traceback unless it was expected."""
-    connection_id = connection.connection_id
     gone = isinstance(error, ConnectionError) and connection.ended.done()
     if isinstance(error, (HubException, Unauthorized)) or gone:
         text = _one_line(_text_of(error), 200)
-        log.info("%s ended for connection %s: %s", name, connection_id, text)
+        log.info("%s ended for connection %s: %s", name, connection, text)
     else:
-        log.error("%s failed for connection %s", name, connection_id, exc_info=error)
+        log.error("%s failed for connection %s", name, connection, exc_info=error)
 
 
 @dataclass(slots=True, eq=False)
@@ -4420,8 +4407,7 @@ class Calls:
 
     def _refuse(self, invocation: Invocation, text: str) -> None:
         """Answer a call without calling its method."""
-        name = self.connection.connection_id
-        log.info("connection %s: %s", name, _one_line(text, 200))
+        log.info("connection %s: %s", self.connection, _one_line(text, 200))
         self.reply(invocation, NO_RESULT, text)
 
     def reply(self, message: Invocation, result: Any, error: str | None = None) -> None:
@@ -4601,7 +4587,7 @@ async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
         connection.protocol = _choose_protocol(mapped, connection, name, version)
     except (ProtocolError, HubException) as error:
         text = str(error)
-        log.warning("connection %s: %s", connection.connection_id, _one_line(text, 200))
+        log.warning("connection %s: %s", connection, _one_line(text, 200))
         if isinstance(error, ProtocolError):
             text = "An unexpected error occurred during connection handshake."
             text = error_text(text, error, mapped.options)
@@ -4667,10 +4653,11 @@ class HubConnection:
         self._counted_at = time.monotonic()
         self._hub: Hub
         self._calls: Calls | None = None
+        self._begun = time.monotonic()
 
     async def run(self) -> None:
         """Serve a client from its handshake to its end."""
-        connection, begun = self._connection, time.monotonic()
+        connection = self._connection
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
@@ -4687,7 +4674,7 @@ class HubConnection:
                     error = ProtocolError(text)
                 await self._run_hook("on_disconnected", error)
         finally:
-            self._mapped.remove(connection, time.monotonic() - begun)
+            self._mapped.remove(connection, time.monotonic() - self._begun)
             connection.close(End())
 
     async def _create_hub(self) -> Calls | None:
@@ -4753,8 +4740,7 @@ class HubConnection:
                         mapped.shared.flusher.run_later(connection.feed)
                     return
         except ProtocolError as error:
-            name, text = connection.connection_id, _one_line(str(error), 200)
-            log.warning("connection %s: %s", name, text)
+            log.warning("connection %s: %s", connection, _one_line(str(error), 200))
             inbox.clear()
             self._fail(error)
 
@@ -4770,7 +4756,8 @@ class HubConnection:
 
         paused: reading was paused before, so any number of messages may have waited.
         """
-        if isinstance(message, Ack) or self._mapped.registry.results.awaits(message):
+        acks = isinstance(message, Ack) and self._connection.reconnect is not None
+        if acks or self._mapped.registry.results.awaits(message):
             return True
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
@@ -4779,7 +4766,7 @@ class HubConnection:
         if self._credit >= 0:
             return True
         self._mapped.shared.counters.drops["rate limit"] += 1
-        log.warning("connection %s: too many messages", self._connection.connection_id)
+        log.warning("connection %s: too many messages", self._connection)
         text = f"The client sent more than {rate:g} messages a second."
         self._fail(HubException(text))
         return False
@@ -4841,18 +4828,22 @@ class HubConnection:
             self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
-        """Close a silent client's connection, or send a due ping or ack.
+        """Close a silent client's connection, or send what is due; forget an old one.
 
         now: monotonic seconds.
         """
-        connection = self._connection
+        connection, mapped = self._connection, self._mapped
+        timeout = _or_infinite(mapped.options.close_timeout)
+        if connection.state == CLOSED and now - connection.last_change > timeout:
+            # Others need not see it while its calls or `on_disconnected` still run.
+            mapped.remove(connection, now - self._begun)
         if connection.state != OPEN:
             return
         if self._keep_alive.timed_out(now):
             text = "Client hasn't sent a message/ping within the configured "
             error = OperationCanceled(f"{text}ClientTimeoutInterval.")
-            self._mapped.shared.counters.drops["client timeout"] += 1
-            log.info("connection %s timed out", connection.connection_id)
+            mapped.shared.counters.drops["client timeout"] += 1
+            log.info("connection %s timed out", connection)
             self._fail(error)
         else:
             self._keep_alive.send_due(now)
@@ -5021,7 +5012,7 @@ def _apply_timeouts(connection: Connection, now: float) -> None:
     away = now - connection.last_change
     if transport is None:
         if away > _or_infinite(options.disconnect_timeout):
-            log.debug("connection %s was not resumed in time", connection.connection_id)
+            log.debug("connection %s was not resumed in time", connection)
             connection.lost(End())
     elif transport.is_closing():
         connection.wake()  # its request notices that the client is gone
@@ -5042,10 +5033,11 @@ class ConnectionManager:
         self._mapped = mapped
         self._tokens = tokens
         self._connections: dict[str, Connection] = {}
-        #: The ids whose tokens were used, here or in another process, until these
-        #: expire: each is used once.
+        #: When tokens expire, by connection id: those that this process has made and
+        #: nobody has used, and those that were used, here or in another process.
+        self._unused: dict[str, float] = {}
         self._used: dict[str, float] = {}
-        mapped.registry.handlers["token used"] = self._used.setdefault
+        mapped.registry.handlers["token used"] = self._mark_used
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
@@ -5055,21 +5047,28 @@ class ConnectionManager:
     ) -> tuple[str, str]:
         """Return a new token and its connection id. Raises HTTP errors."""
         self._check_room()
+        self._check_room(self._unused)
         timeout = _or_infinite(self._mapped.options.disconnect_timeout)
         lifetime = min(timeout, _LONGEST_LIFETIME)
         token = self._tokens.create(user_id, lifetime, version, stateful)
         ticket = self._tokens.read(token, user_id)
         assert ticket is not None
+        self._unused[ticket.connection_id] = ticket.expires_at
         return token, ticket.connection_id
 
-    def _check_room(self) -> None:
-        """Raise HTTPServiceUnavailable if no connection may be made."""
+    def _mark_used(self, connection_id: str, expires_at: float) -> None:
+        self._unused.pop(connection_id, None)
+        self._used[connection_id] = expires_at
+
+    def _check_room(self, tokens: Collection[str] | None = None) -> None:
+        """Raise HTTPServiceUnavailable if there are too many connections, or tokens."""
+        counted = self._connections if tokens is None else tokens
         limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        if len(self._connections) >= limit:
+        if len(counted) >= limit:
             self._forget_closed()
-        if len(self._connections) >= limit:
+        if len(counted) >= limit:
             text = "The server has too many connections. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
@@ -5137,7 +5136,7 @@ class ConnectionManager:
         except web.HTTPException:  # the token can be used when there is room
             backplane.unsubscribe(channel)
             raise
-        self._used[ticket.connection_id] = ticket.expires_at
+        self._mark_used(ticket.connection_id, ticket.expires_at)
         backplane.tell("all", "token used", ticket.connection_id, ticket.expires_at)
         if ticket.stateful:
             connection.reconnect = ReconnectBuffer()
@@ -5181,7 +5180,7 @@ class ConnectionManager:
             try:
                 _apply_timeouts(connection, now)
             except Exception:  # one broken transport must not stop the heartbeat
-                log.exception("connection %s", connection.connection_id)
+                log.exception("connection %s", connection)
                 connection.drop("transport error")
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
@@ -5191,9 +5190,10 @@ class ConnectionManager:
         for token, connection in list(self._connections.items()):
             if connection.state == CLOSED:
                 del self._connections[token]
-        for connection_id, expires_at in list(self._used.items()):
-            if expires_at < time.time():
-                del self._used[connection_id]
+        for tokens in (self._unused, self._used):
+            for connection_id, expires_at in list(tokens.items()):
+                if expires_at < time.time():
+                    del tokens[connection_id]
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
@@ -5253,6 +5253,7 @@ class Endpoint:
         user_id = await self._check_request(request)
         if request.method != "POST":
             raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="")
+        _check_encoding(request)
         answer = self._negotiate(_query(request), user_id)
         return web.json_response(answer, dumps=_dumps)
 
@@ -5290,13 +5291,13 @@ class Endpoint:
         except SystemExit as error:  # which would end the event loop
             raise RuntimeError("authenticate wanted to exit") from error
         if user_id is not None and not isinstance(user_id, str):
-            raise TypeError(f"authenticate: a str or None, not {user_id!r}")
-        return user_id
+            raise TypeError(f"authenticate: a str or None, not {_a(user_id)}")
+        return None if user_id is None else str.__str__(user_id)  # no subclass
 
     @staticmethod
     def _check_user(connection: Connection, user_id: str | None) -> None:
         if connection.user_id != user_id:
-            log.warning("connection %s: used by another user", connection.connection_id)
+            log.warning("connection %s: used by another user", connection)
             text = "The user associated with this connection changed."
             raise web.HTTPForbidden(text=text)
 
