@@ -12756,6 +12756,7 @@ async def floods(soak: Soak) -> None:
 
 @scenario(0.02)
 async def flood_of_negotiations(soak: Soak) -> None:
+    """100,000 negotiations, of which 503 answers most."""
     head = f"POST {HUB}/negotiate?negotiateVersion=1 HTTP/1.1\r\nHost: localhost\r\n"
     request = (head + "Content-Length: 0\r\n\r\n").encode()
 
@@ -12765,7 +12766,7 @@ async def flood_of_negotiations(soak: Soak) -> None:
             writer.write(request * 10)
             answered = 0
             while answered < 10:
-                answered += (await reader.read(2**16)).count(b"HTTP/1.1 200")
+                answered += (await reader.read(2**16)).count(b"HTTP/1.1 ")
         writer.close()
 
     async with soak.server() as server:
