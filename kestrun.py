@@ -1981,6 +1981,10 @@ class Address(NamedTuple):
     local: bool = False
 
 
+#: Seconds between looks whether the client of another process, and its process, live.
+_LOOK_INTERVAL = 0.7
+
+
 class Backplane(Protocol):
     """The other processes that serve the same hub, as its registry sees them.
 
@@ -2027,9 +2031,9 @@ class Backplane(Protocol):
         """
         return [], 0
 
-    async def deserted(self, channel: str) -> None:
-        """Return once no process subscribes to a channel, which may be at once."""
-        return
+    def connected_for(self) -> float:
+        """Return the seconds since a message to or from this process was last lost."""
+        return math.inf
 
 
 class NoBackplane(Backplane):
@@ -2141,8 +2145,8 @@ class PendingResults:
         self._waiting: dict[str, tuple[str, asyncio.Future[Completion]]] = {}
         self._last = 0
 
-    async def invoke(self, connection_id: str, message: Invocation) -> Completion:
-        """Call a client's handler, wherever it is connected; return its completion.
+    async def invoke(self, address: Address, message: Invocation) -> Completion:
+        """Call the handler of one client at an address; return its completion.
 
         Raises ConnectionError if there is no such client or it leaves, and TypeError
         or ValueError if the message cannot be written.
@@ -2152,31 +2156,50 @@ class PendingResults:
         id = f"{self._registry.backplane.process_id}s{self._last}"
         message = dataclasses.replace(message, invocation_id=id)
         gone: asyncio.Future[Any] = _new_future()
-        self._waiting[id] = connection_id, result
+        self._waiting[id] = address.names[0], result
         try:
-            gone = self._send(connection_id, message)
+            gone = self._send(address, message)
             await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
             del self._waiting[id]
         if not result.done():
-            gone.result()  # raises if Redis is away
-            raise ConnectionError(f"Connection '{connection_id}' does not exist.")
+            gone.result()  # raises if Redis was away
+            raise ConnectionError(f"Connection '{address.names[0]}' does not exist.")
         completion = result.result()
         if completion.error is None and completion.result is NO_RESULT:
             completion.error = "Client didn't provide a result."
         return completion
 
-    def _send(self, connection_id: str, message: Invocation) -> asyncio.Future[Any]:
+    def _send(self, address: Address, message: Invocation) -> asyncio.Future[Any]:
         """Send the message; return a future that is done once the client is gone."""
-        registry, backplane = self._registry, self._registry.backplane
-        connection = registry.connections.get(connection_id)
+        registry, (name,) = self._registry, address.names
+        connection = registry.connections.get(name)
         if connection is not None:
             connection.send(connection.protocol.encode(message))
             return asyncio.shield(connection.ended)
-        encoded = {p: p.encode(message) for p in registry.protocols.values()}
-        backplane.publish(Address("connections", (connection_id,)), message, encoded)
-        return asyncio.create_task(backplane.deserted(f"connection:{connection_id}"))
+        if not address.local:
+            encoded = {p: p.encode(message) for p in registry.protocols.values()}
+            registry.backplane.publish(address, message, encoded)
+        return asyncio.create_task(self._watch(address))
+
+    async def _watch(self, address: Address) -> None:
+        """Return once a client of another process is gone.
+
+        Raises ConnectionError if its process or this one has lost its link to Redis,
+        and with it perhaps the call or the result.
+        """
+        registry, begun, (name,) = self._registry, time.monotonic(), address.names
+        ask = functools.partial(registry.ask_elsewhere, f"connection:{name}")
+        while not address.local:
+            waited, theirs = time.monotonic() - begun, math.inf
+            with contextlib.suppress(ConnectionError):  # perhaps they are only slow
+                theirs = await ask("connected for", name)
+            if theirs is None:
+                return
+            if min(theirs, registry.backplane.connected_for()) < waited:
+                raise ConnectionError("Redis was away; the result may be lost.")
+            await asyncio.sleep(_LOOK_INTERVAL)
 
     def awaits(self, message: Message | None) -> bool:
         """Return True for a client result that somebody here waits for."""
@@ -2199,16 +2222,23 @@ class PendingResults:
                 data = protocol.encode(completion)
             except (TypeError, ValueError, OverflowError) as error:
                 data = protocol.encode(Completion(id, NO_RESULT, str(error)))
-            result = name, protocol.name, _to_base64(data)
+            result = name, id, protocol.name, _to_base64(data)
             self._registry.backplane.tell(f"process:{match[1]}", "complete", *result)
 
-    def complete_elsewhere(self, connection_id: str, protocol: str, text: str) -> None:
-        """Take a result that another process passes on."""
-        data = base64.b64decode(text)
-        completion = decode_one(self._registry.protocols[protocol], data)
-        if self.awaits(completion):
-            assert isinstance(completion, Completion)
-            self._resolve(connection_id, completion)
+    def complete_elsewhere(
+        self, connection_id: str, invocation_id: str, protocol: str, text: str
+    ) -> None:
+        """Take a result that another process passes on, in its client's protocol."""
+        if invocation_id not in self._waiting:
+            return
+        completion: Message = Completion(
+            invocation_id, error=f"No package for {protocol}."
+        )
+        if protocol in self._registry.protocols:
+            data = base64.b64decode(text)
+            completion = decode_one(self._registry.protocols[protocol], data)
+        assert isinstance(completion, Completion)
+        self._resolve(connection_id, completion)
 
     def _resolve(self, connection_id: str, completion: Completion) -> bool:
         """Let a call go on; return False if it has asked another client."""
@@ -2241,6 +2271,7 @@ class Registry:
             "join": self.groups.join,
             "leave": self.groups.leave,
             "complete": self.results.complete_elsewhere,
+            "connected for": self._connected_for,
         }
 
     def add(self, connection: Connection) -> None:
@@ -2341,6 +2372,11 @@ class Registry:
         if answer is not None:
             return answer
         return await self.ask_elsewhere(channel, question, *arguments)
+
+    def _connected_for(self, connection_id: str) -> float | None:
+        """Answer whoever waits for a result of a client of this process."""
+        here = connection_id in self.connections
+        return self.backplane.connected_for() if here else None
 
     async def ask_elsewhere(self, channel: str, question: str, *arguments: Any) -> Any:
         """Return the answer of the one other process that knows; None if none does.
@@ -2583,8 +2619,6 @@ class RedisLink:
 _BEAT, _MISSED_BEATS = 1.0, 5
 #: Seconds to wait for the answers of others, and for a subscription to be active.
 _ANSWER_TIMEOUT = 1.0
-#: Seconds between looks whether the process of a client that was asked still lives.
-_LOOK_INTERVAL = 0.7
 #: Bytes of a signature, and of a process id in hexadecimal.
 _SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
 
@@ -2622,12 +2656,13 @@ class RedisBackplane:
         self._hubs: dict[str, HubBackplane] = {}
         #: The channels that the hubs want; the link subscribes to them.
         self._wanted: set[bytes] = set()
-        self.link: RedisLink | None = None
+        self._link: RedisLink | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
         #: Links lost (False) and made (True), not yet reported to the application.
         self._link_changes: asyncio.Queue[bool]
+        self._linked_at = 0.0
         self._counts = Counter[str]()
 
     def for_hub(self, path: str, registry: Registry) -> Backplane:
@@ -2681,7 +2716,7 @@ class RedisBackplane:
                 reason = _one_line(str(ended.pop().exception()), 200)
                 log.warning("backplane: lost Redis: %s", reason)
             finally:
-                self.link = None
+                self._link = None
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -2708,7 +2743,7 @@ class RedisBackplane:
     def _use(self, link: RedisLink) -> None:
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
-        self.link = link
+        self._link, self._linked_at = link, time.monotonic()
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
 
@@ -2739,30 +2774,34 @@ class RedisBackplane:
 
     # What hubs need
 
+    def connected_for(self) -> float:
+        """Return the seconds for which the link has lasted."""
+        return 0.0 if self._link is None else time.monotonic() - self._linked_at
+
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel, or leave it, with each link."""
         (self._wanted.add if wanted else self._wanted.discard)(channel)
-        if self.link is not None:
-            self.link.want(channel, wanted)
+        if self._link is not None:
+            self._link.want(channel, wanted)
 
     async def wait_active(self, channel: bytes) -> bool:
         """Wait until a wanted channel is active; return whether it is in time."""
-        link = self.link
+        link = self._link
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 while link is not None and channel not in link.active:
                     await link.active_changed()
-                    if link is not self.link or channel not in self._wanted:
+                    if link is not self._link or channel not in self._wanted:
                         break
         return link is not None and channel in link.active
 
     async def command(self, *command: Any) -> Any:
         """Send a command. Raises ConnectionError if Redis does not reply."""
-        if self.link is None:
+        if self._link is None:
             raise ConnectionError("Redis is not connected.")
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                return await self.link.submit(*command)
+                return await self._link.submit(*command)
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
 
@@ -2774,7 +2813,7 @@ class RedisBackplane:
 
     def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
         """Publish a packet without waiting; drop and count it if Redis is away."""
-        link = self.link
+        link = self._link
         if link is None or not link.publish(channel, self.seal(channel, header, body)):
             self._counts["dropped"] += 1
 
@@ -2805,7 +2844,7 @@ class RedisBackplane:
         """Describe the state, for `HubContext.stats`."""
         counts = self._counts
         return {
-            "state": "Disconnected" if self.link is None else "Connected",
+            "state": "Disconnected" if self._link is None else "Connected",
             "processes": counts["processes"],
             "dropped": counts["dropped"],
             "reconnects": max(0, counts["connects"] - 1),
@@ -2869,8 +2908,8 @@ class HubBackplane(Backplane):
         id, name, found = _new_id(), self.channel(channel), list[Any]()
         answers = self.questions[id] = asyncio.Queue[list[Any]]()
         try:
-            packet = self._redis.seal(name, ["ask", self.path, id, question, arguments])
-            missing = int(await self._redis.command("PUBLISH", name, packet))
+            self._redis.publish(name, ["ask", self.path, id, question, arguments])
+            missing = await self.subscribers(channel)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ANSWER_TIMEOUT):
                     while missing:
@@ -2883,14 +2922,8 @@ class HubBackplane(Backplane):
             log.warning(text, missing, question)
         return found, missing
 
-    async def deserted(self, channel: str) -> None:
-        link, name = self._redis.link, self.channel(channel)
-        while link is not None and link is self._redis.link:
-            _, number = await link.submit("PUBSUB", "NUMSUB", name)
-            if not number:
-                return
-            await asyncio.sleep(_LOOK_INTERVAL)
-        raise ConnectionError("Redis is not connected.")  # a result may be lost
+    def connected_for(self) -> float:
+        return self._redis.connected_for()
 
     def receive(
         self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
@@ -3030,14 +3063,16 @@ class SingleClientProxy(ClientProxy):
         arguments that cannot be written. Inside `on_connected` it raises
         HubException: the client does not listen yet.
         """
-        call, name = _current_call.get(), self._address.names[0]
+        call = _current_call.get()
         convert = self._registry.converter(returns)
         message = _invocation(method, args)
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
             try:
                 async with asyncio.timeout(timeout):
-                    completion = await self._registry.results.invoke(name, message)
+                    results = self._registry.results
+                    completion = await results.invoke(self._address, message)
             except TimeoutError:
+                (name,) = self._address.names
                 text = f"No result from connection '{name}' in {timeout} s."
                 raise TimeoutError(text) from None
         if completion.error is not None:
@@ -5570,14 +5605,6 @@ class HubClient:
     async def send(self, target: str, *arguments: Any) -> None:
         """Call a method of the hub without waiting for it."""
         await self._call(Invocation(target, list(arguments)))
-
-    @typing.overload
-    async def invoke(self, target: str, *arguments: Any, returns: type[T]) -> T: ...
-
-    @typing.overload
-    async def invoke(
-        self, target: str, *arguments: Any, returns: types.UnionType = ...
-    ) -> Any: ...
 
     async def invoke(self, target: str, *arguments: Any, returns: Any = Any) -> Any:
         """Call a method of the hub and return its result.

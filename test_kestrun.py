@@ -11390,9 +11390,14 @@ async def know_who_is_where(servers: list[Server]) -> None:
 
 
 @every_engine
-async def test_every_process_knows_who_is_where(cluster) -> None:
+async def test_every_process_knows_who_is_where(cluster, redis) -> None:
+    """Whoever watches the channels of Redis does not slow it down."""
     servers = await cluster()
-    await know_who_is_where(servers)
+    async with redis.client.pubsub() as listener:
+        await listener.psubscribe("*")
+        begun = time.monotonic()
+        await know_who_is_where(servers)
+        assert time.monotonic() - begun < 2
     await linked(*servers, processes=3)
     names = {server.hub.everywhere.process_id for server in servers}
     assert len(names) == 3 and all(names)
@@ -11553,11 +11558,21 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
     with pytest.raises(ConnectionError):
         await asyncio.wait_for(asking, 2)
     await eventually(one.hub.everywhere.count, 0)
-    for id in (client.id, "nobody"):
+    early, near = two.client(), await two.connect()
+    await early.negotiate()
+    await early.open()  # without a handshake it is no client yet
+    clients = one.hub.clients
+    asked = [clients.client(id) for id in (client.id, "nobody", early.id)]
+    for proxy in (
+        *asked,
+        one.hub.local.client(near.id),
+        two.hub.clients.client(early.id),
+    ):
         begun = time.monotonic()
-        with pytest.raises(ConnectionError):
-            await one.hub.clients.client(id).invoke("GetName")
+        with pytest.raises(ConnectionError, match="does not exist"):
+            await proxy.invoke("GetName")
         assert time.monotonic() - begun < 0.05
+    assert near.unread == []
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out", "Redis stopped"])
@@ -11787,9 +11802,17 @@ async def test_a_link_over_a_broken_network_is_dialled_again(cluster, redis) -> 
             url = f"redis://127.0.0.1:{port}"
             far += await cluster(1, backplane=partial(redis.backplane, url))
         clients = [await server.connect() for server in (near, *far)]
+        asking = asyncio.create_task(
+            near.hub.clients.client(clients[3].id).invoke("Who")
+        )
+        question = await clients[3].next(1)
         networks[0].stuck = networks[0].connections[0]
         networks[1].stuck = networks[1].connections[1]
         networks[2].drop()
+        await linked(far[2], state="Disconnected")
+        await answer(clients[3], question, result="lost")
+        with pytest.raises(ConnectionError, match="the result may be lost"):
+            await asyncio.wait_for(asking, 3)
         async with asyncio.timeout(8):
             while not all(link(server)["reconnects"] for server in far):
                 await near.hub.clients.all.send("Busy")
