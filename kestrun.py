@@ -5081,8 +5081,7 @@ class ConnectionManager:
         self, user_id: str | None, version: int, stateful: bool
     ) -> tuple[str, str]:
         """Return a new token and its connection id. Raises HTTP errors."""
-        self._check_room()
-        self._check_room(self._unused)
+        self._check_room(len(self._unused))
         timeout = _or_infinite(self._mapped.options.disconnect_timeout)
         lifetime = min(timeout, _LONGEST_LIFETIME)
         token = self._tokens.create(user_id, lifetime, version, stateful)
@@ -5095,15 +5094,14 @@ class ConnectionManager:
         self._unused.pop(connection_id, None)
         self._used[connection_id] = expires_at
 
-    def _check_room(self, tokens: Collection[str] | None = None) -> None:
+    def _check_room(self, tokens: int = 0) -> None:
         """Raise HTTPServiceUnavailable if there are too many connections, or tokens."""
-        counted = self._connections if tokens is None else tokens
         limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        if len(counted) >= limit:
+        if len(self._connections) >= limit:
             self._forget_closed()
-        if len(counted) >= limit:
+        if max(len(self._connections), tokens) >= limit:
             text = "The server has too many connections. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
@@ -5116,9 +5114,9 @@ class ConnectionManager:
         token, connection_id = token or _new_id(), connection_id or _new_id()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
-        backplane, channel = (
-            self._mapped.registry.backplane,
+        channel, backplane = (
             f"connection:{connection_id}",
+            self._mapped.registry.backplane,
         )
         backplane.subscribe(channel)
         connection.ended.add_done_callback(lambda _: backplane.unsubscribe(channel))
