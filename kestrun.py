@@ -1952,10 +1952,6 @@ async def receive_post(request: Request, connection: Connection) -> None:
                 raise TimeoutError
         finally:
             reading.cancel()
-    if not request.content.at_eof():  # the rest is not read
-        request.protocol.keep_alive(False)
-        if request.transport is not None:
-            request.transport.pause_reading()
 
 
 # ----------------------------------------------------------------- registry
@@ -3912,7 +3908,7 @@ def _type_text(annotation: Any) -> str:
     """Spell a type as Python source does, without modules."""
     if annotation is type(None) or annotation is None:
         return "None"
-    return re.sub(r"\b(\w+\.)+(?=\w)", "", inspect.formatannotation(annotation))
+    return re.sub(r"\b(?:[\w<>]+\.)+(?=\w)", "", inspect.formatannotation(annotation))
 
 
 class _LenientConverters(Converters):
@@ -5418,9 +5414,12 @@ class Endpoint:
             raise web.HTTPBadRequest(text="") from None  # the client left
         finally:
             inbox.posts -= 1
-        if connection.state == CLOSED:
-            raise web.HTTPNotFound(text="")
-        return Response(text="")
+        response = Response(status=404 if connection.state == CLOSED else 200, text="")
+        if not request.content.at_eof():  # the rest is not read
+            response.force_close()
+            if request.transport is not None:
+                request.transport.pause_reading()
+        return response
 
     async def _delete(
         self, request: Request, user_id: str | None, connection: Connection

