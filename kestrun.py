@@ -1977,6 +1977,9 @@ class Address(NamedTuple):
     local: bool = False
 
 
+#: Seconds to wait for the answers of all, and for that of the one process that knows,
+#: which may itself have to wait for Redis.
+_ALL_TIMEOUT, _OWNER_TIMEOUT = 1.0, 3.0
 #: Seconds between looks whether the client of another process, and its process, live.
 _LOOK_INTERVAL = 0.7
 
@@ -2019,11 +2022,11 @@ class Backplane(Protocol):
         return 0
 
     async def ask(
-        self, channel: str, question: str, *arguments: Any
+        self, seconds: float, channel: str, question: str, *arguments: Any
     ) -> tuple[list[Any], int]:
         """Ask the others at a channel.
 
-        Returns the answers that come within a second, and how many are missing.
+        Returns the answers that come in time, and how many are missing.
         """
         return [], 0
 
@@ -2359,7 +2362,8 @@ class Registry:
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
         own = await self.handle(question, *arguments)
-        others, _ = await self.backplane.ask(channel, question, *arguments)
+        ask = self.backplane.ask
+        others, _ = await ask(_ALL_TIMEOUT, channel, question, *arguments)
         return [own, *others]
 
     async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
@@ -2379,7 +2383,8 @@ class Registry:
 
         Raises ConnectionError if it may be one that does not answer.
         """
-        answers, missing = await self.backplane.ask(channel, question, *arguments)
+        ask = self.backplane.ask
+        answers, missing = await ask(_OWNER_TIMEOUT, channel, question, *arguments)
         for answer in answers:
             if answer is not None:
                 return answer
@@ -2613,8 +2618,8 @@ class RedisLink:
 
 #: Seconds between beats, and how many may fail to come back before redialling.
 _BEAT, _MISSED_BEATS = 1.0, 5
-#: Seconds to wait for the answers of others, and for a subscription to be active.
-_ANSWER_TIMEOUT = 1.0
+#: Seconds to wait for a reply of Redis, and for a subscription to be active.
+_REPLY_TIMEOUT = 1.0
 #: Bytes of a signature, and of a process id in hexadecimal.
 _SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
 
@@ -2784,19 +2789,19 @@ class RedisBackplane:
         """Wait until a wanted channel is active; return whether it is in time."""
         link = self._link
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_TIMEOUT):
+            async with asyncio.timeout(_REPLY_TIMEOUT):
                 while link is not None and channel not in link.active:
                     await link.active_changed()
                     if link is not self._link or channel not in self._wanted:
                         break
         return link is not None and channel in link.active
 
-    async def command(self, *command: Any) -> Any:
-        """Send a command. Raises ConnectionError if Redis does not reply."""
+    async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
+        """Send a command. Raises ConnectionError if Redis does not reply in time."""
         if self._link is None:
             raise ConnectionError("Redis is not connected.")
         try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 return await self._link.submit(*command)
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
@@ -2899,15 +2904,16 @@ class HubBackplane(Backplane):
         self._redis.publish(self.channel(channel), header)
 
     async def ask(
-        self, channel: str, question: str, *arguments: Any
+        self, seconds: float, channel: str, question: str, *arguments: Any
     ) -> tuple[list[Any], int]:
         id, name, found = _new_id(), self.channel(channel), list[Any]()
         answers = self.questions[id] = asyncio.Queue[list[Any]]()
         try:
             self._redis.publish(name, ["ask", self.path, id, question, arguments])
-            missing = await self.subscribers(channel)
+            reply = self._redis.command("PUBSUB", "NUMSUB", name, seconds=seconds)
+            _, missing = await reply
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ANSWER_TIMEOUT):
+                async with asyncio.timeout(seconds):
                     while missing:
                         found += await answers.get()
                         missing -= 1
@@ -3263,9 +3269,9 @@ class Everywhere:
     """One hub in all processes that serve it: `hub.everywhere`.
 
     Without a backplane that is this process. With one, each method raises
-    ConnectionError if it needs other processes that cannot be reached, or one that
-    does not answer within a second. Of all, those that do not are left out, with a
-    warning.
+    ConnectionError if it needs other processes that cannot be reached, or the one
+    that knows does not answer in 3 s. A question to all waits for a second, and
+    leaves out who has not answered, with a warning.
     """
 
     _registry: Registry
