@@ -2188,15 +2188,17 @@ class PendingResults:
         Raises ConnectionError if its process or this one has lost its link to Redis,
         and with it perhaps the call or the result.
         """
-        registry, begun, (name,) = self._registry, time.monotonic(), address.names
-        ask = functools.partial(registry.ask_elsewhere, f"connection:{name}")
+        backplane, begun = self._registry.backplane, time.monotonic()
+        (name,) = address.names
+        question = f"connection:{name}", "connected for", name
         while not address.local:
-            waited, theirs = time.monotonic() - begun, math.inf
-            with contextlib.suppress(ConnectionError):  # perhaps they are only slow
-                theirs = await ask("connected for", name)
-            if theirs is None:
+            waited, answers, missing = time.monotonic() - begun, list[Any](), 1
+            with contextlib.suppress(ConnectionError):  # they may only be slow
+                answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
+            known = [seconds for seconds in answers if seconds is not None]
+            if not (known or missing):
                 return
-            if min(theirs, registry.backplane.connected_for()) < waited:
+            if min(*known, backplane.connected_for(), math.inf) < waited:
                 raise ConnectionError("Redis was away; the result may be lost.")
             await asyncio.sleep(_LOOK_INTERVAL)
 
@@ -6637,7 +6639,7 @@ PAGE = r"""<!doctype html>
     font-size: .75rem; background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
-  #numbers { display: grid; grid-template-columns: repeat(4, auto) minmax(3rem, 9rem);
+  #numbers { display: grid; grid-template-columns: repeat(4, max-content) minmax(3rem, 9rem);
     gap: .25rem 2rem; white-space: nowrap; }
   body:not([data-state="Connected"]) dd { opacity: .6; }
   dd { font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -6685,7 +6687,7 @@ PAGE = r"""<!doctype html>
   @media (width >= 75rem) { header { flex-wrap: nowrap; } .brand { flex: none; } }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
     html { scroll-padding-bottom: 50dvh; }   /* keeps the focus above it */
-    #numbers { grid-template-columns: auto auto 1fr; column-gap: 1rem; }
+    #numbers { grid-template-columns: max-content max-content 1fr; column-gap: 1rem; }
     #numbers > :last-child { grid-area: 1 / 3 / 3; }
     #plot { height: 4.5rem; }
     #log-panel { height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;

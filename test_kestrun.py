@@ -11570,7 +11570,7 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
         with pytest.raises(ConnectionError, match="does not exist"):
             await proxy.invoke("GetName")
         assert time.monotonic() - begun < 0.05
-    assert near.unread == []
+    assert not [message for message in near.unread if message != {"type": 6}]
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out", "Redis stopped"])
@@ -11810,7 +11810,7 @@ async def test_a_link_over_a_broken_network_is_dialled_again(cluster, redis) -> 
         await linked(far[2], state="Disconnected")
         await answer(clients[3], question, result="lost")
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(asking, 3)
+            await asyncio.wait_for(asking, 8)
         async with asyncio.timeout(8):
             while not all(link(server)["reconnects"] for server in far):
                 await near.hub.clients.all.send("Busy")
@@ -12189,7 +12189,7 @@ async def test_workers_share_a_port_and_a_dead_one_is_replaced(redis) -> None:
         await running.request("GET", "/api/ps/log/Error?message=one")
         assert all([await hears(client, "one") for client in clients])
         os.kill(workers[0], signal.SIGKILL)
-        async with asyncio.timeout(10):  # two seconds, unless the machine is busy
+        async with asyncio.timeout(20):  # two seconds, unless the machine is busy
             await redis.has(3, HUB)
             await redis.has(4, HUB, PATIENCE)
         assert len({*children(running.process.pid)} - {*workers}) == 1
@@ -12392,7 +12392,7 @@ async def test_the_readmes_workers_serve_one_hub(redis, tmp_path: Path) -> None:
     assert call_of_map_hub in snippet("chat.py")
     chat = snippet("chat.py").replace(call_of_map_hub, snippet("several.py"))
     (tmp_path / "chat.py").write_text(chat)
-    (workers,) = re.findall(r"gunicorn's `(--workers \d)`", README)
+    (workers,) = re.findall(r"gunicorn's\s+`(--workers \d)`", README)
     words = gunicorn(*workers.split())
     env = {"KESTRUN_REDIS": redis.url, "KESTRUN_SECRET": SECRET}
     async with program(*words, script="-m", cwd=tmp_path, **env) as running:
