@@ -1980,12 +1980,10 @@ class Address(NamedTuple):
 #: Seconds to wait for the answers of all, and for that of the one process that knows,
 #: which may itself have to wait for Redis.
 _ALL_TIMEOUT, _OWNER_TIMEOUT = 1.0, 3.0
-#: Seconds between looks whether the client of another process, and its process, live.
-_LOOK_INTERVAL = 0.7
 
 
-class Backplane(Protocol):
-    """The other processes that serve the same hub, as its registry sees them.
+class Backplane:
+    """The other processes that serve the same hub; in this base class there are none.
 
     A channel names the processes that get a message or a question: "all",
     "group:NAME", "user:ID", "connection:ID" or "process:ID". Methods that ask raise
@@ -1999,22 +1997,18 @@ class Backplane(Protocol):
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         """Hand a message to the others. Never waits, never fails."""
-        return
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
         """Call the handler of that name in the others. Never waits, never fails."""
-        return
 
     def subscribe(self, channel: str) -> None:
         """Receive what others send to a channel."""
-        return
 
     def unsubscribe(self, channel: str) -> None:
         """Stop receiving from a channel."""
-        return
 
     async def subscribed(self, channel: str) -> bool:
-        """Wait until a subscription is active, for a second at most; tell if it is."""
+        """Wait a second at most for a subscription; return True if it is active."""
         return False
 
     async def subscribers(self, channel: str) -> int:
@@ -2030,13 +2024,9 @@ class Backplane(Protocol):
         """
         return [], 0
 
-    def connected_for(self) -> float:
-        """Return the seconds since a message to or from this process was last lost."""
+    def linked_for(self) -> float:
+        """Return the seconds for which the link to the others has lasted; 0 without."""
         return math.inf
-
-
-class NoBackplane(Backplane):
-    """The backplane of a process that is alone."""
 
 
 class GroupManager:
@@ -2127,6 +2117,10 @@ class GroupManager:
             self._groups_of.pop(connection_id, None)
 
 
+#: Seconds between checks that the client of another process is still connected.
+_WATCH_INTERVAL = 0.7
+
+
 class PendingResults:
     """The calls of this process that wait for a client's result.
 
@@ -2154,10 +2148,9 @@ class PendingResults:
         self._last += 1
         id = f"{self._registry.backplane.process_id}s{self._last}"
         message = dataclasses.replace(message, invocation_id=id)
-        gone: asyncio.Future[Any] = _new_future()
+        gone = self._send(address, message)
         self._waiting[id] = address.names[0], result
         try:
-            gone = self._send(address, message)
             await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
@@ -2177,30 +2170,32 @@ class PendingResults:
         if connection is not None:
             connection.send(connection.protocol.encode(message))
             return asyncio.shield(connection.ended)
-        if not address.local:
-            encoded = {p: p.encode(message) for p in registry.protocols.values()}
-            registry.backplane.publish(address, message, encoded)
-        return asyncio.create_task(self._watch(address))
+        if address.local:  # and the client is not in this process
+            gone = _new_future()
+            gone.set_result(None)
+            return gone
+        encoded = {p: p.encode(message) for p in registry.protocols.values()}
+        registry.backplane.publish(address, message, encoded)
+        return asyncio.create_task(self._watch(name))
 
-    async def _watch(self, address: Address) -> None:
+    async def _watch(self, connection_id: str) -> None:
         """Return once a client of another process is gone.
 
-        Raises ConnectionError if its process or this one has lost its link to Redis,
-        and with it perhaps the call or the result.
+        Raises ConnectionError if its process or this one has lost its link since the
+        call: the call or the result may be lost, too.
         """
         backplane, begun = self._registry.backplane, time.monotonic()
-        (name,) = address.names
-        question = f"connection:{name}", "connected for", name
-        while not address.local:
+        question = f"connection:{connection_id}", "linked for", connection_id
+        while True:
             waited, answers, missing = time.monotonic() - begun, list[Any](), 1
-            with contextlib.suppress(ConnectionError):  # they may only be slow
+            with contextlib.suppress(ConnectionError):  # its process may only be slow
                 answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
             known = [seconds for seconds in answers if seconds is not None]
             if not (known or missing):
                 return
-            if min(*known, backplane.connected_for(), math.inf) < waited:
+            if min([*known, backplane.linked_for()]) < waited:
                 raise ConnectionError("Redis was away; the result may be lost.")
-            await asyncio.sleep(_LOOK_INTERVAL)
+            await asyncio.sleep(_WATCH_INTERVAL)
 
     def awaits(self, message: Message | None) -> bool:
         """Return True for a client result that somebody here waits for."""
@@ -2208,7 +2203,7 @@ class PendingResults:
         return id in self._waiting
 
     def complete(self, connection: Connection, completion: Completion) -> None:
-        """Give a client's result to the call that waits for it; ignore others.
+        """Give a client's result to the call that waits, here or elsewhere, if any.
 
         Raises ProtocolError if another client was asked.
         """
@@ -2226,15 +2221,13 @@ class PendingResults:
             result = name, id, protocol.name, _to_base64(data)
             self._registry.backplane.tell(f"process:{match[1]}", "complete", *result)
 
-    def complete_elsewhere(
-        self, connection_id: str, invocation_id: str, protocol: str, text: str
+    def complete_remote(
+        self, connection_id: str, id: str, protocol: str, text: str
     ) -> None:
         """Take a result that another process passes on, in its client's protocol."""
-        if invocation_id not in self._waiting:
+        if id not in self._waiting:
             return
-        completion: Message = Completion(
-            invocation_id, error=f"No package for {protocol}."
-        )
+        completion: Message = Completion(id, error=f"No package for {protocol}.")
         if protocol in self._registry.protocols:
             data = base64.b64decode(text)
             completion = decode_one(self._registry.protocols[protocol], data)
@@ -2254,7 +2247,7 @@ class Registry:
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
-        self.backplane: Backplane = NoBackplane()
+        self.backplane = Backplane()
         self.connections: Connections = {}
         self.groups = GroupManager(self)
         self.results = PendingResults(self)
@@ -2271,8 +2264,8 @@ class Registry:
             "groups": lambda id: self.groups.of(id) if id in self.connections else None,
             "join": self.groups.join,
             "leave": self.groups.leave,
-            "complete": self.results.complete_elsewhere,
-            "connected for": self._connected_for,
+            "complete": self.results.complete_remote,
+            "linked for": self._linked_for,
         }
 
     def add(self, connection: Connection) -> None:
@@ -2361,6 +2354,11 @@ class Registry:
         """Answer a question for this process."""
         return await _result_of(self.handlers[question](*arguments))
 
+    def _linked_for(self, connection_id: str) -> float | None:
+        """Return the seconds of this process's link; None if the client is not here."""
+        here = connection_id in self.connections
+        return self.backplane.linked_for() if here else None
+
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
         own = await self.handle(question, *arguments)
@@ -2374,11 +2372,6 @@ class Registry:
         if answer is not None:
             return answer
         return await self.ask_elsewhere(channel, question, *arguments)
-
-    def _connected_for(self, connection_id: str) -> float | None:
-        """Answer whoever waits for a result of a client of this process."""
-        here = connection_id in self.connections
-        return self.backplane.connected_for() if here else None
 
     async def ask_elsewhere(self, channel: str, question: str, *arguments: Any) -> Any:
         """Return the answer of the one other process that knows; None if none does.
@@ -2777,8 +2770,8 @@ class RedisBackplane:
 
     # What hubs need
 
-    def connected_for(self) -> float:
-        """Return the seconds for which the link has lasted."""
+    def linked_for(self) -> float:
+        """Return the seconds for which the link has lasted; 0 without one."""
         return 0.0 if self._link is None else time.monotonic() - self._linked_at
 
     def want(self, channel: bytes, wanted: bool) -> None:
@@ -2926,8 +2919,8 @@ class HubBackplane(Backplane):
             log.warning(text, missing, question)
         return found, missing
 
-    def connected_for(self) -> float:
-        return self._redis.connected_for()
+    def linked_for(self) -> float:
+        return self._redis.linked_for()
 
     def receive(
         self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
