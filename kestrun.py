@@ -1968,7 +1968,7 @@ Encoded = dict[HubProtocol, bytes]
 
 
 class Address(NamedTuple):
-    """The receivers of a message: a kind, its names, and who is left out."""
+    """The receivers of a message: a kind, its names, and the ids to leave out."""
 
     kind: str  # "all", "connections", "groups" or "users"
     names: tuple[str, ...] = ()
@@ -2030,7 +2030,7 @@ class Backplane:
 
 
 class GroupManager:
-    """Groups of connections by name, case-sensitive, in memory, with presence.
+    """The groups of one hub, kept in memory. Their names are case-sensitive.
 
     `add` and `remove` work for connections of any process; the other methods cover
     this process only (`hub.everywhere` covers all).
@@ -2044,8 +2044,8 @@ class GroupManager:
     async def add(self, connection_id: str, name: str) -> None:
         """Add a connection; do nothing if it is gone or a member already.
 
-        When this returns, what any process sends to the group reaches the member;
-        it waits for that no longer than a second, and not while Redis is away.
+        When this returns, messages from any process to the group reach the member.
+        It waits for that a second at most, and not at all while Redis is away.
         Raises HubException if the name does not have 1 to 256 characters, or if the
         connection is in `maximum_groups_per_client` groups; ConnectionError if it is
         not here and the other processes cannot be reached.
@@ -2083,7 +2083,7 @@ class GroupManager:
         return self._groups.get(name, {})
 
     async def join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection; return "", what forbids it, or None if it is not here."""
+        """Add a connection; return "" or why it may not join; None if it is not here."""
         connection = self._registry.connections.get(connection_id)
         if connection is None:
             return None
@@ -2105,7 +2105,7 @@ class GroupManager:
         return True if connection_id in self._registry.connections else None
 
     def forget(self, connection_id: str, names: list[str]) -> None:
-        """Remove a connection from groups, and what is empty then."""
+        """Remove a connection from groups; remove the groups that become empty."""
         groups = self._groups_of.get(connection_id, set())
         for name in names:
             members = self.find(name)
@@ -2243,7 +2243,7 @@ class PendingResults:
 
 
 class Registry:
-    """The connections of one hub, and what is sent to them."""
+    """The connections of one hub, their groups and users, and messages to them."""
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
@@ -2256,8 +2256,8 @@ class Registry:
         self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
         self.published = 0
-        #: Handlers of questions by name, plain or async. If only one process can
-        #: know the answer, the handlers of the others return None.
+        #: Handlers of questions by name, plain or async, and of what other processes
+        #: tell. A handler returns None if only another process can know the answer.
         self.handlers: dict[str, Callable[..., Any]] = {
             "count": lambda: len(self.connections),
             "members": self.groups.members,
@@ -2313,7 +2313,7 @@ class Registry:
 
     def deliver(self, address: Address, encoded: Encoded) -> None:
         """Queue a message that another process has published."""
-        common = self.protocols["json"]  # the only one of a sender without msgpack
+        common = self.protocols["json"]  # all that a sender without msgpack writes
         for connection in self._receivers(address):
             protocol = connection.protocol
             if protocol not in encoded and common in encoded:
@@ -2324,9 +2324,9 @@ class Registry:
                 connection.send(encoded[protocol])
 
     def encode_for_others(self, message: Invocation, encoded: Encoded) -> None:
-        """Add the protocols of which other processes may have clients.
+        """Encode a message for clients of other processes, which may use any protocol.
 
-        Left out are those in which the message cannot be written.
+        A protocol that cannot write it is left out.
         """
         for protocol in self.protocols.values():
             if protocol not in encoded:
@@ -2405,20 +2405,19 @@ _AT_ONCE = 200
 
 
 def _make_pool(url: str) -> Any:
-    """Return what makes connections to Redis, which never retry by themselves."""
+    """Return a pool, whose connections never retry by themselves."""
     try:
         from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
         from redis.asyncio.retry import Retry  # type: ignore[import-not-found,unused-ignore]
         from redis.backoff import NoBackoff  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
-        text = "RedisBackplane needs a package: pip install redis"
-        raise ImportError(text) from None
+        raise ImportError("RedisBackplane needs a package: pip install redis") from None
     options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
     options |= {"socket_timeout": None, "socket_connect_timeout": _DIAL_TIMEOUT}
     try:
         pool: Any = redis.ConnectionPool.from_url(url, **options)
         pool.make_connection()  # which checks the options in the URL
-    except (ValueError, TypeError, AttributeError):  # their text may have the password
+    except (ValueError, TypeError, AttributeError):  # their text may show the password
         raise ValueError("the URL must be like redis://host:6379/0") from None
     return pool
 
@@ -2430,16 +2429,16 @@ def _portions(channels: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 class RedisLink:
-    """One connection to Redis, from dialling to its loss: two sockets.
+    """A link to Redis, from dialling to its loss: two sockets.
 
-    One is for commands; on the other, messages arrive. Three tasks work for it:
-    `write`, `read` and `subscribe`. The link is lost when one of them raises.
+    One carries commands, the other brings messages. `write`, `read` and `subscribe`
+    run as tasks until one of them raises: then the link is lost.
     """
 
     def __init__(self, pool: Any) -> None:
         self._commands, self._messages = pool.make_connection(), pool.make_connection()
-        #: Commands without a reply yet, each with the future that wants it; None
-        #: for messages, whose bytes are counted.
+        #: Commands without a reply yet, each with the future for it. Messages have
+        #: None; their bytes are counted.
         self._queue: deque[tuple[tuple[Any, ...], asyncio.Future[Any] | None]] = deque()
         self._queued = asyncio.Event()
         self._waiting_bytes = 0
@@ -2465,7 +2464,7 @@ class RedisLink:
                     await self._send("SUBSCRIBE", some)
                     for _ in some:
                         while (await self._next_message())[0] != b"subscribe":
-                            pass  # the link is not in use: nobody misses messages
+                            pass  # a message; the link is not in use yet
                     await asyncio.sleep(0)
             self.active.update(channels)
         except BaseException as error:
@@ -2487,7 +2486,7 @@ class RedisLink:
             raise ConnectionError("it is a Redis Cluster; give a single server")
 
     async def close(self) -> int:
-        """Close the sockets; return the number of messages that are lost."""
+        """Close the sockets; return the number of lost messages."""
         for connection in (self._commands, self._messages):
             await connection.disconnect(nowait=True)
         for _, future in self._queue:
@@ -2499,7 +2498,7 @@ class RedisLink:
     # Commands
 
     def submit(self, *command: Any) -> asyncio.Future[Any]:
-        """Queue a command; all of one loop iteration leave together."""
+        """Queue a command; return the future of its reply."""
         future = _new_future()
         self._queue.append((command, future))
         self._queued.set()
@@ -2563,7 +2562,7 @@ class RedisLink:
         self._changed.set()
 
     async def subscribe(self) -> None:
-        """Subscribe and unsubscribe; what changes meanwhile is the next batch."""
+        """Subscribe and unsubscribe; changes meanwhile form the next batch."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -2653,12 +2652,13 @@ class RedisBackplane:
         #: The channels that the hubs want; the link subscribes to them.
         self._wanted: set[bytes] = set()
         self._link: RedisLink | None = None
+        #: When the link was made, in monotonic seconds.
+        self._linked_at = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
         #: Links lost (False) and made (True), not yet reported to the application.
         self._link_changes: asyncio.Queue[bool]
-        self._linked_at = 0.0
         self._counts = Counter[str]()
 
     def for_hub(self, path: str, registry: Registry) -> Backplane:
@@ -2702,11 +2702,10 @@ class RedisBackplane:
         """Keep a link to Redis: when one is lost, dial the next."""
         while True:
             begun = time.monotonic()
-            works = [link.write(), link.read(self._receive), link.subscribe()]
-            works.append(self._watch(link))
+            works = link.write(), link.read(self._receive), link.subscribe()
             # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
             # cancelled once, and then a timeout of the next dial would end the task.
-            tasks = [asyncio.create_task(work) for work in works]
+            tasks = [asyncio.create_task(work) for work in (*works, self._beat(link))]
             try:
                 ended, _ = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
                 reason = _one_line(str(ended.pop().exception()), 200)
@@ -2737,14 +2736,15 @@ class RedisBackplane:
             delay = min(delay * 2, 1.0) if time.monotonic() - begun < 1 else 0.05
 
     def _use(self, link: RedisLink) -> None:
+        """Switch to a new link."""
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
         self._link, self._linked_at = link, time.monotonic()
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
 
-    async def _watch(self, link: RedisLink) -> None:
-        """Detect a Redis that hangs: our own beats do not come back."""
+    async def _beat(self, link: RedisLink) -> None:
+        """Detect a Redis that hangs: beats do not come back. Count the processes."""
         self._missed_beats, hub = 0, next(iter(self._hubs.values()))
         while self._missed_beats < _MISSED_BEATS:
             self._missed_beats += 1
@@ -2781,7 +2781,7 @@ class RedisBackplane:
             self._link.want(channel, wanted)
 
     async def wait_active(self, channel: bytes) -> bool:
-        """Wait until a wanted channel is active; return whether it is in time."""
+        """Wait a second at most for a wanted channel; return True if it is active."""
         link = self._link
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REPLY_TIMEOUT):
@@ -2801,17 +2801,17 @@ class RedisBackplane:
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
 
-    def seal(self, channel: bytes, header: list[Any], body: bytes = b"") -> bytes:
-        """Make a packet. Raises TypeError or ValueError for a wrong header."""
-        text = f"{self.process_id}{_dumps(header)}\n"
-        packet = text.encode(errors="surrogatepass") + body
-        return _sign(self.key, channel, packet) + packet
-
     def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
-        """Publish a packet without waiting; drop and count it if Redis is away."""
-        link = self._link
-        if link is None or not link.publish(channel, self.seal(channel, header, body)):
-            self._counts["dropped"] += 1
+        """Publish a packet without waiting; drop and count it if Redis is away.
+
+        Raises TypeError or ValueError for a header that JSON cannot hold.
+        """
+        if self._link is not None:
+            text = f"{self.process_id}{_dumps(header)}\n"
+            packet = text.encode(errors="surrogatepass") + body
+            if self._link.publish(channel, _sign(self.key, channel, packet) + packet):
+                return
+        self._counts["dropped"] += 1
 
     def _receive(self, channel: bytes, data: bytes) -> None:
         """Handle a packet from Redis; refuse it unless the secret has signed it."""
@@ -2855,9 +2855,9 @@ class HubBackplane(Backplane):
     _redis: RedisBackplane
     path: str
     _registry: Registry
-    #: The answers that arrive to each question of this process, in lists.
+    #: For each question of this process, its answers: lists of one, or of none.
     questions: dict[str, asyncio.Queue[list[Any]]] = field(default_factory=dict)
-    #: The answers to questions of others that are under way.
+    #: Tasks that answer questions of other processes.
     replies: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -2928,7 +2928,7 @@ class HubBackplane(Backplane):
         """Act on a packet of another process, or on one that came back."""
         match kind, rest:
             case "ask", [id, *_] if own and id in self.questions:
-                self.questions[id].put_nowait([])  # one answer less is missing
+                self.questions[id].put_nowait([])  # Redis counts this process, too
             case _ if own:
                 pass
             case "send", [kind, names, excluding, sizes]:
@@ -2955,7 +2955,7 @@ class HubBackplane(Backplane):
     async def _reply(
         self, sender: str, id: str, question: str, arguments: list[Any]
     ) -> None:
-        """Answer a question of another process, if that does not fail."""
+        """Answer a question of another process; log a handler that fails."""
         channel = self.channel(f"process:{sender}")
         try:
             answer = await self._registry.handle(question, *arguments)
@@ -2969,7 +2969,6 @@ class HubBackplane(Backplane):
 # What user code sees. A hub method names its receivers through `self.clients`
 # and sends; the same proxies serve routes and jobs through the HubContext that
 # `map_hub` returns.
-
 
 #: The Call or HubConnection whose user code runs; its `awaiting_result` surrounds
 #: the wait for a client result.
@@ -3051,14 +3050,15 @@ class SingleClientProxy(ClientProxy):
         """Call `method` on the client and return what its handler returns.
 
         timeout: seconds to wait for the answer; None waits until the connection
-            ends. A call or an answer that another process loses is not repeated.
+            ends.
         returns: the type of the result, checked and converted like an argument of a
             hub method; ValueError if it does not fit.
         Meanwhile the caller's other calls may run. Raises ConnectionError if there
-        is no such client or it leaves, HubException with the client's text if its
-        handler fails or is missing, TimeoutError, and TypeError or ValueError for
-        arguments that cannot be written. Inside `on_connected` it raises
-        HubException: the client does not listen yet.
+        is no such client, it leaves, or a lost link to Redis may have lost the call
+        or the answer; HubException with the client's text if its handler fails or is
+        missing; TimeoutError; and TypeError or ValueError for arguments that cannot
+        be written. Inside `on_connected` it raises HubException: the client does not
+        listen yet.
         """
         call = _current_call.get()
         convert = self._registry.converter(returns)
@@ -3135,7 +3135,7 @@ class HubClients:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HubCallerClients(HubClients):
-    """The same, and the caller's own view: `self.clients` inside a hub."""
+    """Every receiver, also relative to the caller: `self.clients` inside a hub."""
 
     _caller: str
 
@@ -3243,7 +3243,7 @@ class Hub:
     async def on_disconnected(self, error: Exception | None) -> None:
         """Run when a connection that `on_connected` accepted has ended.
 
-        error: what went wrong, if known; None too if the client just disappeared.
+        error: the reason, if known; None, too, if the client just disappeared.
         """
 
     async def on_invocation(
@@ -3263,10 +3263,10 @@ class Hub:
 class Everywhere:
     """One hub in all processes that serve it: `hub.everywhere`.
 
-    Without a backplane that is this process. With one, each method raises
-    ConnectionError if it needs other processes that cannot be reached, or the one
-    that knows does not answer in 3 s. A question to all waits for a second, and
-    leaves out who has not answered, with a warning.
+    Without a backplane that is this process. With one, a method raises
+    ConnectionError if it needs Redis, which is away, or one certain process, which
+    does not answer within a second. A question to all leaves out processes that do
+    not answer, with a warning.
     """
 
     _registry: Registry
@@ -3293,10 +3293,9 @@ class Everywhere:
 
     async def is_online(self, user_id: str) -> bool:
         """Return whether a user has a connection."""
-        registry = self._registry
-        return bool(registry.connections_of(user_id)) or bool(
-            await registry.backplane.subscribers(f"user:{user_id}")
-        )
+        backplane = self._registry.backplane
+        here = bool(self._registry.connections_of(user_id))
+        return here or await backplane.subscribers(f"user:{user_id}") > 0
 
     async def abort(self, connection_id: str) -> bool:
         """Close a connection; return False if there is none with this id."""
@@ -3319,7 +3318,7 @@ class Everywhere:
         return await self._registry.ask("all", f"own {question}", *arguments)
 
     async def ask_process(self, process_id: str, question: str, *arguments: Any) -> Any:
-        """Ask the process with this id, which may be this one; None if there is none."""
+        """Ask the process with this id, perhaps this one; None if there is none."""
         question = f"own {question}"
         if process_id == self.process_id:
             return await self._registry.handle(question, *arguments)
