@@ -2083,7 +2083,7 @@ class GroupManager:
         return self._groups.get(name, {})
 
     async def join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection; return "" or why it may not join; None if it is not here."""
+        """Add a connection; return "" or what forbids it; None if it is not here."""
         connection = self._registry.connections.get(connection_id)
         if connection is None:
             return None
@@ -3396,7 +3396,7 @@ class HubContext:
 # nowhere else. Signatures are read once too: each annotated parameter gets a
 # converter, a function that returns the converted value or raises an exception.
 
-#: The members of an object type by normalized name, each with its real name.
+#: The members of an object type by normalized name: real name and converter.
 Fields = dict[str, tuple[str, Converter]]
 
 
@@ -3467,14 +3467,14 @@ class HubMethod:
         #: The one name that stands for the method on the wire: "JoinGroup".
         self.name = getattr(function, "__kestrun_name__", wire_name)
         #: Class and method, for logs and task names: "ChatHub.join_group".
-        self.qualified_name = f"{hub_class.__name__}.{name}"
+        self.qualified_name = where = f"{hub_class.__name__}.{name}"
         self.function: Callable[..., Any] = function
-        #: What `authorize` has set for the classes, then for the method.
+        #: The checks of `authorize`: those of the classes, then those of the method.
         self.checks: list[Callable[[HubCallerContext], Any]] = []
         for checked in (*reversed(hub_class.__mro__), *_definitions(hub_class, name)):
             self.checks += vars(checked).get("__kestrun_checks__", ())
         if getattr(function, "__qualname__", "").startswith("authorize.<locals>"):
-            raise TypeError(f"{self.qualified_name}: write @authorize(check)")
+            raise TypeError(f"{where}: write @authorize(check)")
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         if not takes_hub:  # a static or class method
             self.function = lambda hub, *arguments: function(*arguments)
@@ -3482,27 +3482,24 @@ class HubMethod:
         #: the parameter and the converter of its items.
         self.uploads: list[tuple[int, str, Converter]] = []
         self._parameters: list[tuple[str, Converter]] = []
+        self._rest: list[tuple[str, Converter]] = []  # of *arguments
         self._defaults: list[Any] = []
         self._required = 0
         #: What clients pass: each parameter and its evaluated annotation.
         self.signature: list[tuple[inspect.Parameter, Any]] = []
-        self._rest: list[tuple[str, Converter]] = []  # of *arguments
         parameters = list(inspect.signature(function).parameters.values())
         if takes_hub and not parameters:
-            raise TypeError(f"{self.qualified_name}: the first parameter must be self")
+            raise TypeError(f"{where}: the first parameter must be self")
         for parameter in parameters[1:] if takes_hub else parameters:
             annotation = _annotation(function, parameter.name)
             try:
                 self._add(parameter, annotation, converters)
             except (TypeError, NameError, AttributeError) as error:
                 shown = f"{parameter.name!r} ({_type_text(annotation)})"
-                text = f"{self.qualified_name}: parameter {shown}: {error}"
-                raise TypeError(text) from None
+                raise TypeError(f"{where}: parameter {shown}: {error}") from None
         unwrapped = inspect.unwrap(function)
         if inspect.isgeneratorfunction(unwrapped):
-            raise TypeError(
-                f"{self.qualified_name}: a method that yields must be async"
-            )
+            raise TypeError(f"{where}: a method that yields must be async")
         generates = inspect.isasyncgenfunction(unwrapped)
         self.result = _annotation(function, "return")
         self.streaming = generates or _is_stream(self.result)
@@ -3515,8 +3512,7 @@ class HubMethod:
         """Add a parameter. Raises TypeError if clients cannot pass it."""
         required = parameter.default is parameter.empty
         if parameter.kind is parameter.KEYWORD_ONLY and required:
-            text = "clients pass arguments by position; give it a default"
-            raise TypeError(text)
+            raise TypeError("clients pass arguments by position; give it a default")
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             return
         self.signature.append((parameter, annotation))
@@ -3567,7 +3563,7 @@ class HubMethod:
 
 
 def _definitions(hub_class: type[Hub], name: str) -> list[Callable[..., Any]]:
-    """Return the functions of that name in a class and its bases, these first."""
+    """Return the functions of this name in a class and its bases, bases first."""
     found = [vars(kind).get(name) for kind in reversed(hub_class.__mro__)]
     functions = (getattr(member, "__func__", member) for member in found)
     return [function for function in functions if inspect.isfunction(function)]
@@ -3578,11 +3574,10 @@ def _collect_methods(
 ) -> dict[str, HubMethod]:
     """Return the methods that clients may call, by normalized name.
 
-    Those are the public ones that the class adds or inherits from others than Hub,
-    static and class methods too.
-    Raises TypeError for two methods whose names are the same to clients, for a method
-    that hides an attribute of Hub, for a check where it would not be asked, and for a
-    hook with the wrong parameters.
+    Those are the public methods that the class or a base other than Hub defines,
+    also static and class methods. Raises TypeError for two methods whose names are
+    the same to clients, for a method that hides an attribute of Hub, for `authorize`
+    on what clients cannot call, and for a hook with the wrong parameters.
     """
     methods: dict[str, HubMethod] = {}
     hooks = {"on_connected": 1, "on_disconnected": 2, "on_invocation": 3}
@@ -3655,7 +3650,7 @@ class Converters:
         """Return the converter for values of this annotation.
 
         exact: accept only values that are of the annotated type as they arrive, so
-        an int is no float; types that are written as text accept that. Unions try
+        an int is no float; types that are written as text accept text. Unions try
         this first. Raises TypeError for an annotation whose values cannot be checked.
         """
         custom = self._options.converter
@@ -3719,24 +3714,21 @@ class Converters:
 
     def _fields(self, kind: Any, exact: bool) -> Fields:
         """Return an object's field names and converters, by normalized name."""
-        fields = self._members.get((kind, exact))
-        if fields is None:
-            self._members[kind, exact] = fields = {}
-            hints = typing.get_type_hints(kind, include_extras=True)
-            if dataclasses.is_dataclass(kind):
-                hints = {
-                    f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init
-                }
-            for name, hint in hints.items():
-                while typing.get_origin(hint) in (typing.Required, typing.NotRequired):
-                    (hint,) = typing.get_args(hint)
-                fields[normalize_name(name)] = name, self.make(hint, exact)
-            if (spell := self._options.member_name) and dataclasses.is_dataclass(kind):
-                spellings = itertools.product(hints, ("json", "messagepack"))
-                fields |= {
-                    normalize_name(spell(name, protocol)): fields[normalize_name(name)]
-                    for name, protocol in spellings
-                }
+        if (kind, exact) in self._members:
+            return self._members[kind, exact]
+        fields = self._members[kind, exact] = Fields()
+        hints = typing.get_type_hints(kind, include_extras=True)
+        if dataclasses.is_dataclass(kind):
+            hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+        for name, hint in hints.items():
+            while typing.get_origin(hint) in (typing.Required, typing.NotRequired):
+                (hint,) = typing.get_args(hint)
+            fields[normalize_name(name)] = name, self.make(hint, exact)
+        if (spell := self._options.member_name) and dataclasses.is_dataclass(kind):
+            fields |= {
+                normalize_name(spell(name, protocol)): fields[normalize_name(name)]
+                for name, protocol in itertools.product(hints, ("json", "messagepack"))
+            }
         return fields
 
 
@@ -3780,8 +3772,8 @@ _ACCEPTED: dict[type, dict[type, Converter]] = {
     bytes: {str: functools.partial(base64.b64decode, validate=True)},
 }
 
-#: Types that are written as text, since JSON or the wire does not have them, with the
-#: types that are accepted for them.
+#: Types that are written as text, at least in JSON, each with the types that are
+#: accepted for it.
 _WRITTEN_AS: dict[type, dict[type, Converter]] = {
     datetime: {str: datetime.fromisoformat},
     uuid.UUID: {str: uuid.UUID},
@@ -3802,14 +3794,14 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
     raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
 
 
-#: In one conversion, what each union made of each list and dict (NO_RESULT: nothing),
-#: by their ids, with the value: another could get the id of one that is gone. Without
-#: it, nested unions of dataclasses would take exponential time.
+#: The results of unions for lists and dicts in one conversion, by the ids of union and
+#: value; NO_RESULT if no member fits. Each is kept with its value, so that no other
+#: value gets that id. Without it, nested unions would take exponential time.
 _union_memo = contextvars.ContextVar[Any]("kestrun_union_memo", default=None)
 
 
 def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
-    """Convert to the member of the value's exact type, else to the first that fits."""
+    """Return a converter to the member of the exact type, or to the first that fits."""
     if _unchanged in converters:  # a member takes any value
         return _unchanged
     names = " or ".join(map(_type_text, members))
@@ -3831,7 +3823,7 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
                     break
                 except Exception as error:  # noqa: BLE001 (a dataclass is user code)
                     text = _text_of(error)
-                    # What is wrong inside says more than that a type is another.
+                    # An error inside the value says more than that its type differs.
                     reason = reason if text.endswith(f", got {arrived}") else text
         _, result = results[attempt]
         if result is NO_RESULT:
@@ -3912,7 +3904,7 @@ def _type_text(annotation: Any) -> str:
 
 
 class _LenientConverters(Converters):
-    """Passes over types for which a hub may have a converter of its own."""
+    """Accepts types without a converter: a hub may have one of its own for them."""
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         try:
@@ -3929,44 +3921,54 @@ def _check_hub_class(hub_class: Any) -> None:
 def describe(
     hub_class: type[Hub], options: HubOptions = HubOptions()
 ) -> dict[str, Any]:
-    """Describe what clients may call, and the types that they need for it.
+    """Describe the methods that clients may call, and the types in them.
 
     options: those of the hub; its `member_name` spells the members of dataclasses.
-    Returns JSON values; front ends can generate their types from them. Raises
-    TypeError for a class that is no hub, or has methods that `map_hub` refuses, and
-    for two types of the same name.
+    Returns JSON values, from which front ends can generate their own types. Raises
+    TypeError for a class that is no hub, for methods that `map_hub` refuses, except
+    for a type without a converter, and for two types of the same name.
     """
     _check_hub_class(hub_class)
-    found: list[Any] = []  # all annotations; none is changed
+    found: list[Any] = []  # every annotation, from a `converter` that returns None
     options = dataclasses.replace(options, converter=found.append)
     converters = _LenientConverters(options)
-    methods = []
-    for method in _collect_methods(hub_class, converters).values():
+    methods = _collect_methods(hub_class, converters).values()
+    for method in methods:
         items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
         converters.make(items[0] if items else method.result)
-        parameters = [
-            {
-                "name": parameter.name,
-                "type": _type_text(annotation),
-                "optional": parameter.default is not parameter.empty,
-                "repeated": parameter.kind is parameter.VAR_POSITIONAL,
-            }
-            for parameter, annotation in method.signature
-        ]
-        checks = [getattr(c, "__qualname__", repr(c)) for c in method.checks]
-        description = {"name": method.name, "parameters": parameters}
-        description |= {"result": _type_text(method.result), "stream": method.streaming}
-        methods.append({**description, "authorize": checks})
     kinds = {k: parts for k in found if (parts := _describe_type(k, options))}
     described = {kind.__name__: parts for kind, parts in kinds.items()}
     if len(described) < len(kinds):
         raise TypeError(f"{hub_class.__name__}: two of its types have the same name")
-    types = dict(sorted(described.items()))
-    return {"hub": hub_class.__name__, "methods": methods, "types": types}
+    return {
+        "hub": hub_class.__name__,
+        "methods": [*map(_describe_method, methods)],
+        "types": dict(sorted(described.items())),
+    }
+
+
+def _describe_method(method: HubMethod) -> dict[str, Any]:
+    """Describe the parameters of a method, its result, and who may call it."""
+    parameters = [
+        {
+            "name": parameter.name,
+            "type": _type_text(annotation),
+            "optional": parameter.default is not parameter.empty,
+            "repeated": parameter.kind is parameter.VAR_POSITIONAL,
+        }
+        for parameter, annotation in method.signature
+    ]
+    return {
+        "name": method.name,
+        "parameters": parameters,
+        "result": _type_text(method.result),
+        "stream": method.streaming,
+        "authorize": [getattr(c, "__qualname__", repr(c)) for c in method.checks],
+    }
 
 
 def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
-    """Describe an enum, an object type or an alias; {} for other annotations."""
+    """Describe an enum, an object type, or another name of a type; else return {}."""
     if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
