@@ -227,7 +227,7 @@ class HubOptions:
     #: Groups that one client can be in.
     maximum_groups_per_client: int | None = None
     #: Messages of one client in a second, on average; at most twice as many at once.
-    #: Its answers to this process do not count. A client that sends more is cut off.
+    #: Its answers to this process do not count. Above it, the client is disconnected.
     invocations_per_second: float | None = None
     #: Connections of this hub in one process, and unused tokens; more get 503.
     maximum_connections: int | None = 10_000
@@ -477,7 +477,7 @@ def _text_of(error: BaseException) -> str:
 
 
 def _one_line(text: str, longest: int | None = None) -> str:
-    """Escape what would break or forge a line of a log."""
+    """Escape characters that would break or forge a line of the log."""
     text = text[:longest]
     if text.isprintable():
         return text
@@ -1273,7 +1273,7 @@ class Flusher:
         return self._deadline
 
     def run_later(self, work: Callable[[], object]) -> None:
-        """Do large work in a later iteration, after what waits already."""
+        """Do large work in a later iteration, after the work that waits already."""
         self._work.append(work)
         self._schedule()
 
@@ -1387,8 +1387,10 @@ class ReconnectBuffer:
         """Return the Sequence and the messages for a client that resumes."""
         return Sequence(self._first()), list(self._messages)
 
-    def accept(self) -> bool:
-        """Number a message from the peer; return False for a repeated one."""
+    def accept(self, message: Message | None) -> bool:
+        """Number a sequenced message of the peer; return False for a repeated one."""
+        if not isinstance(message, SEQUENCED):
+            return True
         number = self._peer_next
         self._peer_next += 1
         if number <= self._peer_latest:
@@ -1424,7 +1426,7 @@ class Shared:
 async def _end_tasks(
     tasks: Collection[asyncio.Task[Any]], seconds: Iterable[float] = (1.0, 1.0)
 ) -> None:
-    """Wait for tasks to end; cancel them after each timeout; stop what still runs."""
+    """Wait for tasks to end; cancel them after each timeout; stop those left."""
     current = asyncio.current_task()
     for timeout in seconds:
         if running := set(tasks) - {current}:
@@ -1475,7 +1477,7 @@ class Connection:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __str__(self) -> str:
-        """Name it for the log, where the whole id of an old client would be its token."""
+        """Return its id for logs, cut short: an old client's whole id is its token."""
         return self.connection_id[:22]
 
     def __post_init__(self) -> None:
@@ -4188,7 +4190,7 @@ class Call:
     #: Bytes of the message.
     size: int
     task: asyncio.Task[None] | None = None
-    #: Resolved when the calls before it have begun, if it waits for them.
+    #: Resolved when the calls before it have begun; None if it does not wait for them.
     at_head: asyncio.Future[None] | None = None
     holds_slot: bool = False
     cancelled: bool = False
@@ -4222,7 +4224,7 @@ class Call:
         started = time.perf_counter()
         method = self.method
         try:
-            result = self._authorize() if method.checks else self._call()
+            result = self._call_if_allowed() if method.checks else self._call()
             if method.streaming or hasattr(result, "__await__"):
                 return result
             self._calls.reply(self.invocation, result)
@@ -4237,8 +4239,8 @@ class Call:
             )
         return NO_RESULT
 
-    async def _authorize(self) -> Any:
-        """Call the method if all checks allow it. Raises Unauthorized."""
+    async def _call_if_allowed(self) -> Any:
+        """Call the method if all its checks allow that. Raises Unauthorized."""
         for check in self.method.checks:
             if not await _result_of(check(self._calls.hub.context)):
                 raise Unauthorized("the user is unauthorized")
@@ -4416,7 +4418,7 @@ class Calls:
             self.mapped.tasks.add(task)
 
     def _call_error(self, invocation: Invocation, method: HubMethod) -> str | None:
-        """Return why a method cannot be called in this way, if it cannot."""
+        """Return the error of a call that does not suit its method; None if it does."""
         target, streaming = invocation.target, invocation.streaming
         if method.needs_slot and not (streaming or invocation.stream_ids):
             return None  # the usual call
@@ -4560,7 +4562,7 @@ class Calls:
 
     async def finish(self, end: End) -> None:
         """Close streams and fail uploads; return once no call waits any more."""
-        if not end.in_order:  # else they still run
+        if not end.in_order:  # after a normal close, waiting calls still run
             self.cancel_waiting()
         while True:
             unread = end.in_order and self.connection.inbox.unfinished
@@ -4761,7 +4763,8 @@ class HubConnection:
             for message, size in protocol.decode(inbox, self._size_limit):
                 counters.messages_in += 1
                 self._keep_alive.active = True
-                new = connection.reconnect is None or self._is_new(message)
+                reconnect = connection.reconnect
+                new = reconnect is None or reconnect.accept(message)
                 if new and (rate is None or self._in_rate(message, rate, paused)):
                     self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
@@ -4777,17 +4780,11 @@ class HubConnection:
             inbox.clear()
             self._fail(error)
 
-    def _is_new(self, message: Message | None) -> bool:
-        """Number a message for stateful reconnect; return False for a repeated one."""
-        reconnect = self._connection.reconnect
-        if reconnect is None or not isinstance(message, SEQUENCED):
-            return True
-        return reconnect.accept()
-
     def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
-        """Count a message, unless it answers the server; cut off who sends too fast.
+        """Count a message, unless it answers the server; return False above the rate.
 
-        paused: reading was paused before, so any number of messages may have waited.
+        Then the client is disconnected. paused: reading was paused before, so any
+        number of messages may have waited.
         """
         acks = isinstance(message, Ack) and self._connection.reconnect is not None
         if acks or self._mapped.registry.results.awaits(message):
@@ -4833,7 +4830,7 @@ class HubConnection:
                 reconnect.resume(sequence_id)
 
     def _fail(self, error: BaseException, allow_reconnect: bool = True) -> None:
-        """End the connection because of an error, which a Close message reports."""
+        """End the connection because of an error; a Close message reports it."""
         text = "Connection closed with an error."
         text = error_text(text, error, self._mapped.options)
         failure = error if isinstance(error, Exception) else None
@@ -4861,14 +4858,14 @@ class HubConnection:
             self._close(End(), Close(allow_reconnect=True))
 
     def check_timeouts(self, now: float) -> None:
-        """Close a silent client's connection, or send what is due; forget an old one.
+        """Send a due ping or ack, and disconnect a silent client.
 
-        now: monotonic seconds.
+        A connection that has closed is forgotten after `close_timeout`, even if its
+        calls or `on_disconnected` still run. now: monotonic seconds.
         """
         connection, mapped = self._connection, self._mapped
         timeout = _or_infinite(mapped.options.close_timeout)
         if connection.state == CLOSED and now - connection.last_change > timeout:
-            # Others need not see it while its calls or `on_disconnected` still run.
             mapped.remove(connection, now - self._begun)
         if connection.state != OPEN:
             return
@@ -4985,11 +4982,11 @@ async def _add_cors(request: Request, response: StreamResponse) -> None:
 
 
 class Ticket(NamedTuple):
-    """What a connection token says."""
+    """The content of a connection token."""
 
     connection_id: str
     stateful: bool
-    #: The time of the wall clock until which it may be used first.
+    #: Until when it may first be used, in seconds since 1970.
     expires_at: float
 
 
@@ -4997,8 +4994,8 @@ class Tokens:
     """Connection tokens, which every process with the same key can check.
 
     A token is 42 bytes in base64url: 16 random ones, the time until which it may
-    be used first (8 bytes, in milliseconds), flags (2), a signature (16). It is
-    signed for one hub and one user. Nothing is stored until it is used.
+    first be used (8 bytes, in milliseconds), flags (2), a signature (16). It is
+    signed for one hub and one user.
     """
 
     _STATEFUL, _IS_ID = 1, 2
@@ -5018,7 +5015,7 @@ class Tokens:
         return base64.urlsafe_b64encode(token).decode()
 
     def read(self, token: str, user_id: str | None) -> Ticket | None:
-        """Return what a token says; None if it is not of this hub and user."""
+        """Return the content of a token; None if it is not of this hub and user."""
         try:
             data = base64.urlsafe_b64decode(token)
         except ValueError:
@@ -5066,8 +5063,8 @@ class ConnectionManager:
         self._mapped = mapped
         self._tokens = tokens
         self._connections: dict[str, Connection] = {}
-        #: When tokens expire, by connection id: those that this process has made and
-        #: nobody has used, and those that were used, here or in another process.
+        #: When tokens expire, by connection id: tokens made here and not used yet, and
+        #: tokens used, here or in another process.
         self._unused: dict[str, float] = {}
         self._used: dict[str, float] = {}
         mapped.registry.handlers["token used"] = self._mark_used
@@ -5112,10 +5109,8 @@ class ConnectionManager:
         token, connection_id = token or _new_id(), connection_id or _new_id()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
-        channel, backplane = (
-            f"connection:{connection_id}",
-            self._mapped.registry.backplane,
-        )
+        backplane = self._mapped.registry.backplane
+        channel = f"connection:{connection_id}"
         backplane.subscribe(channel)
         connection.ended.add_done_callback(lambda _: backplane.unsubscribe(channel))
         return connection
@@ -5135,8 +5130,8 @@ class ConnectionManager:
         if connection is None:
             log.warning(
                 "%s with an unknown token: it has expired, is from before a restart, "
-                "or from another process; several need a common backplane, and a proxy "
-                "that sends all requests of a connection to one of them",
+                "or from another process. Several processes need a common backplane, "
+                "and a proxy that sends all requests of a connection to one of them.",
                 request.method,
             )
         if connection is None or connection.state == CLOSED:
@@ -5469,7 +5464,7 @@ def _skips_negotiation(request: Request) -> bool:
 
 
 def _constructor_arguments(hub_class: type[Hub]) -> str:
-    """Name the arguments without which a class cannot be made."""
+    """Return the names of the arguments that a class cannot be made without."""
     try:
         parameters = inspect.signature(hub_class).parameters.values()
     except ValueError:  # it has no signature
