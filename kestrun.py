@@ -560,9 +560,9 @@ class Writer:
 
     def result_to_plain(self, value: Any) -> Any:
         """Convert a part of a method's result, where a set becomes a list."""
-        return (
-            list(value) if isinstance(value, (set, frozenset)) else self.to_plain(value)
-        )
+        if isinstance(value, (set, frozenset)):
+            return list(value)
+        return self.to_plain(value)
 
     def spell(self, fields: Iterable[dataclasses.Field[Any]]) -> list[tuple[str, str]]:
         """Return the name of each field, with its spelling on the wire."""
@@ -572,11 +572,8 @@ class Writer:
     def explain(self, message: Message, error: Exception) -> Exception:
         """Name the part of a message that cannot be sent, by its place and type."""
         if isinstance(message, Invocation):
-            target, convert = message.target, self.to_plain
-            parts = [
-                (f"{target}, argument {n}", a)
-                for n, a in enumerate(message.arguments, 1)
-            ]
+            convert, numbered = self.to_plain, enumerate(message.arguments, 1)
+            parts = [(f"{message.target}, argument {n}", a) for n, a in numbered]
         else:
             value = getattr(message, "item", getattr(message, "result", None))
             parts, convert = [("the result", value)], self.result_to_plain
@@ -890,9 +887,8 @@ def _library_writer(
     plain first. orjson can be told to leave such types to `convert`; it gets plain
     values only if it fails, or writes null where NaN may have been.
     """
-    names = [
-        f"OPT_PASSTHROUGH_{kind}" for kind in ("DATACLASS", "DATETIME", "SUBCLASS")
-    ]
+    kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
+    names = [f"OPT_PASSTHROUGH_{kind}" for kind in kinds]
     fast = all(hasattr(library, name) for name in names)
     option = sum(getattr(library, name) for name in names) if fast else 0
 
@@ -1920,8 +1916,7 @@ async def serve_poll(
 
 async def _send_poll(request: Request, connection: Connection) -> StreamResponse:
     """Send what is queued; end the connection if the client is gone."""
-    kind = "application/octet-stream"
-    response = _poll_answer(200, connection.take(), kind)
+    response = _poll_answer(200, connection.take(), "application/octet-stream")
     try:
         await response.prepare(request)
         await response.write_eof()
@@ -2537,11 +2532,9 @@ class RedisLink:
 
     # Messages
 
-    async def _next_message(self) -> list[Any]:
-        message: list[Any] = await self._messages.read_response(
-            disable_decoding=True, timeout=math.inf
-        )
-        return message
+    def _next_message(self) -> Awaitable[list[Any]]:
+        read: Callable[..., Awaitable[list[Any]]] = self._messages.read_response
+        return read(disable_decoding=True, timeout=math.inf)
 
     async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
         """Pass each published message to `receive`, with its channel."""
@@ -3079,8 +3072,7 @@ class SingleClientProxy(ClientProxy):
         try:
             return convert(completion.result)
         except Exception as error:  # a converter may be user code
-            text = f"The client's result of {method!r}: {error}"
-            raise ValueError(text) from error
+            raise ValueError(f"The client's result of {method!r}: {error}") from error
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -5721,9 +5713,8 @@ class HubClient:
         """Call a handler; answer if the server waits."""
         id, target = message.invocation_id, message.target
         try:
-            result = await _result_of(
-                self._handlers[target.lower()](*message.arguments)
-            )
+            handler = self._handlers[target.lower()]
+            result = await _result_of(handler(*message.arguments))
             if id is not None:
                 await self._write(Completion(id, result))
         except Exception as error:
@@ -5843,8 +5834,8 @@ class Progress:
     def from_thread(self, percent: float, status: str = "") -> None:
         """Report progress from a thread, as of `asyncio.to_thread`, and wait for it.
 
-        Cancelling an operation does not end its threads: there this raises
-        asyncio.CancelledError then, which ends the thread's function too.
+        Cancelling an operation does not end its threads. This then raises
+        asyncio.CancelledError in them, which ends the thread's function.
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("use `await progress(…)` outside of threads")
@@ -6012,7 +6003,6 @@ class Operations:
 # Jobs on the wall clock. One task sleeps until the next job is due; each run is
 # a task of its own, so a slow job delays no other. A due time that passes while
 # the loop is busy or the machine sleeps runs late, once for all that were missed.
-
 
 #: The fields of a cron expression: lowest and highest value, words for 0, 1, 2, …
 _CRON_FIELDS = {
@@ -7570,10 +7560,8 @@ class Demo:
         """Show, cancel or remove an operation of any process, which its id names."""
         verbs = {"POST": "cancel", "DELETE": "remove"}
         verb, id = verbs.get(request.method, "show"), request.match_info["taskId"]
-        owner = id.rpartition(".")[0]
-        answer = await _reachable(
-            self.hub.everywhere.ask_process(owner, "operation", verb, id)
-        )
+        owner, everywhere = id.rpartition(".")[0], self.hub.everywhere
+        answer = await _reachable(everywhere.ask_process(owner, "operation", verb, id))
         if answer is None:
             raise web.HTTPNotFound(text="There is no operation with this id.")
         status, body = answer
@@ -7813,11 +7801,10 @@ def create_app(
         authenticate=demo.authenticate,
     )
     demo.hub_resources = frozenset(app.router.resources())
-    demo.hub.everywhere.handle("operation", demo.act_on_operation)
-    demo.hub.everywhere.handle("stats", monitor.count)
-    demo.hub.everywhere.handle(
-        "operations", lambda: [*map(_status, demo.operations.list())]
-    )
+    everywhere = demo.hub.everywhere
+    everywhere.handle("operation", demo.act_on_operation)
+    everywhere.handle("operations", lambda: [*map(_status, demo.operations.list())])
+    everywhere.handle("stats", monitor.count)
     app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
     demo.api_resources = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
@@ -7835,7 +7822,6 @@ def create_app(
 #
 # The command line of the demo. Only this section configures logging and signals,
 # which a library leaves to the program that imports it.
-
 
 #: Connections that asyncio accepts in one go. Out of file descriptors it reports and
 #: retries each of them.
@@ -7899,20 +7885,14 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
-    add(
-        "--redis",
-        metavar="URL",
-        default=os.environ.get("KESTRUN_REDIS") or None,
-        help=text,
-    )
+    url = os.environ.get("KESTRUN_REDIS") or None
+    add("--redis", metavar="URL", default=url, help=text)
     text = "their common secret, 16 characters or more (environment KESTRUN_SECRET)"
     add("--secret", default=os.environ.get("KESTRUN_SECRET") or None, help=text)
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
-    text = (
-        "print a hub's methods and types as JSON (default: the demo's hub), then exit"
-    )
+    text = "print a hub's methods and types as JSON (default: the demo's), then exit"
     demo = "kestrun:KestrunHub"
     add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
     text = "connect to a hub, print the round-trip time of a call, then exit"
@@ -8060,10 +8040,7 @@ def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
         raise ValueError("--workers must be at least 1")
     if arguments.redis is None:
         if arguments.workers > 1:
-            raise ValueError(
-                "--workers needs --redis, or clients of different workers cannot "
-                "reach each other"
-            )
+            raise ValueError("--workers needs --redis, which connects the workers")
         return None
     if arguments.secret is None:
         raise ValueError("--redis needs --secret, the same for all processes")
@@ -8092,9 +8069,8 @@ def _print_description(name: str) -> None:
     sys.path.insert(0, os.getcwd())
     sys.modules.setdefault("kestrun", sys.modules[__name__])
     try:
-        description = describe(
-            getattr(importlib.import_module(module_name), class_name)
-        )
+        module = importlib.import_module(module_name)
+        description = describe(getattr(module, class_name))
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"--describe {name}: {error}") from None
     print(json.dumps(description, indent=2))
