@@ -611,11 +611,10 @@ class Writer:
                 steps = [("", convert(value))]
             except Exception:  # noqa: BLE001 (it may be user code)
                 return path, _a(value)
-        problems = (
-            self._find_problem(item, convert, path + step, depth + 1)
-            for step, item in steps
-        )
-        return next(filter(None, problems), None)
+        for step, item in steps:
+            if problem := self._find_problem(item, convert, path + step, depth + 1):
+                return problem
+        return None
 
 
 class Inbox(bytearray):
@@ -2049,8 +2048,7 @@ class GroupManager:
         """
         if not 1 <= len(name) <= 256:
             raise HubException("A group name must have 1 to 256 characters.")
-        channel = f"connection:{connection_id}"
-        problem = await self._registry.ask_owner(channel, "join", connection_id, name)
+        problem = await self._registry.ask_owner(connection_id, "join", name)
         if problem:
             raise HubException(problem)
 
@@ -2060,8 +2058,7 @@ class GroupManager:
         Raises ConnectionError if the connection is not here and the other processes
         cannot be reached.
         """
-        channel = f"connection:{connection_id}"
-        await self._registry.ask_owner(channel, "leave", connection_id, name)
+        await self._registry.ask_owner(connection_id, "leave", name)
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
@@ -2363,17 +2360,18 @@ class Registry:
         others, _ = await ask(_ALL_TIMEOUT, channel, question, *arguments)
         return [own, *others]
 
-    async def ask_owner(self, channel: str, question: str, *arguments: Any) -> Any:
-        """Return the answer of the one process that knows; None if there is none."""
-        answer = await self.handle(question, *arguments)
+    async def ask_owner(self, connection_id: str, question: str, *more: Any) -> Any:
+        """Return the answer of the process that has a connection; None if none has."""
+        answer = await self.handle(question, connection_id, *more)
         if answer is not None:
             return answer
-        return await self.ask_elsewhere(channel, question, *arguments)
+        channel = f"connection:{connection_id}"
+        return await self.ask_elsewhere(channel, question, connection_id, *more)
 
     async def ask_elsewhere(self, channel: str, question: str, *arguments: Any) -> Any:
         """Return the answer of the one other process that knows; None if none does.
 
-        Raises ConnectionError if it may be one that does not answer.
+        Raises ConnectionError if a process that does not answer may know.
         """
         ask = self.backplane.ask
         answers, missing = await ask(_OWNER_TIMEOUT, channel, question, *arguments)
@@ -3277,9 +3275,7 @@ class Everywhere:
 
     async def groups_of(self, connection_id: str) -> list[str]:
         """List the groups that a connection is in."""
-        channel = f"connection:{connection_id}"
-        answer = await self._registry.ask_owner(channel, "groups", connection_id)
-        return answer or []
+        return await self._registry.ask_owner(connection_id, "groups") or []
 
     async def count(self) -> int:
         """Count the connections."""
@@ -3293,8 +3289,7 @@ class Everywhere:
 
     async def abort(self, connection_id: str) -> bool:
         """Close a connection; return False if there is none with this id."""
-        channel = f"connection:{connection_id}"
-        return bool(await self._registry.ask_owner(channel, "abort", connection_id))
+        return bool(await self._registry.ask_owner(connection_id, "abort"))
 
     def handle(self, question: str, handler: Callable[..., Any]) -> None:
         """Let this process answer a question of your own.
