@@ -1954,9 +1954,9 @@ async def receive_post(request: Request, connection: Connection) -> None:
 #
 # Tracks connections, groups and users, and delivers messages to them. An address
 # says who receives a message. It is a value: it can be logged, compared, and
-# published to another process. All messages to addresses go through
-# `Registry.publish`, which also hands them to the backplane: to the other
-# processes that serve the same hub, if there are any.
+# published to another process. Messages go through `Registry.publish`, calls for a
+# result through `PendingResults`; both hand them to the backplane as well: to the
+# other processes that serve the same hub, if there are any.
 
 Connections = dict[str, Connection]
 #: One message as each protocol writes it.
@@ -2246,10 +2246,10 @@ class Registry:
         self.groups = GroupManager(self)
         self.results = PendingResults(self)
         #: Makes the converter for a client result's type.
-        self.converter: Callable[[Any], Converter]
+        self.make_converter: Callable[[Any], Converter]
         self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
-        self.published = 0
+        self.published_bytes = 0
         #: Handlers of questions by name, plain or async, and of what other processes
         #: tell. A handler returns None if only another process can know the answer.
         self.handlers: dict[str, Callable[..., Any]] = {
@@ -2301,7 +2301,7 @@ class Registry:
         encoded = {p: p.encode(message) for p in protocols}
         for connection in receivers:
             connection.send(encoded[connection.protocol])
-        self.published += sum(map(len, encoded.values()))
+        self.published_bytes += sum(map(len, encoded.values()))
         if not address.local:
             self.backplane.publish(address, message, encoded)
 
@@ -3000,10 +3000,10 @@ class ClientProxy:
         """
         registry = self._registry
         registry.publish(self._address, _invocation(method, args))
-        if registry.published > _HIGH_WATER:
+        if registry.published_bytes > _HIGH_WATER:
             # A broadcast waits for no client, but a long loop of them must let the
             # event loop write and read in between.
-            registry.published = 0
+            registry.published_bytes = 0
             await asyncio.sleep(0)
 
 
@@ -3054,7 +3054,7 @@ class SingleClientProxy(ClientProxy):
         listen yet.
         """
         call = _current_call.get()
-        convert = self._registry.converter(returns)
+        convert = self._registry.make_converter(returns)
         message = _invocation(method, args)
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
             try:
@@ -4041,7 +4041,7 @@ class MappedHub:
         self.shared = Shared(options, Counters(), Flusher())
         self.registry = Registry(self.protocols.values())
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
-        self.registry.converter = converters.make
+        self.registry.make_converter = converters.make
         self.backplane = backplane
         if backplane is not None:
             self.registry.backplane = backplane.for_hub(path, self.registry)
@@ -5160,9 +5160,9 @@ class ConnectionManager:
         hub_connection = HubConnection(self._mapped, connection, request)
         task = asyncio.create_task(hub_connection.run())
         self._running[task] = hub_connection
-        task.add_done_callback(self._ran)
+        task.add_done_callback(self._after_run)
 
-    def _ran(self, task: asyncio.Task[None]) -> None:
+    def _after_run(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a connection failed", exc_info=error)
