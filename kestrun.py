@@ -229,7 +229,7 @@ class HubOptions:
     #: Messages of one client in a second, on average; at most twice as many at once.
     #: Its answers to this process do not count. Above it, the client is disconnected.
     invocations_per_second: float | None = None
-    #: Connections of this hub in one process, and unused tokens; more get 503.
+    #: Connections of this hub in one process, and as many unused tokens; more get 503.
     maximum_connections: int | None = 10_000
     #: Send the text of every exception to the caller. For development only.
     enable_detailed_errors: bool = False
@@ -241,7 +241,8 @@ class HubOptions:
     #: Seconds for which an unused token (an hour at most), a client between two
     #: polls, or a stateful client without a socket is kept.
     disconnect_timeout: float | None = 15
-    #: Seconds to wait for the peer's WebSocket close frame.
+    #: Seconds to wait for the peer's WebSocket close frame, and for code that still
+    #: runs before its closed connection is forgotten.
     close_timeout: float | None = 5
     #: Let clients resume a lost WebSocket without losing messages.
     allow_stateful_reconnects: bool = False
@@ -4395,7 +4396,7 @@ class Calls:
             call.close_uploads()
 
     def _create_task(self, call: Call, result: Any, context: Context) -> None:
-        """Let a call go on in a task, with its method's result or to wait for it."""
+        """Continue a call in a task: await its method's result, or wait to begin."""
         if result is NO_RESULT:
             self._waiting.append(call)
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
@@ -5574,7 +5575,8 @@ class HubClient:
     async def receive(self, target: str, timeout: float = 5) -> list[Any]:
         """Return the arguments of the next call of `target`, in order of arrival.
 
-        Raises TimeoutError after so many seconds, ConnectionError at the end.
+        Raises TimeoutError after `timeout` seconds, and ConnectionError when the
+        connection has ended.
         """
         try:
             async with asyncio.timeout(timeout):
