@@ -1554,8 +1554,7 @@ class Connection:
         self.shared.counters.drops[reason] += 1
         log.warning("connection %s dropped: %s", self, reason)
         transport = self.transport
-        error = ConnectionAbortedError(f"The client was dropped: {reason}.")
-        self.lost(End(error))
+        self.lost(End(ConnectionAbortedError(f"The client was dropped: {reason}.")))
         if transport is not None:
             transport.abort()
 
@@ -1757,8 +1756,7 @@ class WebSocketTransport(Transport):
             self._send_close_frame()
         self._socket.close()
         if timeout is not None and self._socket.get_write_buffer_size():
-            loop = asyncio.get_running_loop()
-            loop.call_later(timeout, self.abort)
+            asyncio.get_running_loop().call_later(timeout, self.abort)
 
 
 async def serve_websocket(request: Request, connection: Connection) -> StreamResponse:
@@ -2872,8 +2870,7 @@ class HubBackplane(Backplane):
         return await self._redis.wait_active(self.channel(channel))
 
     async def subscribers(self, channel: str) -> int:
-        name = self.channel(channel)
-        _, number = await self._redis.command("PUBSUB", "NUMSUB", name)
+        _, number = await self._redis.command("PUBSUB", "NUMSUB", self.channel(channel))
         return int(number)
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
@@ -2931,8 +2928,7 @@ class HubBackplane(Backplane):
             case "tell", [handler, arguments]:
                 self._registry.handlers[handler](*arguments)
             case "ask", [id, question, arguments]:
-                reply = self._reply(sender, id, question, arguments)
-                task = asyncio.create_task(reply)
+                task = asyncio.create_task(self._reply(sender, id, question, arguments))
                 self.replies.add(task)
                 task.add_done_callback(self.replies.discard)
             case "answer", [id, answer] if id in self.questions:
@@ -5575,8 +5571,7 @@ class HubClient:
     async def receive(self, target: str, timeout: float = 5) -> list[Any]:
         """Return the arguments of the next call of `target`, in order of arrival.
 
-        Raises TimeoutError after `timeout` seconds, and ConnectionError when the
-        connection has ended.
+        Raises TimeoutError after `timeout` seconds, ConnectionError once disconnected.
         """
         try:
             async with asyncio.timeout(timeout):
