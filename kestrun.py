@@ -1199,7 +1199,7 @@ class End(NamedTuple):
     #: The error that caused it, if any.
     error: Exception | None = None
     #: The client closed normally, so messages received before the close are processed.
-    in_order: bool = False
+    normal: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -1607,7 +1607,7 @@ class Connection:
 
     def accepts_messages(self) -> bool:
         """Return True while open, and after a normal close for data received before."""
-        return self.state < CLOSING or self.ended.result().in_order
+        return self.state < CLOSING or self.ended.result().normal
 
     def can_read(self) -> bool:
         """Return False while too much waits for user code."""
@@ -1807,7 +1807,7 @@ def _websocket_ended(connection: Connection, code: int | None, error: object) ->
         log.warning("connection %s: %s", connection, error)
         connection.lost(End(ProtocolError(str(error))))
     elif code is not None and code != aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
-        connection.lost(End(in_order=True))
+        connection.lost(End(normal=True))
     elif connection.can_resume():
         connection.detach()
     else:
@@ -1868,7 +1868,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
     except ConnectionError:
         pass  # the client left while it was written to
     finally:
-        connection.lost(End(in_order=True))
+        connection.lost(End(normal=True))
     return response
 
 
@@ -1905,7 +1905,7 @@ async def serve_poll(
             return await _send_poll(request, connection)
         keeps_polling = transport.replaced or connection.outbox.size
         if connection.state == CLOSING and not keeps_polling:
-            connection.lost(End(in_order=True))  # the client stops polling at this 204
+            connection.lost(End(normal=True))  # the client stops polling at this 204
         return _poll_answer(204)
     finally:
         if connection.transport is transport:
@@ -4457,7 +4457,7 @@ class Calls:
             return False
         connection, outbox = self.connection, self.connection.outbox
         if connection.state >= CLOSING:
-            return connection.ended.result().in_order
+            return connection.ended.result().normal
         return outbox.size <= outbox.high_water
 
     async def wait_to_begin(self, call: Call) -> None:
@@ -4546,10 +4546,10 @@ class Calls:
 
     async def finish(self, end: End) -> None:
         """Close streams and fail uploads; return once no call waits any more."""
-        if not end.in_order:  # after a normal close, waiting calls still run
+        if not end.normal:  # after a normal close, waiting calls still run
             self.cancel_waiting()
         while True:
-            unread = end.in_order and self.connection.inbox.unfinished
+            unread = end.normal and self.connection.inbox.unfinished
             if self.connection.inbox.full or not unread:  # unread items may fill it
                 for stream in self.uploads.values():
                     stream.end(ConnectionError("The underlying connection was closed."))
@@ -4688,7 +4688,7 @@ class HubConnection:
                 end = await connection.ended
                 await calls.finish(end)
                 error = end.error
-                if end.in_order and error is None and connection.inbox:
+                if end.normal and error is None and connection.inbox:
                     text = "Connection terminated while reading a message."
                     error = ProtocolError(text)
                 await self._run_hook("on_disconnected", error)
@@ -4806,7 +4806,7 @@ class HubConnection:
             case Close(error):
                 self._connection.inbox.clear()  # ignore what follows it
                 failure = None if error is None else HubException(error)
-                self._close(End(failure, in_order=True), Close())
+                self._close(End(failure, normal=True), Close())
             case Ack(sequence_id) if reconnect is not None:
                 reconnect.acknowledge(sequence_id)
                 self._connection.wake()
@@ -5409,7 +5409,7 @@ class Endpoint:
             text = "Cannot terminate this connection using the DELETE endpoint."
             raise web.HTTPBadRequest(text=text)
         self._check_user(connection, user_id)
-        connection.lost(End(in_order=True))  # which ends the pending poll, too
+        connection.lost(End(normal=True))  # which ends the pending poll, too
         return Response(status=202, text="")
 
 
