@@ -2441,7 +2441,7 @@ class RedisLink:
         #: Channels to subscribe to (True) or to leave (False) next.
         self._changes: dict[bytes, bool] = {}
         self._changed = asyncio.Event()
-        #: Confirmations that are still to come.
+        #: Changes of subscriptions that Redis has not confirmed yet.
         self._unconfirmed = 0
         self._confirmed = asyncio.Event()
         self._active_changed = asyncio.Event()
@@ -2543,7 +2543,7 @@ class RedisLink:
                 await asyncio.sleep(0)
             if kind == b"message":
                 receive(channel, data)
-            else:
+            else:  # Redis confirms a change of subscriptions
                 self._unconfirmed -= 1
                 if self._unconfirmed == 0:
                     self._confirmed.set()
@@ -2684,7 +2684,7 @@ class RedisBackplane:
     async def stop(self) -> None:
         """Send queued messages, then disconnect."""
         with contextlib.suppress(ConnectionError):
-            await self.command("PING")
+            await self.command("PING")  # answered after all that is queued
         replies = [task for hub in self._hubs.values() for task in hub.replies]
         await _end_tasks([*self._tasks, *replies], (0, 1))
         self._tasks.clear()
@@ -2812,7 +2812,7 @@ class RedisBackplane:
         own = sender == self.process_id.encode()
         asking = any(hub.questions for hub in self._hubs.values())
         if own and not (asking or channel.endswith(sender)):
-            return  # this process has delivered its message itself
+            return  # a message of this process, which it has delivered itself
         try:
             if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
                 raise ValueError("it is not signed with our secret")
@@ -4566,7 +4566,7 @@ class KeepAlive:
     """Sends due pings and acks, and detects a silent client."""
 
     _connection: Connection
-    #: Whether the client sent something since the last check, and ever a ping.
+    #: Whether the client has sent something since the last check, and a ping ever.
     active: bool = False
     pinged: bool = False
     _last_received: float = field(default_factory=time.monotonic)
