@@ -2343,7 +2343,7 @@ class Registry:
 
     # Questions
 
-    async def handle(self, question: str, *arguments: Any) -> Any:
+    async def answer(self, question: str, *arguments: Any) -> Any:
         """Answer a question for this process."""
         return await _result_of(self.handlers[question](*arguments))
 
@@ -2354,14 +2354,14 @@ class Registry:
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
-        own = await self.handle(question, *arguments)
+        own = await self.answer(question, *arguments)
         ask = self.backplane.ask
         others, _ = await ask(_ALL_TIMEOUT, channel, question, *arguments)
         return [own, *others]
 
     async def ask_owner(self, connection_id: str, question: str, *more: Any) -> Any:
         """Return the answer of the process that has a connection; None if none has."""
-        answer = await self.handle(question, connection_id, *more)
+        answer = await self.answer(question, connection_id, *more)
         if answer is not None:
             return answer
         channel = f"connection:{connection_id}"
@@ -2948,7 +2948,7 @@ class HubBackplane(Backplane):
         """Answer a question of another process; log a handler that fails."""
         channel = self.channel(f"process:{sender}")
         try:
-            answer = await self._registry.handle(question, *arguments)
+            answer = await self._registry.answer(question, *arguments)
             self._redis.publish(channel, ["answer", self.path, id, answer])
         except (Exception, SystemExit):
             log.exception("backplane: the question %r failed", question)
@@ -3307,7 +3307,7 @@ class Everywhere:
         """Ask the process with this id, perhaps this one; None if there is none."""
         question = f"own {question}"
         if process_id == self.process_id:
-            return await self._registry.handle(question, *arguments)
+            return await self._registry.answer(question, *arguments)
         channel = f"process:{process_id}"
         return await self._registry.ask_elsewhere(channel, question, *arguments)
 
@@ -5483,11 +5483,12 @@ def map_hub(
     and two methods with the same wire name.
     """
     _check_hub_class(hub_class)
-    if factory is None and (arguments := _constructor_arguments(hub_class)):
+    if factory is not None:
+        _check_call(factory, "factory takes no arguments", 0)
+    elif arguments := _constructor_arguments(hub_class):
         name = hub_class.__name__
         call = f"map_hub(app, path, {name}, factory=lambda: {name}({arguments}))"
         raise TypeError(f"{name} cannot be made without arguments; use {call}")
-    _check_call(factory or dict, "factory takes no arguments", 0)
     if not isinstance(path, str) or not path.startswith("/"):
         raise ValueError(f'path must start with "/", got {path!r}')
     if "{" in path or "}" in path:
