@@ -2249,8 +2249,8 @@ class Registry:
         self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
         self.published_bytes = 0
-        #: Handlers of questions by name, plain or async, and of what other processes
-        #: tell. A handler returns None if only another process can know the answer.
+        #: Handlers by name: of questions, plain or async, and of what others `tell`,
+        #: plain. One returns None if only another process can know the answer.
         self.handlers: dict[str, Callable[..., Any]] = {
             "count": lambda: len(self.connections),
             "members": self.groups.members,
@@ -2585,7 +2585,7 @@ class RedisLink:
 # ---------------------------------------------------------------- backplane
 #
 # Several processes act as one hub through the pub/sub of Redis, which stores
-# nothing: its table of subscriptions says which processes have members of a group, a
+# nothing: its table of subscriptions shows which processes have members of a group, a
 # user or a connection. A message is delivered to this process's clients first and
 # then published, encoded; what arrives from others is delivered and never published
 # again. While Redis is away, local delivery continues; messages to other processes
@@ -2594,8 +2594,8 @@ class RedisLink:
 #   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
 #   all                               every process            messages, questions,
 #                                                              used tokens
-#   group:NAME, user:ID               those who have members   messages, questions
-#   connection:ID                     the one who has it       messages, questions
+#   group:NAME, user:ID               those with members       messages, questions
+#   connection:ID                     the one with it          messages, questions
 #   process:ID                        that process             questions, answers,
 #                                                              client results, beats
 #
