@@ -2399,7 +2399,7 @@ _AT_ONCE = 200
 
 
 def _make_pool(url: str) -> Any:
-    """Return a pool, whose connections never retry by themselves."""
+    """Return a pool whose connections never retry by themselves."""
     try:
         from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
         from redis.asyncio.retry import Retry  # type: ignore[import-not-found,unused-ignore]
@@ -3124,7 +3124,7 @@ class HubClients:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HubCallerClients(HubClients):
-    """Every receiver, also relative to the caller: `self.clients` inside a hub."""
+    """Every receiver, and those relative to the caller: `self.clients` inside a hub."""
 
     _caller: str
 
@@ -3232,7 +3232,7 @@ class Hub:
     async def on_disconnected(self, error: Exception | None) -> None:
         """Run when a connection that `on_connected` accepted has ended.
 
-        error: the reason, if known; None, too, if the client just disappeared.
+        error: the reason, if known; None also if the client just disappeared.
         """
 
     async def on_invocation(
@@ -3253,9 +3253,9 @@ class Everywhere:
     """One hub in all processes that serve it: `hub.everywhere`.
 
     Without a backplane that is this process. With one, a method raises
-    ConnectionError if it needs Redis, which is away, or one certain process, which
-    does not answer within a second. A question to all leaves out processes that do
-    not answer, with a warning.
+    ConnectionError if it needs Redis and Redis is away, or if the one process that
+    it asks does not answer within a second. If it asks all processes, those that do
+    not answer are left out, with a warning.
     """
 
     _registry: Registry
