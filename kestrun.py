@@ -1449,7 +1449,7 @@ def _new_future() -> asyncio.Future[Any]:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """One client's pipe. Negotiate creates it; a transport and a hub use it."""
+    """One client's pipe. Its first request creates it; a transport and a hub use it."""
 
     shared: Shared
     connection_id: str
@@ -1464,7 +1464,7 @@ class Connection:
     transport: Transport | None = None
     #: Chosen by the handshake.
     protocol: HubProtocol = JSON
-    #: Set by negotiate; removed if the client cannot resume.
+    #: Set if the token allows it; removed if the client cannot resume.
     reconnect: ReconnectBuffer | None = None
     inbox: Inbox = field(init=False)
     outbox: Outbox = field(init=False)
@@ -4865,10 +4865,10 @@ class HubConnection:
 
 # ----------------------------------------------------------------- endpoint
 #
-# The HTTP side of a hub: negotiate creates connections, GET gives them a
-# transport, POST brings bytes, DELETE ends long polling. Every request is checked
-# in the same order: origin, user id, connection, transport. Bodies and status codes
-# are those of the reference server, which clients and their tests know.
+# The HTTP side of a hub: negotiate makes a token, and the first request with it the
+# connection. GET gives it a transport, POST brings bytes, DELETE ends long polling.
+# Every request is checked in the same order: origin, user id, connection, transport.
+# Bodies and status codes are the reference server's, which clients and tests know.
 
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
@@ -5211,7 +5211,7 @@ class ConnectionManager:
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
         for connection in self._connections.values():
-            if not connection.transport_name:  # negotiated, never used
+            if not connection.transport_name:  # no GET has opened it
                 connection.lost(End())
             elif isinstance(connection.transport, WebSocketTransport):
                 # aiohttp reads nothing any more, so no close frame can arrive.
