@@ -3254,8 +3254,8 @@ class Everywhere:
 
     Without a backplane that is this process. With one, a method raises
     ConnectionError if it needs Redis and Redis is away, or if the one process that
-    it asks does not answer within a second. If it asks all processes, those that do
-    not answer are left out, with a warning.
+    it asks does not answer in 3 s. If it asks all processes, those that do not answer
+    within a second are left out, with a warning.
     """
 
     _registry: Registry
