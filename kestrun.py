@@ -227,7 +227,7 @@ class HubOptions:
     #: Groups that one client can be in.
     maximum_groups_per_client: int | None = None
     #: Messages of one client in a second, on average; at most twice as many at once.
-    #: Its answers to this process do not count. Above it, the client is disconnected.
+    #: Its answers to the server do not count. Above it, the client is disconnected.
     invocations_per_second: float | None = None
     #: Connections of this hub in one process, and as many unused tokens; more get 503.
     maximum_connections: int | None = 10_000
@@ -1977,8 +1977,8 @@ class Address(NamedTuple):
 _ALL_TIMEOUT, _OWNER_TIMEOUT = 1.0, 3.0
 
 
-class Backplane:
-    """The other processes that serve the same hub; in this base class there are none.
+class Backplane(Protocol):
+    """The other processes that serve the same hub, as its registry sees them.
 
     A channel names the processes that get a message or a question: "all",
     "group:NAME", "user:ID", "connection:ID" or "process:ID". Methods that ask raise
@@ -1992,15 +1992,19 @@ class Backplane:
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         """Hand a message to the others. Never waits, never fails."""
+        return
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
         """Call the handler of that name in the others. Never waits, never fails."""
+        return
 
     def subscribe(self, channel: str) -> None:
         """Receive what others send to a channel."""
+        return
 
     def unsubscribe(self, channel: str) -> None:
         """Stop receiving from a channel."""
+        return
 
     async def subscribed(self, channel: str) -> bool:
         """Wait a second at most for a subscription; return True if it is active."""
@@ -2020,8 +2024,12 @@ class Backplane:
         return [], 0
 
     def linked_for(self) -> float:
-        """Return the seconds for which the link to the others has lasted; 0 without."""
+        """Return the seconds since something between the processes may have been lost."""
         return math.inf
+
+
+class NoBackplane(Backplane):
+    """The backplane of a process that is alone."""
 
 
 class GroupManager:
@@ -2121,15 +2129,17 @@ class PendingResults:
     process that waits, so the client's own process only has to pass the result on.
     """
 
-    #: An invocation id: the id of the process that waits, if there are several, and a
-    #: number after an "s". A client's own ids are plain numbers.
-    _ID = re.compile("([0-9a-f]{16})s[0-9]+")
-
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: The client that was asked, and its result, by invocation id.
+        #: The client that was asked, and its result, by invocation id: the id of this
+        #: process, an "s" and a number. A client's own ids are plain numbers.
         self._waiting: dict[str, tuple[str, asyncio.Future[Completion]]] = {}
         self._last = 0
+        #: How many calls wait for each client; and what watches those elsewhere.
+        self._calls = Counter[str]()
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        #: The ids of other processes' calls that each client here has not answered.
+        self._asked: dict[str, set[str]] = {}
 
     async def invoke(self, address: Address, message: Invocation) -> Completion:
         """Call the handler of one client at an address; return its completion.
@@ -2137,20 +2147,28 @@ class PendingResults:
         Raises ConnectionError if there is no such client or it leaves, and TypeError
         or ValueError if the message cannot be written.
         """
+        backplane, (name,) = self._registry.backplane, address.names
         result: asyncio.Future[Completion] = _new_future()
         self._last += 1
-        id = f"{self._registry.backplane.process_id}s{self._last}"
-        message = dataclasses.replace(message, invocation_id=id)
-        gone = self._send(address, message)
-        self._waiting[id] = address.names[0], result
+        id = f"{backplane.process_id}s{self._last}"
+        self._waiting[id] = name, result
+        self._calls[name] += 1
         try:
+            gone = self._send(address, dataclasses.replace(message, invocation_id=id))
             await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
-        finally:
             gone.cancel()
+        except asyncio.CancelledError:
+            if name not in self._registry.connections:
+                backplane.tell(f"connection:{name}", "forget call", name, id)
+            raise
+        finally:
             del self._waiting[id]
+            self._calls[name] -= 1
+            if not self._calls[name]:
+                del self._calls[name]
         if not result.done():
             gone.result()  # raises if Redis was away
-            raise ConnectionError(f"Connection '{address.names[0]}' does not exist.")
+            raise ConnectionError(f"Connection '{name[:22]}' does not exist.")
         completion = result.result()
         if completion.error is None and completion.result is NO_RESULT:
             completion.error = "Client didn't provide a result."
@@ -2169,31 +2187,51 @@ class PendingResults:
             return gone
         encoded = {p: p.encode(message) for p in registry.protocols.values()}
         registry.backplane.publish(address, message, encoded)
-        return asyncio.create_task(self._watch(name))
+        if name not in self._watches or self._watches[name].done():
+            watching = self._watch(name, time.monotonic())
+            watch = self._watches[name] = asyncio.create_task(watching)
+            watch.add_done_callback(lambda t: t.cancelled() or t.exception())
+        return asyncio.shield(self._watches[name])
 
-    async def _watch(self, connection_id: str) -> None:
-        """Return once a client of another process is gone.
+    async def _watch(self, connection_id: str, begun: float) -> None:
+        """Return once a client of another process is gone, or no call waits for it.
 
-        Raises ConnectionError if its process or this one has lost its link since the
-        call: the call or the result may be lost, too.
+        begun: monotonic seconds. Raises ConnectionError if its process or this one
+        may have lost something since: the call or the result may be lost, too.
         """
-        backplane, begun = self._registry.backplane, time.monotonic()
+        backplane = self._registry.backplane
         question = f"connection:{connection_id}", "linked for", connection_id
-        while True:
-            waited, answers, missing = time.monotonic() - begun, list[Any](), 1
-            with contextlib.suppress(ConnectionError):  # its process may only be slow
-                answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
-            known = [seconds for seconds in answers if seconds is not None]
-            if not (known or missing):
-                return
-            if min([*known, backplane.linked_for()]) < waited:
-                raise ConnectionError("Redis was away; the result may be lost.")
-            await asyncio.sleep(_WATCH_INTERVAL)
+        try:
+            while self._calls[connection_id]:
+                waited, answers, missing = time.monotonic() - begun, list[Any](), 1
+                with contextlib.suppress(ConnectionError):  # it may only be slow
+                    answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
+                known = [seconds for seconds in answers if seconds is not None]
+                if not (known or missing):
+                    return
+                if min([*known, backplane.linked_for()]) < waited:
+                    raise ConnectionError("Redis was away; the result may be lost.")
+                await asyncio.sleep(_WATCH_INTERVAL)
+        finally:
+            del self._watches[connection_id]
 
-    def awaits(self, message: Message | None) -> bool:
-        """Return True for a client result that somebody here waits for."""
+    def expect(self, connection_id: str, invocation_id: str) -> None:
+        """Remember a call of another process that a client here has got."""
+        self._asked.setdefault(connection_id, set()).add(invocation_id)
+
+    def forget(self, connection_id: str, invocation_id: str = "") -> None:
+        """Forget a call of another process, or without an id all of a client."""
+        asked = self._asked.get(connection_id, set())
+        asked.discard(invocation_id)
+        if not (asked and invocation_id):
+            self._asked.pop(connection_id, None)
+
+    def awaits(self, connection: Connection, message: Message | None) -> bool:
+        """Return True for a result of this client that somebody waits for."""
         id = message.invocation_id if isinstance(message, Completion) else None
-        return id in self._waiting
+        return id in self._waiting or id in self._asked.get(
+            connection.connection_id, ()
+        )
 
     def complete(self, connection: Connection, completion: Completion) -> None:
         """Give a client's result to the call that waits, here or elsewhere, if any.
@@ -2203,16 +2241,19 @@ class PendingResults:
         id, name = completion.invocation_id, connection.connection_id
         if id in self._waiting:
             if not self._resolve(name, completion):
-                text = f"Connection ID '{name}' is not valid for invocation ID '{id}'."
-                raise ProtocolError(text)
-        elif (match := self._ID.fullmatch(id)) is not None:
+                raise ProtocolError(
+                    f"Connection ID '{connection}' is not valid for invocation ID '{id}'."
+                )
+        elif self.awaits(connection, completion):
+            self.forget(name, id)
             protocol = connection.protocol
             try:
                 data = protocol.encode(completion)
             except (TypeError, ValueError, OverflowError) as error:
                 data = protocol.encode(Completion(id, NO_RESULT, str(error)))
+            channel = f"process:{id.partition('s')[0]}"
             result = name, id, protocol.name, _to_base64(data)
-            self._registry.backplane.tell(f"process:{match[1]}", "complete", *result)
+            self._registry.backplane.tell(channel, "complete", *result)
 
     def complete_remote(
         self, connection_id: str, id: str, protocol: str, text: str
@@ -2240,7 +2281,7 @@ class Registry:
 
     def __init__(self, protocols: Collection[HubProtocol]) -> None:
         self.protocols = {protocol.name: protocol for protocol in protocols}
-        self.backplane = Backplane()
+        self.backplane: Backplane = NoBackplane()
         self.connections: Connections = {}
         self.groups = GroupManager(self)
         self.results = PendingResults(self)
@@ -2258,6 +2299,7 @@ class Registry:
             "join": self.groups.join,
             "leave": self.groups.leave,
             "complete": self.results.complete_remote,
+            "forget call": self.results.forget,
             "linked for": self._linked_for,
         }
 
@@ -2274,6 +2316,7 @@ class Registry:
         """Forget a connection and its memberships."""
         connection_id, user_id = connection.connection_id, connection.user_id
         self.connections.pop(connection_id, None)
+        self.results.forget(connection_id)
         self.groups.forget(connection_id, self.groups.of(connection_id))
         if user_id is not None and user_id in self._users:
             self._users[user_id].pop(connection_id, None)
@@ -2304,8 +2347,11 @@ class Registry:
         if not address.local:
             self.backplane.publish(address, message, encoded)
 
-    def deliver(self, address: Address, encoded: Encoded) -> None:
-        """Queue a message that another process has published."""
+    def deliver(self, address: Address, encoded: Encoded, id: str | None) -> None:
+        """Queue a message that another process has published.
+
+        id: the invocation id of a call that waits there.
+        """
         common = self.protocols["json"]  # all that a sender without msgpack writes
         for connection in self._receivers(address):
             protocol = connection.protocol
@@ -2315,6 +2361,8 @@ class Registry:
                     encoded[protocol] = protocol.encode(message)
             if protocol in encoded:
                 connection.send(encoded[protocol])
+                if id is not None:
+                    self.results.expect(connection.connection_id, id)
 
     def encode_for_others(self, message: Invocation, encoded: Encoded) -> None:
         """Encode a message for clients of other processes, which may use any protocol.
@@ -2645,7 +2693,8 @@ class RedisBackplane:
         self._wanted: set[bytes] = set()
         self._link: RedisLink | None = None
         #: When the link was made, in monotonic seconds.
-        self._linked_at = 0.0
+        #: When the link was made, or dropped a message.
+        self._intact_since = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
@@ -2731,7 +2780,7 @@ class RedisBackplane:
         """Switch to a new link."""
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
-        self._link, self._linked_at = link, time.monotonic()
+        self._link, self._intact_since = link, time.monotonic()
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
 
@@ -2764,7 +2813,7 @@ class RedisBackplane:
 
     def linked_for(self) -> float:
         """Return the seconds for which the link has lasted; 0 without one."""
-        return 0.0 if self._link is None else time.monotonic() - self._linked_at
+        return 0.0 if self._link is None else time.monotonic() - self._intact_since
 
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel, or leave it, with each link."""
@@ -2794,15 +2843,13 @@ class RedisBackplane:
             raise ConnectionError("Redis does not answer.") from None
 
     def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
-        """Publish a packet without waiting; drop and count it if Redis is away.
-
-        Raises TypeError or ValueError for a header that JSON cannot hold.
-        """
+        """Publish a packet, or drop and count it. Raises what `_dumps` raises."""
         if self._link is not None:
             text = f"{self.process_id}{_dumps(header)}\n"
             packet = text.encode(errors="surrogatepass") + body
             if self._link.publish(channel, _sign(self.key, channel, packet) + packet):
                 return
+            self._intact_since = time.monotonic()
         self._counts["dropped"] += 1
 
     def _receive(self, channel: bytes, data: bytes) -> None:
@@ -2882,7 +2929,8 @@ class HubBackplane(Backplane):
         name = "all" if len(names) != 1 else f"{kind[:-1]}:{names[0]}"
         self._registry.encode_for_others(message, encoded)
         sizes = {protocol.name: len(data) for protocol, data in encoded.items()}
-        header = ["send", self.path, kind, names, list(excluding), sizes]
+        more = list(excluding), sizes, message.invocation_id
+        header = ["send", self.path, kind, names, *more]
         self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
@@ -2922,9 +2970,9 @@ class HubBackplane(Backplane):
                 self.questions[id].put_nowait([])  # Redis counts this process, too
             case _ if own:
                 pass
-            case "send", [kind, names, excluding, sizes]:
+            case "send", [kind, names, excluding, sizes, id]:
                 address = Address(kind, tuple(names), frozenset(excluding))
-                self._deliver(address, sizes, body)
+                self._deliver(address, sizes, body, id)
             case "tell", [handler, arguments]:
                 self._registry.handlers[handler](*arguments)
             case "ask", [id, question, arguments]:
@@ -2934,13 +2982,15 @@ class HubBackplane(Backplane):
             case "answer", [id, answer] if id in self.questions:
                 self.questions[id].put_nowait([answer])
 
-    def _deliver(self, address: Address, sizes: dict[str, int], body: bytes) -> None:
+    def _deliver(
+        self, address: Address, sizes: dict[str, int], body: bytes, id: str | None
+    ) -> None:
         encoded: Encoded = {}
         for name, size in sizes.items():
             data, body = body[:size], body[size:]
             if name in self._registry.protocols:
                 encoded[self._registry.protocols[name]] = data
-        self._registry.deliver(address, encoded)
+        self._registry.deliver(address, encoded, id)
 
     async def _reply(
         self, sender: str, id: str, question: str, arguments: list[Any]
@@ -3060,7 +3110,7 @@ class SingleClientProxy(ClientProxy):
                     completion = await results.invoke(self._address, message)
             except TimeoutError:
                 (name,) = self._address.names
-                text = f"No result from connection '{name}' in {timeout} s."
+                text = f"No result from connection '{name[:22]}' in {timeout} s."
                 raise TimeoutError(text) from None
         if completion.error is not None:
             raise HubException(completion.error)
@@ -3814,7 +3864,7 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
         _, result = results[attempt]
         if result is NO_RESULT:
             text = f"{names} expected, got {arrived}"
-            raise ValueError(f"{text} ({reason})" if reason else text)
+            raise ValueError(f"{text} ({reason[:200]})" if reason else text)
         return result
 
     return convert
@@ -3886,7 +3936,9 @@ def _type_text(annotation: Any) -> str:
     """Spell a type as Python source does, without modules."""
     if annotation is type(None) or annotation is None:
         return "None"
-    return re.sub(r"\b(?:[\w<>]+\.)+(?=\w)", "", inspect.formatannotation(annotation))
+    text = inspect.formatannotation(annotation)
+    modules_or_literal = r"""('[^']*'|"[^"]*")|\b(?:[\w<>]+\.)+(?=\w)"""
+    return re.sub(modules_or_literal, lambda match: match[1] or "", text)
 
 
 class _LenientConverters(Converters):
@@ -3895,7 +3947,7 @@ class _LenientConverters(Converters):
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         try:
             return super().make(annotation, exact)
-        except TypeError:
+        except (TypeError, NameError, AttributeError):
             return _unchanged
 
 
@@ -4771,7 +4823,7 @@ class HubConnection:
         number of messages may have waited.
         """
         acks = isinstance(message, Ack) and self._connection.reconnect is not None
-        if acks or self._mapped.registry.results.awaits(message):
+        if acks or self._mapped.registry.results.awaits(self._connection, message):
             return True
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
@@ -5055,6 +5107,8 @@ class ConnectionManager:
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
+        #: How many connections have not ended.
+        self._open_connections = 0
 
     def negotiate(
         self, user_id: str | None, version: int, stateful: bool
@@ -5078,9 +5132,7 @@ class ConnectionManager:
         limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._stopping:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        if len(self._connections) >= limit:
-            self._forget_closed()
-        if max(len(self._connections), tokens) >= limit:
+        if max(self._open_connections, tokens) >= limit:
             text = "The server has too many connections. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
@@ -5093,10 +5145,15 @@ class ConnectionManager:
         token, connection_id = token or _new_id(), connection_id or _new_id()
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
-        backplane = self._mapped.registry.backplane
+        self._open_connections += 1
         channel = f"connection:{connection_id}"
-        backplane.subscribe(channel)
-        connection.ended.add_done_callback(lambda _: backplane.unsubscribe(channel))
+        self._mapped.registry.backplane.subscribe(channel)
+
+        def release(_: asyncio.Future[End]) -> None:
+            self._open_connections -= 1
+            self._mapped.registry.backplane.unsubscribe(channel)
+
+        connection.ended.add_done_callback(release)
         return connection
 
     async def find(self, request: Request, user_id: str | None) -> Connection:
@@ -5133,19 +5190,19 @@ class ConnectionManager:
         channel = f"connection:{ticket.connection_id}"
         backplane.subscribe(channel)
         elsewhere = False
-        with contextlib.suppress(ConnectionError):  # serve clients while Redis is away
-            if await backplane.subscribed(channel):
-                elsewhere = await backplane.subscribers(channel) > 1
-        if (connection := self._connections.get(token)) is not None:
-            return connection  # another request has made it meanwhile
-        if elsewhere or ticket.connection_id in self._used:
-            backplane.unsubscribe(channel)
-            return None
         try:
+            with contextlib.suppress(ConnectionError):  # serve clients without Redis
+                if await backplane.subscribed(channel):
+                    elsewhere = await backplane.subscribers(channel) > 1
+            if (connection := self._connections.get(token)) is not None:
+                return connection  # another request has made it meanwhile
+            if elsewhere or ticket.connection_id in self._used:
+                return None
+            # If there is no room now, the token can be used later.
             connection = self.create(user_id, token, ticket.connection_id)
-        except web.HTTPException:  # the token can be used when there is room
-            backplane.unsubscribe(channel)
-            raise
+        finally:
+            if token not in self._connections:
+                backplane.unsubscribe(channel)
         self._mark_used(ticket.connection_id, ticket.expires_at)
         backplane.tell("all", "token used", ticket.connection_id, ticket.expires_at)
         if ticket.stateful:
@@ -5396,10 +5453,8 @@ class Endpoint:
         finally:
             inbox.posts -= 1
         response = Response(status=404 if connection.state == CLOSED else 200, text="")
-        if not request.content.at_eof():  # the rest is not read
+        if not request.content.at_eof():  # the hub takes no more
             response.force_close()
-            if request.transport is not None:
-                request.transport.pause_reading()
         return response
 
     async def _delete(
@@ -7036,8 +7091,9 @@ function changeGroups(change, groupName, verb) {
 }
 
 function showGroups() {
+  const sizes = new Map(Object.entries(stats?.YourGroups ?? {}));
   byId("groups").replaceChildren(...Array.from(groups, (name) => {
-    const item = element("li", name), size = stats?.YourGroups[name];
+    const item = element("li", name), size = sizes.get(name);
     if (size) item.dataset.size = size === 1 ? "1 member" : `${size} members`;
     return item;
   }));
@@ -7821,6 +7877,9 @@ def create_app(
 _ACCEPTS = 1
 #: Seconds for the next request of a client, including all of its headers.
 _IDLE_TIMEOUT = 15.0
+#: Seconds for which the rest of a refused body is read and dropped: a client that is
+#: cut off while it sends may not get its answer.
+_LINGERING_TIME = 2.0
 
 
 class _OneLine(logging.Formatter):
@@ -7937,6 +7996,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         access_log=logging.getLogger("kestrun.access"),
         keepalive_timeout=_IDLE_TIMEOUT,
         shutdown_timeout=1.0,
+        lingering_time=_LINGERING_TIME,
         # Or aiohttp would decompress the rest of a refused body, however large it is.
         auto_decompress=False,
     )
@@ -8064,7 +8124,7 @@ def _print_description(name: str) -> None:
     try:
         module = importlib.import_module(module_name)
         description = describe(getattr(module, class_name))
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, NameError) as error:
         raise ValueError(f"--describe {name}: {error}") from None
     print(json.dumps(description, indent=2))
 
