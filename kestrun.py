@@ -2151,17 +2151,17 @@ class PendingResults:
         result: asyncio.Future[Completion] = _new_future()
         self._last += 1
         id = f"{backplane.process_id}s{self._last}"
+        gone = self._send(address, dataclasses.replace(message, invocation_id=id))
         self._waiting[id] = name, result
         self._calls[name] += 1
         try:
-            gone = self._send(address, dataclasses.replace(message, invocation_id=id))
             await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
-            gone.cancel()
         except asyncio.CancelledError:
             if name not in self._registry.connections:
                 backplane.tell(f"connection:{name}", "forget call", name, id)
             raise
         finally:
+            gone.cancel()
             del self._waiting[id]
             self._calls[name] -= 1
             if not self._calls[name]:
@@ -2187,7 +2187,7 @@ class PendingResults:
             return gone
         encoded = {p: p.encode(message) for p in registry.protocols.values()}
         registry.backplane.publish(address, message, encoded)
-        if name not in self._watches or self._watches[name].done():
+        if name not in self._watches:
             watching = self._watch(name, time.monotonic())
             watch = self._watches[name] = asyncio.create_task(watching)
             watch.add_done_callback(lambda t: t.cancelled() or t.exception())
