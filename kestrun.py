@@ -1417,6 +1417,8 @@ class Shared:
     options: HubOptions
     counters: Counters
     flusher: Flusher
+    #: Called when a connection begins to end; set by the endpoint.
+    on_end: Callable[[Connection], None] = field(default=lambda connection: None)
 
 
 async def _end_tasks(
@@ -1654,6 +1656,7 @@ class Connection:
         self.last_change = time.monotonic()
         if not self.ended.done():
             self.ended.set_result(end)
+            self.shared.on_end(self)
         self.wake()
 
     async def changed(self) -> None:
@@ -5104,6 +5107,7 @@ class ConnectionManager:
         self._unused: dict[str, float] = {}
         self._used: dict[str, float] = {}
         mapped.registry.handlers["token used"] = self._mark_used
+        mapped.shared.on_end = self._release
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
@@ -5146,15 +5150,14 @@ class ConnectionManager:
         connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
         self._open_connections += 1
-        channel = f"connection:{connection_id}"
-        self._mapped.registry.backplane.subscribe(channel)
-
-        def release(_: asyncio.Future[End]) -> None:
-            self._open_connections -= 1
-            self._mapped.registry.backplane.unsubscribe(channel)
-
-        connection.ended.add_done_callback(release)
+        self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
         return connection
+
+    def _release(self, connection: Connection) -> None:
+        """Make room for another connection; other processes see that this one ended."""
+        self._open_connections -= 1
+        channel = f"connection:{connection.connection_id}"
+        self._mapped.registry.backplane.unsubscribe(channel)
 
     async def find(self, request: Request, user_id: str | None) -> Connection:
         """Return the connection that a request names. Raises HTTP errors.
