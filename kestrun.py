@@ -1417,7 +1417,7 @@ class Shared:
     options: HubOptions
     counters: Counters
     flusher: Flusher
-    #: Called when a connection begins to end; set by the endpoint.
+    #: Called when a connection is CLOSING, and when it is CLOSED; set by the endpoint.
     on_end: Callable[[Connection], None] = field(default=lambda connection: None)
 
 
@@ -1438,6 +1438,10 @@ async def _end_tasks(
             with contextlib.suppress(Exception):  # from its `finally`
                 task.get_coro().close()  # or the event loop could not end
             task.cancel()
+
+
+#: Characters of an id. A longer connection id is an old client's token.
+_ID_LENGTH = 22
 
 
 def _new_id() -> str:
@@ -1476,7 +1480,7 @@ class Connection:
 
     def __str__(self) -> str:
         """Return its id for logs, cut short: an old client's whole id is its token."""
-        return self.connection_id[:22]
+        return self.connection_id[:_ID_LENGTH]
 
     def __post_init__(self) -> None:
         options = self.shared.options
@@ -1656,7 +1660,7 @@ class Connection:
         self.last_change = time.monotonic()
         if not self.ended.done():
             self.ended.set_result(end)
-            self.shared.on_end(self)
+        self.shared.on_end(self)
         self.wake()
 
     async def changed(self) -> None:
@@ -2171,7 +2175,7 @@ class PendingResults:
                 del self._calls[name]
         if not result.done():
             gone.result()  # raises if Redis was away
-            raise ConnectionError(f"Connection '{name[:22]}' does not exist.")
+            raise ConnectionError(f"Connection '{name[:_ID_LENGTH]}' does not exist.")
         completion = result.result()
         if completion.error is None and completion.result is NO_RESULT:
             completion.error = "Client didn't provide a result."
@@ -2185,9 +2189,7 @@ class PendingResults:
             connection.send(connection.protocol.encode(message))
             return asyncio.shield(connection.ended)
         if address.local:  # and the client is not in this process
-            gone = _new_future()
-            gone.set_result(None)
-            return gone
+            return asyncio.create_task(asyncio.sleep(0))
         encoded = {p: p.encode(message) for p in registry.protocols.values()}
         registry.backplane.publish(address, message, encoded)
         if name not in self._watches:
@@ -2232,9 +2234,8 @@ class PendingResults:
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
         id = message.invocation_id if isinstance(message, Completion) else None
-        return id in self._waiting or id in self._asked.get(
-            connection.connection_id, ()
-        )
+        asked = self._asked.get(connection.connection_id, ())
+        return id in self._waiting or id in asked
 
     def complete(self, connection: Connection, completion: Completion) -> None:
         """Give a client's result to the call that waits, here or elsewhere, if any.
@@ -2399,7 +2400,7 @@ class Registry:
         return await _result_of(self.handlers[question](*arguments))
 
     def _linked_for(self, connection_id: str) -> float | None:
-        """Return the seconds of this process's link; None if the client is not here."""
+        """Return `linked_for` of a client's process; None if the client is not here."""
         here = connection_id in self.connections
         return self.backplane.linked_for() if here else None
 
@@ -2695,8 +2696,7 @@ class RedisBackplane:
         #: The channels that the hubs want; the link subscribes to them.
         self._wanted: set[bytes] = set()
         self._link: RedisLink | None = None
-        #: When the link was made, in monotonic seconds.
-        #: When the link was made, or dropped a message.
+        #: When the link was made or last dropped a message, in monotonic seconds.
         self._intact_since = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
@@ -2815,7 +2815,7 @@ class RedisBackplane:
     # What hubs need
 
     def linked_for(self) -> float:
-        """Return the seconds for which the link has lasted; 0 without one."""
+        """Return the seconds since a message may have been lost; 0 without a link."""
         return 0.0 if self._link is None else time.monotonic() - self._intact_since
 
     def want(self, channel: bytes, wanted: bool) -> None:
@@ -3113,7 +3113,9 @@ class SingleClientProxy(ClientProxy):
                     completion = await results.invoke(self._address, message)
             except TimeoutError:
                 (name,) = self._address.names
-                text = f"No result from connection '{name[:22]}' in {timeout} s."
+                text = (
+                    f"No result from connection '{name[:_ID_LENGTH]}' in {timeout} s."
+                )
                 raise TimeoutError(text) from None
         if completion.error is not None:
             raise HubException(completion.error)
@@ -5067,7 +5069,7 @@ class Tokens:
         end, flags = struct.unpack_from("!QH", content, 16)
         # In version 0 of negotiate there is one name for both purposes.
         hashed = base64.urlsafe_b64encode(_sign(self._key, b"id", content)).decode()
-        connection_id = token if flags & self._IS_ID else hashed[:22]
+        connection_id = token if flags & self._IS_ID else hashed[:_ID_LENGTH]
         return Ticket(connection_id, bool(flags & self._STATEFUL), end / 1000)
 
     def _sign(self, content: bytes, user_id: str | None) -> bytes:
@@ -5111,7 +5113,7 @@ class ConnectionManager:
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         self._heartbeat: asyncio.Task[None] | None = None
         self._stopping = False
-        #: How many connections have not ended.
+        #: How many connections are not closed.
         self._open_connections = 0
 
     def negotiate(
@@ -5154,8 +5156,8 @@ class ConnectionManager:
         return connection
 
     def _release(self, connection: Connection) -> None:
-        """Make room for another connection; other processes see that this one ended."""
-        self._open_connections -= 1
+        """Show other processes that a connection ends; make room once it is closed."""
+        self._open_connections -= connection.state == CLOSED
         channel = f"connection:{connection.connection_id}"
         self._mapped.registry.backplane.unsubscribe(channel)
 
@@ -5256,7 +5258,7 @@ class ConnectionManager:
             hub_connection.check_timeouts(now)
 
     def _forget_closed(self) -> None:
-        """Forget closed connections, and used tokens that have expired."""
+        """Forget closed connections, and tokens that have expired."""
         for token, connection in list(self._connections.items()):
             if connection.state == CLOSED:
                 del self._connections[token]
@@ -5839,8 +5841,8 @@ class Operation:
     error: BaseException | None = None
     #: Whether `cancel` was called; the work may go on for a while.
     cancel_requested: bool = False
-    #: The monotonic time at which it is forgotten.
-    _expires_at: float = math.inf
+    #: The monotonic time at which it is forgotten, once it is final.
+    expires_at: float = math.inf
     _task: asyncio.Task[None] = field(init=False)
 
     def __repr__(self) -> str:
@@ -5849,6 +5851,7 @@ class Operation:
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as JSON values: times and the error as text."""
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        del fields["expires_at"]
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
         error = self.error
@@ -6029,7 +6032,7 @@ class Operations:
             operation.state, operation.error = FAULTED, error
             log.exception("operation %r failed", operation.name)
         operation.completed_at = datetime.now(UTC)
-        operation._expires_at = time.monotonic() + self.retention
+        operation.expires_at = time.monotonic() + self.retention
         await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
@@ -6043,7 +6046,7 @@ class Operations:
         """Forget final operations that expired or are too many; return the others."""
         now, surplus = time.monotonic(), len(self._operations) - self.limit
         for operation in list(self._operations.values()):
-            if operation.final and (surplus > 0 or operation._expires_at <= now):
+            if operation.final and (surplus > 0 or operation.expires_at <= now):
                 del self._operations[operation.id]
                 surplus -= 1
         return self._operations
@@ -6802,10 +6805,9 @@ connection.on("ReceiveLog", (log) => console.log(log));
 await connection.start();
 await connection.invoke("Echo", "Hello");</pre>
 <pre>class MyHub(kestrun.Hub):
-    async def echo(self, text):
-        clients = self.clients
-        await clients.caller.send("ReceiveEcho", text)
-        await clients.all.send("ReceiveLog", text)
+    async def echo(self, hi):
+        await self.clients.caller.send("ReceiveEcho", hi)
+        await self.clients.all.send("ReceiveLog", hi)
 hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)</pre>
       </details>
     </section>
@@ -6827,15 +6829,14 @@ hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)</pre>
       <details><summary>The code behind this</summary>
 <pre>connection.on("GroupJoined", (name) => console.log(name));
 connection.on("ReceiveGroupMessage", (message) => {
-  console.log(message.Message);
+  console.log(message);
 });
 await connection.invoke("JoinGroup", "Admins");</pre>
 <pre>class MyHub(kestrun.Hub):
     async def join_group(self, name):
-        me = self.context.connection_id
-        await self.groups.add(me, name)
-        await self.clients.group(name).send(
-            "ReceiveGroupMessage", {"Message": "Hi"})</pre>
+        me, group = self.context, self.clients.group(name)
+        await self.groups.add(me.connection_id, name)
+        await group.send("ReceiveGroupMessage", "Hi")</pre>
       </details>
     </section>
 

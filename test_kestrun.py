@@ -4585,6 +4585,18 @@ async def test_idle_negotiations_are_capped_until_they_expire(serve) -> None:
         await asyncio.sleep(0.05)
 
 
+async def test_a_client_counts_until_its_socket_is_closed(serve) -> None:
+    """It sends a Close message, and no answer to the close frame."""
+    server = await serve(Plain, maximum_connections=1, close_timeout=0.5)
+    client = await SilentClient.open(server)
+    context = server.hub.connections[client.id]
+    await client.send({"type": 7})
+    await until(lambda: context.aborted)
+    assert (await server.request("POST", NEGOTIATE_URL)).status == 503
+    while (await server.request("POST", NEGOTIATE_URL)).status == 503:
+        await asyncio.sleep(0.05)
+
+
 async def test_a_full_hub_lets_its_own_clients_return(serve) -> None:
     _, client = await stateful(serve, maximum_connections=1)
     await client.drop()
@@ -7775,12 +7787,12 @@ async def test_the_page_shows_hub_messages_as_they_travel(page) -> None:
 
 
 async def test_the_code_on_the_page_works(page) -> None:
-    """Few short lines each: the JavaScript in the page, the Python in this test."""
+    """Five lines each: the JavaScript in the page, the Python in this test."""
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     await page.click("#start")
     texts = await page.locator("details pre").all_text_contents()
-    assert [len(text.splitlines()) for text in texts] == [5, 6, 5, 6, 5, 5]
+    assert [len(text.splitlines()) for text in texts] == [5] * 6
     assert max(len(line) for text in texts for line in text.splitlines()) <= 58
     script = "\n".join(texts[::2]).replace("./kestrun.js", page.url + "kestrun.js")
     load, rest = script.split(";", 1)
@@ -7803,7 +7815,7 @@ async def test_the_code_on_the_page_works(page) -> None:
         assert await client.received("ReceiveLog") == ["Hi"]
         member = await server.connect(path="/groups")
         await member.invoke("JoinGroup", "Admins")
-        assert await member.received("ReceiveGroupMessage") == [{"Message": "Hi"}]
+        assert await member.received("ReceiveGroupMessage") == ["Hi"]
     operation = scope["operation"]
     scope["operations"].cancel(operation.id)
     assert (await operation.wait()).state == "Canceled"
@@ -10707,6 +10719,18 @@ def is_set(node: ast.AST) -> bool:
 
 UNLIMITED = ("HubOptions", "HubOverrides", "Operation")  # in their fields
 LIMITS = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 220}
+
+
+def test_the_project_holds_these_files_and_no_others() -> None:
+    words = {"cwd": KESTRUN.parent, "capture_output": True, "text": True}
+    git = shutil.which("git") and subprocess.run(
+        ["git", "ls-files"], check=False, **words
+    )
+    if not git or "kestrun.py" not in git.stdout:
+        pytest.skip("clone the project with git")
+    names = {Path(line).parts[0] for line in git.stdout.splitlines()}
+    wanted = {"README.md", "kestrun.py", "static", "test_kestrun.py"}
+    assert names == {*wanted, ".ci", ".gitignore"}
 
 
 def test_the_file_and_its_classes_and_functions_stay_short() -> None:
