@@ -375,6 +375,10 @@ def _or_infinite(limit: float | None) -> float:
 # the shipped clients where they differ from it.
 
 
+#: Stands for a result that is missing, which is not the same as null.
+NO_RESULT: Any = object()
+
+
 @dataclass(slots=True)
 class Invocation:
     """Call `target`. Without an invocation id nobody waits for an answer."""
@@ -400,7 +404,7 @@ class Completion:
     """The end of a call or stream: a result, an error, or neither (NO_RESULT)."""
 
     invocation_id: str
-    result: Any = None
+    result: Any = NO_RESULT
     error: str | None = None
 
 
@@ -441,9 +445,6 @@ class Sequence:
 #: The messages that stateful reconnect numbers, keeps and sends again.
 SEQUENCED = Invocation | StreamItem | Completion | CancelInvocation
 Message = SEQUENCED | Ping | Close | Ack | Sequence
-
-#: Stands for a result that is missing, which is not the same as null.
-NO_RESULT = types.SimpleNamespace()
 
 
 class HubException(Exception):
@@ -715,7 +716,7 @@ _EXPECTED = {int: "of type Number", str: "of type String", list: "of type Array"
 _EXPECTED |= {dict: "of type StartObject", bool: "true or false"}
 
 #: For each type on the wire the message, and the fields without which it is refused.
-_MESSAGES: dict[int, tuple[Callable[..., Message], tuple[str, ...]]] = {
+_MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
     1: (Invocation, ("target", "arguments")),
     2: (StreamItem, ("invocationId", "item")),
     3: (Completion, ("invocationId",)),
@@ -726,7 +727,15 @@ _MESSAGES: dict[int, tuple[Callable[..., Message], tuple[str, ...]]] = {
     8: (Ack, ("sequenceId",)),
     9: (Sequence, ("sequenceId",)),
 }
-_TYPES = {message: number for number, (message, _) in _MESSAGES.items()}
+#: The type of each message: of an Invocation that which does not stream.
+_TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
+#: The fields of each message: name, spelling on the wire, default.
+_FIELDS = {
+    message: [
+        (f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)
+    ]
+    for message in _TYPES
+}
 
 
 def _check_fields(
@@ -779,10 +788,10 @@ def _build(fields: dict[str, Any]) -> Message | None:
                 raise ProtocolError(f"Expected header '{key}' to be of type String.")
     match kind:
         case 1 | 4:
-            target, arguments = fields["target"], fields["arguments"]
-            invocation_id, ids = fields.get("invocationId"), fields.get("streamIds")
+            id, ids = fields.get("invocationId"), fields.get("streamIds")
             stream_ids = _stream_ids(ids) if ids else ()
-            return Invocation(target, arguments, invocation_id, stream_ids, kind == 4)
+            target, arguments = fields["target"], fields["arguments"]
+            return Invocation(target, arguments, id, stream_ids, kind == 4)
         case 3:
             result, error = fields.get("result", NO_RESULT), fields.get("error")
             if error is not None and result is not NO_RESULT:
@@ -796,27 +805,15 @@ def _build(fields: dict[str, Any]) -> Message | None:
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
-    """Return a message's fields, without those that are empty."""
-    match message:
-        case Invocation(target, arguments, invocation_id, stream_ids, streaming):
-            fields: dict[str, Any] = {"type": 4 if streaming else 1}
-            if invocation_id is not None:
-                fields["invocationId"] = invocation_id
-            fields |= {"target": target, "arguments": arguments}
-            return fields | ({"streamIds": list(stream_ids)} if stream_ids else {})
-        case Completion(invocation_id, result, error):
-            fields = {"type": 3, "invocationId": invocation_id}
-            if error is not None:
-                return fields | {"error": error}
-            return fields if result is NO_RESULT else fields | {"result": result}
-        case Close(error, allow_reconnect):
-            fields = {"type": 7} if error is None else {"type": 7, "error": error}
-            return fields | ({"allowReconnect": True} if allow_reconnect else {})
-        case _:
-            number = _TYPES[type(message)]
-            _, names = _MESSAGES[number]
-            values = (getattr(message, name) for name in message.__match_args__)
-            return {"type": number, **dict(zip(names, values, strict=True))}
+    """Return a message's fields, without those that have their default."""
+    fields: dict[str, Any] = {"type": _TYPES[type(message)]}
+    for name, wire, default in _FIELDS[type(message)]:
+        value = getattr(message, name)
+        if value is not default:
+            fields[wire] = value
+    if fields.pop("streaming", False):
+        fields["type"] = 4
+    return fields
 
 
 RECORD_SEPARATOR = b"\x1e"
