@@ -738,6 +738,14 @@ _FIELDS = {
 }
 
 
+def _check_field(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise ProtocolError for a wrong type, or text that no answer could repeat."""
+    if type(value) not in kinds:
+        raise ProtocolError(f"Expected '{name}' to be {_EXPECTED[kinds[0]]}.")
+    if type(value) is str and not (value.isascii() or _is_unicode(value)):
+        raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
+
+
 def _check_fields(
     fields: dict[str, Any], required: tuple[str, ...], detail: str = ""
 ) -> None:
@@ -747,28 +755,10 @@ def _check_fields(
     """
     for name, value in fields.items():
         if (kinds := _FIELD_TYPES.get(name)) is not None:
-            kind = type(value)
-            if kind not in kinds:
-                raise ProtocolError(f"Expected '{name}' to be {_EXPECTED[kinds[0]]}.")
-            if kind is str and not value.isascii():
-                _check_text(value, name)
+            _check_field(name, value, kinds)
     for name in required:
         if name not in fields:
             raise ProtocolError(f"Missing required property '{name}'.{detail}")
-
-
-def _check_text(text: str, name: str) -> None:
-    """Raise ProtocolError for a lone surrogate, which no answer could repeat."""
-    if not _is_unicode(text):
-        raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
-
-
-def _stream_ids(stream_ids: list[Any]) -> tuple[str, ...]:
-    for stream_id in stream_ids:
-        if type(stream_id) is not str:
-            raise ProtocolError("Expected 'streamIds' to be of type String.")
-        _check_text(stream_id, "streamIds")
-    return tuple(stream_ids)
 
 
 def _build(fields: dict[str, Any]) -> Message | None:
@@ -788,10 +778,12 @@ def _build(fields: dict[str, Any]) -> Message | None:
                 raise ProtocolError(f"Expected header '{key}' to be of type String.")
     match kind:
         case 1 | 4:
-            id, ids = fields.get("invocationId"), fields.get("streamIds")
-            stream_ids = _stream_ids(ids) if ids else ()
+            stream_ids = fields.get("streamIds") or ()
+            for stream_id in stream_ids:
+                _check_field("streamIds", stream_id, (str,))
             target, arguments = fields["target"], fields["arguments"]
-            return Invocation(target, arguments, id, stream_ids, kind == 4)
+            id = fields.get("invocationId")
+            return Invocation(target, arguments, id, tuple(stream_ids), kind == 4)
         case 3:
             result, error = fields.get("result", NO_RESULT), fields.get("error")
             if error is not None and result is not NO_RESULT:
