@@ -460,6 +460,12 @@ class ProtocolError(Exception):
 class MessageTooLarge(ProtocolError):
     """The peer sent a message above the limit. It may know the limit."""
 
+    def __init__(self, limit: float) -> None:
+        super().__init__(
+            f"The maximum message size of {limit}B was exceeded. The message size can "
+            "be configured in AddHubOptions. In kestrun: maximum_receive_message_size."
+        )
+
 
 def error_text(message: str, error: BaseException, options: HubOptions) -> str:
     """Describe an error to the client; add its own text only if that is public."""
@@ -687,13 +693,6 @@ class HubProtocol(Protocol):
 
     def encode(self, message: Message) -> bytes: ...
     def decode(self, inbox: Inbox, limit: float) -> Decoded: ...
-
-
-def _too_large(limit: float) -> MessageTooLarge:
-    return MessageTooLarge(
-        f"The maximum message size of {limit}B was exceeded. The message size can be "
-        "configured in AddHubOptions. In kestrun: maximum_receive_message_size."
-    )
 
 
 #: The types that each field may have.
@@ -984,10 +983,10 @@ class JsonProtocol:
         while inbox and (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
             size = len(record) + 1
             if size > limit:
-                raise _too_large(limit)
+                raise MessageTooLarge(limit)
             yield _build(_json_object(record, self._loads)), size
         if len(inbox) > limit:
-            raise _too_large(limit)
+            raise MessageTooLarge(limit)
 
 
 def _check_keys(value: Any) -> None:
@@ -1079,7 +1078,7 @@ class MessagePackProtocol:
             start, length = self._read_prefix(inbox[:5])
             size = start + length
             if size > limit:
-                raise _too_large(limit)
+                raise MessageTooLarge(limit)
             if not start or len(inbox) < size:
                 return
             body = inbox[start:size]
