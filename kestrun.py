@@ -505,11 +505,6 @@ def _write_duration(duration: timedelta) -> str:
     return f"{'-' if duration < timedelta() else ''}PT{seconds}S"
 
 
-def _to_base64(data: bytes | bytearray | memoryview) -> str:
-    """Return bytes as base64, to carry them inside JSON."""
-    return base64.b64encode(data).decode()
-
-
 #: The types that dict keys may have.
 _KEYS = (str, int, float, types.NoneType)
 
@@ -559,7 +554,7 @@ class Writer:
         if isinstance(value, (uuid.UUID, Decimal)):
             return str(value)
         if isinstance(value, (bytes, bytearray, memoryview)):
-            return _to_base64(value)
+            return base64.b64encode(value).decode()
         if self._options.encoder is not None:
             plain = self._options.encoder(value)
             if plain is not value:
@@ -2244,7 +2239,7 @@ class PendingResults:
             except (TypeError, ValueError, OverflowError) as error:
                 data = protocol.encode(Completion(id, NO_RESULT, str(error)))
             channel = f"process:{id.partition('s')[0]}"
-            result = name, id, protocol.name, _to_base64(data)
+            result = name, id, protocol.name, base64.b64encode(data).decode()
             self._registry.backplane.tell(channel, "complete", *result)
 
     def complete_remote(
