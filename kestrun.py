@@ -778,16 +778,11 @@ def _build(fields: dict[str, Any]) -> Message | None:
             target, arguments = fields["target"], fields["arguments"]
             id = fields.get("invocationId")
             return Invocation(target, arguments, id, tuple(stream_ids), kind == 4)
-        case 3:
-            result, error = fields.get("result", NO_RESULT), fields.get("error")
-            if error is not None and result is not NO_RESULT:
-                text = "The 'error' and 'result' properties are mutually exclusive."
-                raise ProtocolError(text)
-            return Completion(fields["invocationId"], result, error)
-        case 7:
-            return Close(fields.get("error"), fields.get("allowReconnect", False))
-        case _:  # its required fields are all that it has
-            return message(*(fields[name] for name in required))
+        case 3 if "result" in fields and fields.get("error") is not None:
+            text = "The 'error' and 'result' properties are mutually exclusive."
+            raise ProtocolError(text)
+    values = [fields.get(wire, default) for _, wire, default in _FIELDS[message]]
+    return message(*values)
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
