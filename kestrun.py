@@ -505,8 +505,8 @@ def _write_duration(duration: timedelta) -> str:
     return f"{'-' if duration < timedelta() else ''}PT{seconds}S"
 
 
-#: The types that dict keys may have.
-_KEYS = (str, int, float, types.NoneType)
+#: The types that every protocol and library writes; dict keys have no others.
+_SCALARS = (str, int, float, types.NoneType)
 
 
 def _a(value: Any) -> str:
@@ -603,13 +603,13 @@ class Writer:
         steps: list[tuple[str, Any]] = []
         if isinstance(value, dict):
             for key, item in value.items():
-                if not isinstance(key, _KEYS):
+                if not isinstance(key, _SCALARS):
                     return path, f"a dict with {_a(key)} as a key"
                 name = isinstance(key, str) and key.isidentifier()
                 steps.append((f".{key}" if name else "[…]", item))
         elif isinstance(value, (list, tuple)):
             steps = [(f"[{number}]", item) for number, item in enumerate(value)]
-        elif value is not None and not isinstance(value, (str, int, float)):
+        elif not isinstance(value, _SCALARS):
             try:
                 steps = [("", convert(value))]
             except Exception:  # noqa: BLE001 (it may be user code)
@@ -851,7 +851,7 @@ def _json_key(key: Any) -> str:
     """Write a key as the standard library does. Raises TypeError if JSON has none."""
     if isinstance(key, str):
         return str.__str__(key)
-    if not isinstance(key, _KEYS):
+    if not isinstance(key, _SCALARS):
         raise TypeError("a key of a wrong type")
     return _dumps(key)
 
@@ -877,8 +877,7 @@ def _library_writer(
             return {_json_key(key): to_plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [*map(to_plain, value)]
-        plain = value is None or isinstance(value, (str, int, float))
-        if plain and not isinstance(value, Enum):
+        if isinstance(value, _SCALARS) and not isinstance(value, Enum):
             return value
         return to_plain(convert(value))
 
@@ -983,7 +982,7 @@ def _check_keys(value: Any) -> None:
     """Raise TypeError for dict keys that JSON does not have."""
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, _KEYS):
+            if not isinstance(key, _SCALARS):
                 raise TypeError("a key of a wrong type")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
