@@ -545,10 +545,8 @@ class Writer:
             return {wire: getattr(value, name) for name, wire in self._members[kind]}
         if isinstance(value, Enum):
             return value.value
-        if isinstance(value, datetime):  # UTC ends in Z, a naive time has no offset
+        if isinstance(value, (date, clock_time)):  # also a datetime; UTC ends in Z
             return value.isoformat().replace("+00:00", "Z")
-        if isinstance(value, (date, clock_time)):
-            return value.isoformat()
         if isinstance(value, timedelta):
             return _write_duration(value)
         if isinstance(value, (uuid.UUID, Decimal)):
