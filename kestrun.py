@@ -486,10 +486,7 @@ def _text_of(error: BaseException) -> str:
 
 def _one_line(text: str, longest: int | None = None) -> str:
     """Escape characters that would break or forge a line of the log."""
-    text = text[:longest]
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:longest])
 
 
 def _camel_case(name: str) -> str:
