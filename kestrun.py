@@ -899,10 +899,9 @@ def _check_depth(text: str) -> None:
     """Raise ValueError for JSON that is nested deeper than the reference reads."""
     if text.count("[") + text.count("{") <= _JSON_DEPTH:
         return
-    brackets = _BESIDE_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
-    for _ in range(_JSON_DEPTH):
-        brackets = brackets.replace("[]", "")  # the innermost level
-    if brackets:
+    brackets = _BESIDE_BRACKETS.sub("", text)
+    depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    if max(depths, default=0) > _JSON_DEPTH:
         raise ValueError("nested too deeply")
 
 
