@@ -197,7 +197,7 @@ _ORIGIN = re.compile(
 )
 
 Authenticate = Callable[[Request], Awaitable["str | None"]]
-#: Takes a value as it arrived, returns it converted, or raises an exception.
+#: Takes a value, returns it converted, or raises an exception.
 Converter = Callable[[Any], Any]
 
 
@@ -583,7 +583,7 @@ class Writer:
         return ValueError(str(error))
 
     def _find_problem(
-        self, value: Any, convert: Callable[[Any], Any], path: str = "", depth: int = 0
+        self, value: Any, convert: Converter, path: str = "", depth: int = 0
     ) -> tuple[str, str] | None:
         """Return the path to the first part that cannot be written, and what it is."""
         if depth > 100:
@@ -761,10 +761,9 @@ def _build(fields: dict[str, Any]) -> Message | None:
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
     _check_fields(fields, required)
-    if headers := fields.get("headers"):  # otherwise unused
-        for key, value in headers.items():
-            if type(value) is not str:
-                raise ProtocolError(f"Expected header '{key}' to be of type String.")
+    for key, value in (fields.get("headers") or {}).items():  # otherwise unused
+        if type(value) is not str:
+            raise ProtocolError(f"Expected header '{key}' to be of type String.")
     match kind:
         case 1 | 4:
             stream_ids = fields.get("streamIds") or ()
@@ -821,7 +820,7 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _json_writer(convert: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
+def _json_writer(convert: Converter | None = None) -> Callable[[Any], str]:
     """Return a function that writes values. convert: for types that JSON lacks."""
     encoder = json.JSONEncoder(
         ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=convert
@@ -851,9 +850,7 @@ def _json_key(key: Any) -> str:
     return _dumps(key)
 
 
-def _library_writer(
-    library: Any, convert: Callable[[Any], Any]
-) -> Callable[[Any], str]:
+def _library_writer(library: Any, convert: Converter) -> Callable[[Any], str]:
     """Return a function that writes values with another JSON library.
 
     Libraries differ in the types that they write by themselves, so values are made
