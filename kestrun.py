@@ -1178,12 +1178,12 @@ class Transport:
     _socket: asyncio.Transport
 
     def flush(self) -> None:
-        """Send what is in the outbox, now or when the client takes it."""
-        raise NotImplementedError
+        """Send what is in the outbox: wake the request, which takes it."""
+        self._connection.wake()
 
     def close(self) -> None:
         """Send what is left, then end the request."""
-        raise NotImplementedError
+        self._connection.wake()
 
     def abort(self) -> None:
         """Drop the client at once."""
@@ -1806,11 +1806,6 @@ class PendingResponse(Transport):
                 return False
             await connection.changed()
         return False
-
-    def flush(self) -> None:
-        self._connection.wake()
-
-    close = flush
 
 
 _NO_CACHE = {
