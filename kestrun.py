@@ -4896,6 +4896,9 @@ _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 #: POSTs of one client that may wait for each other. Clients send one at a time.
 _MAX_POSTS = 64
 
+#: The methods of a hub's URL.
+_METHODS = ("GET", "POST", "DELETE")
+
 #: Seconds at shutdown for running calls.
 _CALLS_TIMEOUT = 2.0
 #: Seconds at shutdown for clients to fetch their Close by a poll.
@@ -5124,13 +5127,17 @@ class ConnectionManager:
         channel = f"connection:{connection.connection_id}"
         self._mapped.registry.backplane.unsubscribe(channel)
 
-    async def find(self, request: Request, user_id: str | None) -> Connection:
+    async def find(
+        self, request: Request, user_id: str | None, transport: str
+    ) -> Connection:
         """Return the connection that a request names. Raises HTTP errors.
 
         The first request with a token makes its connection; some clients POST the
-        handshake before they poll.
+        handshake before they poll. A WebSocket needs no token.
         """
         token = _query(request).get("id")
+        if not token and transport == WEBSOCKETS:
+            return self.create(user_id)
         if not token:
             raise web.HTTPBadRequest(text="Connection ID required")
         connection = self._connections.get(token)
@@ -5145,6 +5152,10 @@ class ConnectionManager:
             )
         if connection is None or connection.state == CLOSED:
             raise web.HTTPNotFound(text="No Connection with that ID")
+        if connection.user_id != user_id:
+            log.warning("connection %s: used by another user", connection)
+            text = "The user associated with this connection changed."
+            raise web.HTTPForbidden(text=text)
         return connection
 
     async def _open(self, token: str, user_id: str | None) -> Connection | None:
@@ -5277,11 +5288,6 @@ class Endpoint:
         self.manager = ConnectionManager(mapped, Tokens(key, path))
         self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
-        self._handlers: dict[str, Callable[..., Awaitable[StreamResponse]]] = {
-            "GET": self._get,
-            "POST": self._post,
-            "DELETE": self._delete,
-        }
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
@@ -5295,14 +5301,17 @@ class Endpoint:
     async def handle(self, request: Request) -> StreamResponse:
         """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
         user_id = await self._check_request(request)
-        if request.method not in self._handlers:
-            raise web.HTTPMethodNotAllowed(request.method, self._handlers, text="")
+        if request.method not in _METHODS:
+            raise web.HTTPMethodNotAllowed(request.method, _METHODS, text="")
         try:
-            connection = None
-            if not _skips_negotiation(request):
-                connection = await self.manager.find(request, user_id)
+            transport = self._transport_of(request) if request.method == "GET" else ""
+            connection = await self.manager.find(request, user_id, transport)
+            if request.method == "POST":
+                return await self._post(request, connection)
+            if request.method == "DELETE":
+                return self._delete(connection)
             # Not in a helper: each coroutine costs memory while a socket is open.
-            return await self._handlers[request.method](request, user_id, connection)
+            return await self._get(request, connection, transport)
         except web.HTTPException as error:
             if request.method == "GET":
                 error.headers.update(_NO_CACHE)
@@ -5329,13 +5338,6 @@ class Endpoint:
             raise TypeError(f"authenticate: a str or None, not {_a(user_id)}")
         return None if user_id is None else str.__str__(user_id)  # no subclass
 
-    @staticmethod
-    def _check_user(connection: Connection, user_id: str | None) -> None:
-        if connection.user_id != user_id:
-            log.warning("connection %s: used by another user", connection)
-            text = "The user associated with this connection changed."
-            raise web.HTTPForbidden(text=text)
-
     def _negotiate(self, query: dict[str, str], user_id: str | None) -> dict[str, Any]:
         """Make a token; return the answer of negotiate."""
         asked = query.get("negotiateversion", "0").strip()
@@ -5361,26 +5363,28 @@ class Endpoint:
         ]
         return answer
 
-    def _get(
-        self, request: Request, user_id: str | None, connection: Connection | None
-    ) -> Awaitable[StreamResponse]:
-        """Serve a GET: attach it to its connection as the transport."""
+    def _transport_of(self, request: Request) -> str:
+        """Return the transport that a GET asks for. Raises HTTP errors."""
         transport = _requested_transport(request)
         if transport not in self._options.transports:
             text = f"{transport} transport not supported by this end point type"
             raise web.HTTPNotFound(text=text)
         if transport == WEBSOCKETS and not _is_upgrade(request):
             raise web.HTTPBadRequest(text="This is not a valid WebSocket upgrade.")
-        if connection is None:
-            connection = self.manager.create(user_id)
+        return transport
+
+    def _get(
+        self, request: Request, connection: Connection, transport: str
+    ) -> Awaitable[StreamResponse]:
+        """Serve a GET: attach it to its connection as the transport."""
         first = not connection.transport_name
-        self._check_transport(connection, transport)
-        self._check_user(connection, user_id)
         if first:
             connection.transport_name = transport
             if transport != WEBSOCKETS:
                 connection.reconnect = None
             self.manager.run(connection, request)
+        else:
+            self._check_transport(connection, transport)
         if transport == LONG_POLLING:
             return serve_poll(request, connection, first)
         serve = serve_websocket if transport == WEBSOCKETS else serve_events
@@ -5389,8 +5393,6 @@ class Endpoint:
     @staticmethod
     def _check_transport(connection: Connection, transport: str) -> None:
         """Refuse a second transport, except polls and stateful reconnects."""
-        if not connection.transport_name:
-            return
         if connection.transport_name != transport:
             raise web.HTTPBadRequest(text="Cannot change transports mid-connection")
         if transport == LONG_POLLING or connection.can_resume():
@@ -5399,14 +5401,11 @@ class Endpoint:
             raise web.HTTPNotFound(text="")  # the client starts a new connection
         raise web.HTTPConflict(text="")
 
-    async def _post(
-        self, request: Request, user_id: str | None, connection: Connection
-    ) -> Response:
+    async def _post(self, request: Request, connection: Connection) -> Response:
         """Take bytes from the client; answer when it may send more."""
         if connection.transport_name == WEBSOCKETS:
             text = "POST requests are not allowed for WebSocket connections."
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
-        self._check_user(connection, user_id)
         _check_encoding(request)
         inbox = connection.inbox
         if inbox.posts >= _MAX_POSTS:
@@ -5425,13 +5424,10 @@ class Endpoint:
             response.force_close()
         return response
 
-    async def _delete(
-        self, request: Request, user_id: str | None, connection: Connection
-    ) -> Response:
+    def _delete(self, connection: Connection) -> Response:
         if connection.transport_name != LONG_POLLING:
             text = "Cannot terminate this connection using the DELETE endpoint."
             raise web.HTTPBadRequest(text=text)
-        self._check_user(connection, user_id)
         connection.lost(End(normal=True))  # which ends the pending poll, too
         return Response(status=202, text="")
 
@@ -5461,13 +5457,6 @@ def _is_upgrade(request: Request) -> bool:
         return bool(web.WebSocketResponse().can_prepare(request))
     except ValueError:  # its key is not ASCII
         return False
-
-
-def _skips_negotiation(request: Request) -> bool:
-    """Return True for a WebSocket that brings no token: a client may do without."""
-    if request.method != "GET" or _query(request).get("id"):
-        return False
-    return _requested_transport(request) == WEBSOCKETS
 
 
 def _constructor_arguments(hub_class: type[Hub]) -> str:
