@@ -5369,8 +5369,6 @@ class Endpoint:
         if transport not in self._options.transports:
             text = f"{transport} transport not supported by this end point type"
             raise web.HTTPNotFound(text=text)
-        if transport == WEBSOCKETS and not _is_upgrade(request):
-            raise web.HTTPBadRequest(text="This is not a valid WebSocket upgrade.")
         return transport
 
     def _get(
@@ -5444,19 +5442,13 @@ def _query(request: Request) -> dict[str, str]:
 
 def _requested_transport(request: Request) -> str:
     """Return the transport that a GET asks for by its headers."""
-    accepted = request.headers.get("Accept", "").lower().split(",")
-    if any(part.split(";")[0].strip() == "text/event-stream" for part in accepted):
+    if "text/event-stream" in request.headers.get("Accept", "").lower():
         return SERVER_SENT_EVENTS
-    upgrade = request.headers.get("Upgrade", "").lower()
-    return WEBSOCKETS if upgrade == "websocket" else LONG_POLLING
-
-
-def _is_upgrade(request: Request) -> bool:
-    """Return True for a request that can become a WebSocket."""
     try:
-        return bool(web.WebSocketResponse().can_prepare(request))
+        upgrades = bool(web.WebSocketResponse().can_prepare(request))
     except ValueError:  # its key is not ASCII
-        return False
+        upgrades = False
+    return WEBSOCKETS if upgrades else LONG_POLLING
 
 
 def _constructor_arguments(hub_class: type[Hub]) -> str:
