@@ -5079,8 +5079,8 @@ class ConnectionManager:
         mapped.registry.handlers["token used"] = self._mark_used
         mapped.shared.on_end = self._release
         self._running: dict[asyncio.Task[None], HubConnection] = {}
+        #: Runs until the server stops; then no connections are made.
         self._heartbeat: asyncio.Task[None] | None = None
-        self._stopping = False
 
     def negotiate(
         self, user_id: str | None, version: int, stateful: bool
@@ -5102,7 +5102,7 @@ class ConnectionManager:
     def _check_room(self, tokens: int = 0) -> None:
         """Raise HTTPServiceUnavailable if there are too many connections, or tokens."""
         limit = _or_infinite(self._mapped.options.maximum_connections)
-        if self._stopping:
+        if self._heartbeat is None:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
         if max(len(self._connections), tokens) >= limit:
             text = "The server has too many connections. Try again later."
@@ -5201,7 +5201,6 @@ class ConnectionManager:
 
     async def start(self, app: web.Application) -> None:
         """Start the heartbeat; aiohttp calls this when the application starts."""
-        self._stopping = False
         self._heartbeat = asyncio.create_task(self._heartbeat_loop())
 
     async def _heartbeat_loop(self) -> None:
@@ -5239,7 +5238,9 @@ class ConnectionManager:
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
-        self._stopping = True
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
         for connection in list(self._connections.values()):
@@ -5261,8 +5262,6 @@ class ConnectionManager:
         for connection in list(self._connections.values()):
             connection.drop("shutdown")
         await _end_tasks(self._running, (0.0, 0.2))
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
 
 
 #: The managers of an application's hubs, which stop at the same time.
