@@ -4971,11 +4971,6 @@ def _check_encoding(request: Request) -> None:
         raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
 
 
-def _is_preflight(request: Request) -> bool:
-    asks = "Access-Control-Request-Method" in request.headers
-    return request.method == "OPTIONS" and _CORS_ORIGIN in request and asks
-
-
 async def _add_cors(request: Request, response: StreamResponse) -> None:
     """Let an allowed origin read any answer, including errors and streams."""
     if (origin := request.get(_CORS_ORIGIN)) is None:
@@ -5311,7 +5306,7 @@ class Endpoint:
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
         _check_site(request, self._origins)
-        if _is_preflight(request):
+        if request.method == "OPTIONS" and _CORS_ORIGIN in request:
             raise web.HTTPNoContent
         if (authenticate := self._options.authenticate) is None:
             return None
@@ -7453,7 +7448,7 @@ class Demo:
             _check_host(request, self.hosts)
             check = _check_origin if _only_reads(request) else _check_site
             check(request, self.origins)
-            if _is_preflight(request):
+            if request.method == "OPTIONS" and _CORS_ORIGIN in request:
                 return Response(status=204)
             if resource in self.api_resources:
                 await self.authenticate(request)
