@@ -1200,17 +1200,6 @@ class Transport:
 
 
 @dataclass(slots=True)
-class Counters:
-    """Plain numbers of one hub, drops by reason, for `HubContext.stats`."""
-
-    messages_in: int = 0
-    messages_out: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    drops: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(slots=True)
 class Flusher:
     """Sends at the end of each loop iteration what was queued in it.
 
@@ -1380,11 +1369,16 @@ class ReconnectBuffer:
 
 @dataclass(slots=True)
 class Shared:
-    """The part of a mapped hub that its connections need."""
+    """The part of a mapped hub that its connections need, and count in."""
 
     options: HubOptions
-    counters: Counters
-    flusher: Flusher
+    flusher: Flusher = field(default_factory=Flusher)
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    #: Dropped clients by reason.
+    drops: Counter[str] = field(default_factory=Counter)
     #: Called when a connection is CLOSING, and when it is CLOSED; set by the endpoint.
     on_end: Callable[[Connection], None] = field(default=lambda connection: None)
 
@@ -1469,7 +1463,7 @@ class Connection:
         """
         if self.state >= CLOSING:
             return
-        self.shared.counters.messages_out += 1
+        self.shared.messages_out += 1
         outbox = self.outbox
         if self.reconnect is not None:
             if sequenced:
@@ -1527,7 +1521,7 @@ class Connection:
         """Abort the connection and discard its queue; count and log it."""
         if self.state == CLOSED:
             return
-        self.shared.counters.drops[reason] += 1
+        self.shared.drops[reason] += 1
         log.warning("connection %s dropped: %s", self, reason)
         transport = self.transport
         self.lost(End(ConnectionAbortedError(f"The client was dropped: {reason}.")))
@@ -1575,7 +1569,7 @@ class Connection:
         """Process bytes from the client, and bytes left in the inbox, immediately."""
         if self.state >= CLOSING and (data or not self.accepts_messages()):
             return  # ignore data after the end
-        self.shared.counters.bytes_in += len(data)
+        self.shared.bytes_in += len(data)
         self.inbox.extend(data)
         if self.on_data is not None:
             self.on_data()
@@ -1612,7 +1606,7 @@ class Connection:
     def take(self) -> bytes:
         """Take all that is queued: whole messages, in order."""
         data = self.outbox.take()
-        self.shared.counters.bytes_out += len(data)
+        self.shared.bytes_out += len(data)
         self.wake()
         return data
 
@@ -3337,7 +3331,7 @@ class HubContext:
     """A hub seen from outside: from routes, operations and jobs."""
 
     _registry: Registry
-    _counters: Counters
+    _shared: Shared
     #: The receivers of messages.
     clients: HubClients
     #: Those of them that are connected to this process.
@@ -3385,12 +3379,12 @@ class HubContext:
             "transports": dict(Counter(context.transport for context in contexts)),
             "protocols": dict(Counter(context.protocol for context in contexts)),
             "groups": len(self.groups.names()),
-            "messages_in": self._counters.messages_in,
-            "messages_out": self._counters.messages_out,
-            "bytes_in": self._counters.bytes_in,
-            "bytes_out": self._counters.bytes_out,
+            "messages_in": self._shared.messages_in,
+            "messages_out": self._shared.messages_out,
+            "bytes_in": self._shared.bytes_in,
+            "bytes_out": self._shared.bytes_out,
             "queued_bytes": sum(c.backlog() for c in connections.values()),
-            "cuts": dict(self._counters.drops),
+            "cuts": dict(self._shared.drops),
             **({"backplane": backplane} if backplane else {}),
         }
 
@@ -4057,7 +4051,7 @@ class MappedHub:
         #: Whether the hub overrides `on_invocation`.
         self.intercepts = hub_class.on_invocation is not Hub.on_invocation
         self.protocols = _load_protocols(options)
-        self.shared = Shared(options, Counters(), Flusher())
+        self.shared = Shared(options)
         self.registry = Registry(self.protocols.values())
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
         self.registry.make_converter = converters.make
@@ -4072,7 +4066,7 @@ class MappedHub:
         registry = self.registry
         return HubContext(
             registry,
-            self.shared.counters,
+            self.shared,
             clients=HubClients(registry),
             local=HubClients(registry, _local=True),
             everywhere=Everywhere(registry),
@@ -4763,11 +4757,11 @@ class HubConnection:
         """Decode and dispatch what has arrived, until this iteration's time is up."""
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
-        counters, deadline = mapped.shared.counters, mapped.shared.flusher.deadline()
+        shared, deadline = mapped.shared, mapped.shared.flusher.deadline()
         rate, paused, inbox.unfinished = self._rate, inbox.unfinished, False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
-                counters.messages_in += 1
+                shared.messages_in += 1
                 self._keep_alive.active = True
                 reconnect = connection.reconnect
                 new = reconnect is None or reconnect.accept(message)
@@ -4779,7 +4773,7 @@ class HubConnection:
                 if inbox and (inbox.full or time.perf_counter() > deadline):
                     inbox.unfinished = True
                     if not inbox.full:  # else `Connection.release` goes on
-                        mapped.shared.flusher.run_later(connection.feed)
+                        shared.flusher.run_later(connection.feed)
                     return
         except ProtocolError as error:
             log.warning("connection %s: %s", connection, _one_line(str(error), 200))
@@ -4801,7 +4795,7 @@ class HubConnection:
         self._credit, self._counted_at = min(most, self._credit + earned) - 1, now
         if self._credit >= 0:
             return True
-        self._mapped.shared.counters.drops["rate limit"] += 1
+        self._mapped.shared.drops["rate limit"] += 1
         log.warning("connection %s: too many messages", self._connection)
         text = f"The client sent more than {rate:g} messages a second."
         self._fail(HubException(text))
@@ -4878,7 +4872,7 @@ class HubConnection:
         if self._keep_alive.timed_out(now):
             text = "Client hasn't sent a message/ping within the configured "
             error = OperationCanceled(f"{text}ClientTimeoutInterval.")
-            mapped.shared.counters.drops["client timeout"] += 1
+            mapped.shared.drops["client timeout"] += 1
             log.info("connection %s timed out", connection)
             self._fail(error)
         else:
