@@ -5341,8 +5341,13 @@ class Endpoint:
         return answer
 
     def _transport_of(self, request: Request) -> str:
-        """Return the transport that a GET asks for. Raises HTTP errors."""
-        transport = _requested_transport(request)
+        """Return the transport that a GET asks for. Raises HTTPNotFound if it is off."""
+        transport = LONG_POLLING
+        with contextlib.suppress(ValueError):  # from a key that is not ASCII
+            if web.WebSocketResponse().can_prepare(request):
+                transport = WEBSOCKETS
+        if "text/event-stream" in request.headers.get("Accept", "").lower():
+            transport = SERVER_SENT_EVENTS
         if transport not in self._options.transports:
             text = f"{transport} transport not supported by this end point type"
             raise web.HTTPNotFound(text=text)
@@ -5415,17 +5420,6 @@ def _query(request: Request) -> dict[str, str]:
         key = key.lower()
         query[key] = f"{query[key]},{value}" if key in query else value
     return query
-
-
-def _requested_transport(request: Request) -> str:
-    """Return the transport that a GET asks for by its headers."""
-    if "text/event-stream" in request.headers.get("Accept", "").lower():
-        return SERVER_SENT_EVENTS
-    try:
-        upgrades = bool(web.WebSocketResponse().can_prepare(request))
-    except ValueError:  # its key is not ASCII
-        upgrades = False
-    return WEBSOCKETS if upgrades else LONG_POLLING
 
 
 def _constructor_arguments(hub_class: type[Hub]) -> str:
