@@ -5356,30 +5356,26 @@ class Endpoint:
     def _get(
         self, request: Request, connection: Connection, transport: str
     ) -> Awaitable[StreamResponse]:
-        """Serve a GET: attach it to its connection as the transport."""
+        """Serve a GET: attach it to its connection as the transport.
+
+        A second transport is refused, except polls and stateful reconnects.
+        """
         first = not connection.transport_name
         if first:
             connection.transport_name = transport
             if transport != WEBSOCKETS:
                 connection.reconnect = None
             self.manager.run(connection, request)
-        else:
-            self._check_transport(connection, transport)
+        elif connection.transport_name != transport:
+            raise web.HTTPBadRequest(text="Cannot change transports mid-connection")
+        elif transport != LONG_POLLING and not connection.can_resume():
+            if connection.reconnect is not None and connection.state != OPENING:
+                raise web.HTTPNotFound(text="")  # the client starts a new connection
+            raise web.HTTPConflict(text="")
         if transport == LONG_POLLING:
             return serve_poll(request, connection, first)
         serve = serve_websocket if transport == WEBSOCKETS else serve_events
         return serve(request, connection)
-
-    @staticmethod
-    def _check_transport(connection: Connection, transport: str) -> None:
-        """Refuse a second transport, except polls and stateful reconnects."""
-        if connection.transport_name != transport:
-            raise web.HTTPBadRequest(text="Cannot change transports mid-connection")
-        if transport == LONG_POLLING or connection.can_resume():
-            return
-        if connection.reconnect is not None and connection.state != OPENING:
-            raise web.HTTPNotFound(text="")  # the client starts a new connection
-        raise web.HTTPConflict(text="")
 
     async def _post(self, request: Request, connection: Connection) -> Response:
         """Take bytes from the client; answer when it may send more."""
