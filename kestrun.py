@@ -5385,7 +5385,6 @@ class Endpoint:
         _check_encoding(request)
         inbox = connection.inbox
         if inbox.posts >= _MAX_POSTS:
-            request.protocol.keep_alive(False)  # its body is not read
             raise web.HTTPTooManyRequests(text="", headers={"Retry-After": "1"})
         inbox.posts += 1
         try:
