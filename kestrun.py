@@ -1221,8 +1221,7 @@ class Flusher:
 
     def deadline(self) -> float:
         """Return when this iteration's time for messages is over."""
-        if not self._scheduled:
-            self._schedule()
+        self._schedule()
         return self._deadline
 
     def run_later(self, work: Callable[[], object]) -> None:
