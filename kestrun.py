@@ -5039,7 +5039,6 @@ def _apply_timeouts(connection: Connection, now: float) -> None:
     away = now - connection.last_change
     if transport is None:
         if away > _or_infinite(options.disconnect_timeout):
-            log.debug("connection %s was not resumed in time", connection)
             connection.lost(End())
     elif transport.is_closing():
         connection.wake()  # its request notices that the client is gone
@@ -5124,9 +5123,9 @@ class ConnectionManager:
         handshake before they poll. A WebSocket needs no token.
         """
         token = _query(request).get("id")
-        if not token and transport == WEBSOCKETS:
-            return self.create(user_id)
         if not token:
+            if transport == WEBSOCKETS:
+                return self.create(user_id)
             raise web.HTTPBadRequest(text="Connection ID required")
         connection = self._connections.get(token)
         if connection is None:
