@@ -5179,7 +5179,12 @@ class ConnectionManager:
         hub_connection = HubConnection(self._mapped, connection, request)
         task = asyncio.create_task(hub_connection.run())
         self._running[task] = hub_connection
-        task.add_done_callback(self._running.pop)
+        task.add_done_callback(self._after_run)
+
+    def _after_run(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a connection failed", exc_info=error)
 
     async def start(self, app: web.Application) -> None:
         """Start the heartbeat; aiohttp calls this when the application starts."""
