@@ -6269,9 +6269,9 @@ export class HubConnection {
   onmessage = () => {};     // called with "sent" or "received" and each hub message
   #handlers = new Map();    // what `on` registered: name in lower case -> function
   #pending = new Map();     // invocation id -> { resolve, reject, item }
-  #failed = new Set();      // transports that did not open
+  #failures = 0;            // of transports to open; each chooses the next one
   #link = null;             // the open transport: { send, close }
-  #attempt = 0;             // counts; events of older attempts are ignored
+  #attempt = 0;             // counts; the end of an older one is ignored
   #timers = {};             // retry, silence, stable
   #retries = 0;             // since the connection was last stable
   #lastId = 0;
@@ -6293,7 +6293,6 @@ export class HubConnection {
   start() {
     this.#reset();
     this.#retries = 0;
-    this.#failed.clear();
     const { promise, ...started } = Promise.withResolvers();
     promise.catch(() => {});    // whoever does not await it is told by `onstate`
     this.#started = started;
@@ -6355,37 +6354,35 @@ export class HubConnection {
     } catch (error) {
       if (attempt !== this.#attempt) return;
       if (error.status === 401) return this.#setState("Unauthorized");
-      this.#failed.clear();  // the fault was not the transport's
       this.#lost(error.message);
     }
   }
 
   #open(connectionToken, available) {   // the token is a secret, unlike the id
-    const offered = Object.keys(TRANSPORTS).filter((name) => globalThis[NEEDS[name]]
-      && available.some(({ transport }) => transport === name));
-    const name = offered.find((name) => !this.#failed.has(name));
-    if (!name) throw new Error("No transport reaches the server.");
-    this.#failed.add(name);             // until the handshake has succeeded
+    const names = Object.keys(TRANSPORTS).filter((name) =>
+      available.some(({ transport }) => transport === name));
+    if (!names.length) throw new Error("The server offers no transport of this client.");
+    const name = names[this.#failures % names.length];
+    this.#failures += 1;                // until the handshake has succeeded
     this.transport = name;
     const query = new URLSearchParams({ id: connectionToken });
     // Neither transport can send an Authorization header, so the query has the token.
     if (this.token()) query.set("access_token", this.token());
     const attempt = this.#attempt;
-    const ifCurrent = (react) => (value) => {
-      if (attempt === this.#attempt) react(value);
-    };
     this.#link = TRANSPORTS[name](`${this.url}?${query}`, {
-      open: ifCurrent(() => this.#send({ protocol: "json", version: 1 })),
-      data: ifCurrent((data) => this.#receive(data)),
-      close: ifCurrent(() => this.#lost(this.state === "Connected"
-        ? "The connection was lost." : `${name} did not reach the server.`)),
+      open: () => this.#send({ protocol: "json", version: 1 }),
+      data: (data) => this.#receive(data),
+      close: () => {
+        if (attempt === this.#attempt) this.#lost(this.state === "Connected"
+          ? "The connection was lost." : `${name} did not reach the server.`);
+      },
     });
     this.#expectData();
   }
 
   #finishHandshake(error) {
     if (error) return this.#lost(error);
-    this.#failed.delete(this.transport);
+    this.#failures -= 1;
     // Retry delays start again at 0 only after a connection that lasted.
     this.#timers.stable = setTimeout(() => { this.#retries = 0; }, 2_000);
     this.#setState("Connected");
@@ -6481,7 +6478,6 @@ export class HubConnection {
 // A transport opens a URL, calls `on.open`, `on.data` and `on.close`, and returns the
 // functions that send and close.
 
-const NEEDS = { WebSockets: "WebSocket", ServerSentEvents: "EventSource" };
 const TRANSPORTS = {
   WebSockets(url, on) {
     const socket = new WebSocket(url.replace("http", "ws"));
