@@ -6272,8 +6272,8 @@ export class HubConnection {
   #failures = 0;            // of transports to open; each chooses the next one
   #link = null;             // the open transport: { send, close }
   #attempt = 0;             // counts; the end of an older one is ignored
-  #timers = {};             // retry, silence, stable
-  #retries = 0;             // since the connection was last stable
+  #timer = 0;               // of the server's silence, or until the next attempt
+  #retries = 0;             // since a connection last sent a ping
   #lastId = 0;
   #lastPing = 0;
   #started = null;          // { resolve, reject } of the promise of `start`
@@ -6383,8 +6383,7 @@ export class HubConnection {
   #finishHandshake(error) {
     if (error) return this.#lost(error);
     this.#failures -= 1;
-    // Retry delays start again at 0 only after a connection that lasted.
-    this.#timers.stable = setTimeout(() => { this.#retries = 0; }, 2_000);
+    this.#lastPing = Date.now();
     this.#setState("Connected");
   }
 
@@ -6407,6 +6406,7 @@ export class HubConnection {
     // would slow down while the page is hidden.
     if (this.state === "Connected" && Date.now() - this.#lastPing >= PING_INTERVAL) {
       this.#lastPing = Date.now();
+      this.#retries = 0;       // this connection has lasted
       this.#send({ type: PING });
     }
   }
@@ -6440,8 +6440,8 @@ export class HubConnection {
   // The end of a connection.
 
   #expectData() {           // restart the server timeout
-    clearTimeout(this.#timers.silence);
-    this.#timers.silence = setTimeout(
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(
       () => this.#lost("The server sent nothing for 30 seconds."), SERVER_TIMEOUT);
   }
 
@@ -6449,14 +6449,14 @@ export class HubConnection {
     this.#reset();
     if (!reconnect) return this.#setState("Disconnected", { reason });
     const delay = RETRY_DELAYS[Math.min(this.#retries++, RETRY_DELAYS.length - 1)];
-    this.#timers.retry = setTimeout(() => this.#connect(), delay * 1000);
+    this.#timer = setTimeout(() => this.#connect(), delay * 1000);
     const state = this.state === "Connecting" ? this.state : "Reconnecting";
     this.#setState(state, { reason, delay });
   }
 
   #reset() {                // close the transport, ignore its events, fail pending calls
     this.#attempt += 1;
-    Object.values(this.#timers).forEach((timer) => clearTimeout(timer));
+    clearTimeout(this.#timer);
     this.#link?.close();
     this.#link = null;
     const error = new Error("The connection was lost before the server answered.");
