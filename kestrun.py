@@ -6828,29 +6828,22 @@ function element(name, text, properties) {
 
 /** A list that keeps its newest entries and is drawn once a frame, however many come. */
 class Feed {
-  entries = [];
   #waiting = [];            // not drawn yet
-  #frame = 0;
 
   constructor(list, scroller, limit, draw) {   // draw(entry) returns a list item
     Object.assign(this, { list, scroller, limit, draw, paused: false, filter: "" });
   }
 
   add(entry) {
+    if (!this.#waiting.length) requestAnimationFrame(() => this.update());
     this.#waiting.push(entry);
     if (this.#waiting.length > this.limit) this.#waiting.shift();
-    this.#later();
-  }
-
-  #later() {
-    this.#frame ||= requestAnimationFrame(() => { this.#frame = 0; this.update(); });
   }
 
   update() {                // draws 20 at most, so that the page stays quick
     const { scroller } = this, added = this.paused ? [] : this.#waiting.splice(0, 20);
-    if (added.length === 20) this.#later();
+    if (added.length && this.#waiting.length) requestAnimationFrame(() => this.update());
     const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 32;
-    this.entries = [...this.entries, ...added].slice(-this.limit);
     this.list.append(...added.map(this.draw));
     while (this.list.children.length > this.limit) this.list.firstChild.remove();
     for (const item of this.list.children) {
@@ -6860,7 +6853,6 @@ class Feed {
   }
 
   clear() {
-    this.entries = [];
     this.#waiting = [];
     this.list.replaceChildren();
   }
@@ -6869,7 +6861,7 @@ class Feed {
 const clock = new Intl.DateTimeFormat([], { timeStyle: "medium", hourCycle: "h23" });
 const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   const { time, kind, text, action, group } = entry;
-  const item = element("li"), shown = clock.format(new Date(time));
+  const item = element("li", "", { entry }), shown = clock.format(new Date(time));
   item.dataset.kind = kind;
   byId("newest").textContent = text;          // all that a folded log shows
   item.append(element("time", shown, { dateTime: time }), element("strong", kind),
@@ -7135,8 +7127,8 @@ const buttons = {           // by name, or by id; each gets the button's value
   },
   clear: () => { log.clear(); byId("newest").textContent = ""; },
   async copy() {
-    const shown = log.entries.filter((_, index) => !log.list.children[index].hidden);
-    const lines = shown.map((entry) => `${JSON.stringify(entry)}\n`);
+    const shown = Array.from(log.list.children).filter((item) => !item.hidden);
+    const lines = shown.map(({ entry }) => `${JSON.stringify(entry)}\n`);
     if (!navigator.clipboard) throw new Error("Copying needs HTTPS or localhost.");
     await navigator.clipboard.writeText(lines.join(""));
     return `Copied ${lines.length} entries as JSON lines`;
