@@ -6674,7 +6674,6 @@ PAGE = r"""<!doctype html>
     <button id="retry" form="actions" hidden>Try now</button>
   </div>
 </header>
-<form id="actions" hidden></form>
 
 <form id="token-form" class="row" aria-label="Access" hidden>
   <p id="token-hint"></p>
@@ -6806,7 +6805,7 @@ operation = operations.start(work, name="LongOperation")</pre>
       <button id="fold" form="actions" aria-expanded="false">Unfold</button>
     </div>
     <div id="scroll" role="log" tabindex="0" aria-labelledby="log-title">
-      <fieldset disabled><ol id="log"></ol></fieldset></div>
+      <form id="actions"><fieldset disabled><ol id="log"></ol></fieldset></form></div>
   </section>
 </main>
 
@@ -6858,19 +6857,16 @@ class Feed {
   }
 }
 
-const clock = new Intl.DateTimeFormat([], { timeStyle: "medium", hourCycle: "h23" });
 const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   const { time, kind, text, action, group } = entry;
-  const item = element("li", "", { entry }), shown = clock.format(new Date(time));
+  const item = element("li", "", { entry });
+  const shown = new Date(time).toTimeString().slice(0, 8);
   item.dataset.kind = kind;
   byId("newest").textContent = text;          // all that a folded log shows
   item.append(element("time", shown, { dateTime: time }), element("strong", kind),
     element("span", text));
-  if (action) {             // such as Join in an invitation
-    const button = element("button", action, { name: action, value: group });
-    button.setAttribute("form", "actions");
-    item.append(button);
-  }
+  const name = action?.toLowerCase();         // such as "join" in an invitation
+  if (action) item.append(element("button", action, { name, value: group }));
   return item;
 });
 const frames = new Feed(byId("frames"), byId("frames"), 100, ({ way, message }) => {
@@ -6917,7 +6913,7 @@ function showState(state, { reason, delay }) {
     note("Connection", previous === "Reconnecting" ? "Connected again." : "Connected.");
     if (document.activeElement === document.body) focused?.focus();
     // A new connection is in no group, so the page joins its groups again.
-    for (const name of groups) perform(() => joinGroup(name));
+    for (const name of groups) perform(() => buttons.join(name));
     perform(refreshOperations);
     perform(() => echo(null));          // measures the round trip
     perform(watchStats);
@@ -7093,18 +7089,14 @@ const events = {            // each returns its text for the log
 };
 
 const group = () => byId("group").value;
-const joinGroup = (groupName) => connection.invoke("JoinGroup", groupName);
-const leaveGroup = (groupName) => connection.invoke("LeaveGroup", groupName);
 const remove = (taskId) => call("DELETE", `operation/${taskId}`);
 
 const buttons = {           // by name, or by id; each gets the button's value
   log: (level) => call("GET", `ps/log/${level}`),
   event: () => call("GET", "ps/event"),
   "echo-send": () => echo(byId("echo").value),
-  join: () => joinGroup(group()),
-  leave: () => leaveGroup(group()),
-  Join: joinGroup,
-  Leave: leaveGroup,
+  join: (name) => connection.invoke("JoinGroup", name || group()),
+  leave: (name) => connection.invoke("LeaveGroup", name || group()),
   group: (verb) => call("POST", `group/${verb}/${encodeURIComponent(group())}`),
   start: () => call("POST", `operation/start?seconds=${byId("seconds").value}`)
     .then(showOperation),
