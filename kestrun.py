@@ -7052,40 +7052,29 @@ async function refreshOperations() {
   byId("clear-finished").hidden = !rows().some(isFinal);
 }
 
-// The tables: what the server calls, what its events do, what the buttons do.
+// The tables: what the server calls, and what the buttons do.
 
 const methods = {
   ReceiveLog: ({ level, message, timestamp }) =>
     note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
-    const text = (data && events[eventName]?.(data)) ?? JSON.stringify(data);
+    const ofOperation = /^Operation(Progress|Complete)$/.test(eventName);
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
+    const text = ofOperation ? showOperation(data) : data?.Message ?? JSON.stringify(data);
     note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
   },
   ReceiveGroupMessage: ({ Message, Timestamp, Sender }) =>
     note("Group message", `${Message} (from ${Sender})`, { timestamp: Timestamp }),
   ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
-    const details = `${ProcessorCount} processors, Python ${PythonVersion}`;
-    const text = `${Message} (${details}, ${MemoryMB} MB)`;
-    note("Admin update", text, { timestamp: Timestamp });
+    const details = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
+    note("Admin update", `${Message} (${details})`, { timestamp: Timestamp });
   },
   ReceiveEcho(message) {    // null: the page's own, to measure the round trip
     if (message !== null) note("Echo", message);
   },
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
-};
-
-const events = {            // each returns its text for the log
-  __proto__: null,          // so that an event called "constructor" finds nothing
-  PowerShellEvent: ({ Message, Random }) => `${Message} (random number ${Random})`,
-  GroupJoinRequest: ({ Message }) => Message,
-  GroupLeaveRequest: ({ Message }) => Message,
-  OperationProgress: showOperation,
-  OperationComplete: showOperation,
-  ServerHeartbeat: ({ Message, Uptime, ConnectedClients }) =>
-    `${Message} (up ${Uptime} s, ${ConnectedClients} connected)`,
 };
 
 const group = () => byId("group").value;
