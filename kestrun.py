@@ -6605,6 +6605,8 @@ PAGE = r"""<!doctype html>
   #operations :is(.short, p) { flex: 1 0 auto; max-width: 100%; }
   #operations .row .row { margin-left: auto; }
   #operations button { padding: 0 .5rem; }
+  [data-ended] .cancel, #operations li:not([data-ended]) .remove,
+  body:not(:has([data-ended])) #clear-finished { display: none; }
   progress { width: 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
@@ -6756,7 +6758,7 @@ await connection.invoke("JoinGroup", "Admins");</pre>
           <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
             required></label>
           <button id="start" class="main">Start</button>
-          <button id="clear-finished" formnovalidate hidden>Clear finished</button>
+          <button id="clear-finished" formnovalidate>Clear finished</button>
         </form>
         <ul id="operations" aria-label="Operations, newest first"></ul>
       </fieldset>
@@ -6768,7 +6770,7 @@ await connection.invoke("JoinGroup", "Admins");</pre>
           <p class="message"></p>
           <div class="row"><button name="status" class="status">Status</button>
             <button name="cancel" class="cancel">Cancel</button>
-            <button name="remove" class="remove" hidden>Remove</button></div>
+            <button name="remove" class="remove">Remove</button></div>
         </form>
       </li></template>
       <details><summary>The code behind this</summary>
@@ -6943,7 +6945,7 @@ async function echo(message) {
 // The header: the server's numbers, which it sends once a second.
 
 const history = [];         // of the last minute: { clients, rate }
-let stats = null, ahead = 0;   // ahead: of the server's clock, in milliseconds
+let stats = null;           // the newest of them
 
 async function watchStats() {
   try {
@@ -6958,7 +6960,6 @@ function showStats(item) {
   const count = (s) => s.MessagesIn + s.MessagesOut;
   const rate = seconds > 0 ? Math.max(0, count(item) - count(before)) / seconds : 0;
   stats = item;
-  ahead = Date.now() - Date.parse(item.Timestamp);
   history.push({ clients: item.Clients, rate });
   if (history.length > 60) history.shift();
   byId("clients").textContent = item.Clients;
@@ -7002,7 +7003,7 @@ function showGroups() {
 
 const rows = () => Array.from(byId("operations").children);
 const short = (taskId) => taskId.slice(-4);
-const isFinal = (row) => !row.querySelector(".remove").hidden;
+const isFinal = (row) => "ended" in row.dataset;
 
 function operationRow(taskId) {
   const known = rows().find((row) => row.dataset.taskId === taskId);
@@ -7023,25 +7024,21 @@ function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
   const row = operationRow(TaskId), message = more.Status || more.Message;
   const running = ["NotStarted", "Running"].includes(State);
   if (more.Name) row.querySelector(".name").textContent = more.Name;
-  Object.assign(row.dataset, more.StartedAt && { started: more.StartedAt });
+  if (more.StartedAt) row.dataset.started = more.StartedAt;
   if (!isFinal(row)) {          // else this answer is older than the operation's end
-    row.dataset.state = State;
     if (!running) row.dataset.ended = more.CompletedAt ?? more.Timestamp;
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
     row.querySelector(".message").textContent = `${Progress} %, ${message}`;
-    row.querySelector(".cancel").hidden = !running;
-    row.querySelector(".remove").hidden = running;
   }
   showElapsed(row);
-  byId("clear-finished").hidden = !rows().some(isFinal);
   return `${short(TaskId)} · ${State}: ${Progress} %, ${message}`;
 }
 
-function showElapsed(row) {
-  const { started, ended } = row.dataset, now = Date.now() - ahead;
-  const elapsed = (ended ? Date.parse(ended) : now) - Date.parse(started);
-  if (started) row.querySelector(".elapsed").textContent = duration(elapsed / 1000);
+function showElapsed(row) { // by the server's clock
+  const { started, ended = stats?.Timestamp } = row.dataset;
+  const seconds = (Date.parse(ended) - Date.parse(started)) / 1000;
+  if (seconds >= 0) row.querySelector(".elapsed").textContent = duration(seconds);
 }
 
 async function refreshOperations() {
@@ -7049,7 +7046,6 @@ async function refreshOperations() {
   const known = new Set(list.map(({ TaskId }) => TaskId));
   rows().forEach((row) => known.has(row.dataset.taskId) || row.remove());
   list.reverse().forEach(showOperation);        // oldest first, so the newest is on top
-  byId("clear-finished").hidden = !rows().some(isFinal);
 }
 
 // The tables: what the server calls, and what the buttons do.
