@@ -6554,9 +6554,8 @@ PAGE = r"""<!doctype html>
   p, label, dt, summary, a, #detail, .short { color: var(--muted); font-size: .875rem; }
   b, a { color: var(--ink); }
   pre, code, time { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-  main, .controls, fieldset, section { display: grid; gap: .75rem; border: 0;
-    align-content: start; }
-  main, .controls { gap: 1rem; }
+  main, fieldset, section { display: grid; gap: 1rem; border: 0; align-content: start; }
+  section { gap: .75rem; }
   section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
     border-radius: .75rem; background: var(--panel); }
   #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
@@ -6691,23 +6690,21 @@ PAGE = r"""<!doctype html>
   <a id="monitor" href="monitor" hidden>Watch the server</a></aside>
 
 <main>
-  <div class="controls">
+  <fieldset class="controls" disabled>
     <noscript>This page needs JavaScript to talk to the server.</noscript>
     <section>
       <h2>To everyone</h2>
       <p>The server calls a function in every open page.</p>
-      <fieldset disabled>
-        <form class="row">
-          <button id="log-information" name="log" value="Information">Information</button>
-          <button id="log-warning" name="log" value="Warning">Warning</button>
-          <button id="log-error" name="log" value="Error">Error</button>
-          <button id="event">Custom event</button>
-        </form>
-        <form class="row">
-          <label>Echo, to this page only <input id="echo" value="Hello" required></label>
-          <button id="echo-send">Send</button>
-        </form>
-      </fieldset>
+      <form class="row">
+        <button id="log-information" name="log" value="Information">Information</button>
+        <button id="log-warning" name="log" value="Warning">Warning</button>
+        <button id="log-error" name="log" value="Error">Error</button>
+        <button id="event">Custom event</button>
+      </form>
+      <form class="row">
+        <label>Echo, to this page only <input id="echo" value="Hello" required></label>
+        <button id="echo-send">Send</button>
+      </form>
       <details><summary>The code behind this</summary>
 <pre>import { HubConnection } from "./kestrun.js";
 const connection = new HubConnection("hubs/kestrun");
@@ -6725,16 +6722,14 @@ hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)</pre>
     <section>
       <h2>Groups</h2>
       <p>A message to a group reaches its members only.</p>
-      <fieldset disabled>
-        <form class="row">
-          <label>Group <input id="group" value="Admins" required></label>
-          <button id="join" class="main">Join</button>
-          <button id="leave">Leave</button>
-          <button id="broadcast" name="group" value="broadcast">Broadcast</button>
-          <button id="ask-join" name="group" value="join">Ask others to join</button>
-          <button id="ask-leave" name="group" value="leave">Ask others to leave</button>
-        </form>
-      </fieldset>
+      <form class="row">
+        <label>Group <input id="group" value="Admins" required></label>
+        <button id="join" class="main">Join</button>
+        <button id="leave">Leave</button>
+        <button id="broadcast" name="group" value="broadcast">Broadcast</button>
+        <button id="ask-join" name="group" value="join">Ask others to join</button>
+        <button id="ask-leave" name="group" value="leave">Ask others to leave</button>
+      </form>
       <ul id="groups" aria-label="Groups this page is in"></ul>
       <details><summary>The code behind this</summary>
 <pre>connection.on("GroupJoined", (name) => console.log(name));
@@ -6753,15 +6748,13 @@ await connection.invoke("JoinGroup", "Admins");</pre>
     <section>
       <h2>Long operations</h2>
       <p>Work on the server reports its progress to every page.</p>
-      <fieldset disabled>
-        <form class="row">
-          <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
-            required></label>
-          <button id="start" class="main">Start</button>
-          <button id="clear-finished" formnovalidate>Clear finished</button>
-        </form>
-        <ul id="operations" aria-label="Operations, newest first"></ul>
-      </fieldset>
+      <form class="row">
+        <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
+          required></label>
+        <button id="start" class="main">Start</button>
+        <button id="clear-finished" formnovalidate>Clear finished</button>
+      </form>
+      <ul id="operations" aria-label="Operations, newest first"></ul>
       <template id="operation"><li>
         <div class="row"><b class="name">Operation</b> <span class="short"></span>
           <span class="elapsed"></span> <output class="state"></output></div>
@@ -6794,7 +6787,7 @@ operation = operations.start(work, name="LongOperation")</pre>
         <ol id="frames" tabindex="0" aria-label="Hub messages, newest last"></ol>
       </details>
     </section>
-  </div>
+  </fieldset>
 
   <section id="log-panel" class="folded" aria-labelledby="log-title">
     <div class="row">
@@ -7054,17 +7047,17 @@ const methods = {
   ReceiveLog: ({ level, message, timestamp }) =>
     note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
-    const ofOperation = /^Operation(Progress|Complete)$/.test(eventName);
+    const operation = /^Operation(Progress|Complete)$/.test(eventName);
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
-    const text = ofOperation ? showOperation(data) : data?.Message ?? JSON.stringify(data);
+    const text = operation ? showOperation(data) : data?.Message ?? JSON.stringify(data);
     note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
   },
   ReceiveGroupMessage: ({ Message, Timestamp, Sender }) =>
     note("Group message", `${Message} (from ${Sender})`, { timestamp: Timestamp }),
   ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
-    const details = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
-    note("Admin update", `${Message} (${details})`, { timestamp: Timestamp });
+    const system = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
+    note("Admin update", `${Message} (${system})`, { timestamp: Timestamp });
   },
   ReceiveEcho(message) {    // null: the page's own, to measure the round trip
     if (message !== null) note("Echo", message);
