@@ -6537,7 +6537,8 @@ PAGE = r"""<!doctype html>
     --warn: light-dark(#855000, #e6b566); --bad: light-dark(#b02a20, #f0938a);
   }
   * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; padding: 0;
-    list-style: none; overflow-wrap: anywhere; scrollbar-width: thin; }
+    overflow-wrap: anywhere; scrollbar-width: thin; }
+  li { list-style: none; }
   [hidden], #operations:empty { display: none !important; }
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
@@ -6551,9 +6552,9 @@ PAGE = r"""<!doctype html>
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
   h2 + p { margin-top: -.5rem; }
-  p, label, dt, summary, a, #detail, .short { color: var(--muted); font-size: .875rem; }
+  p, label, dt, summary, a, #detail, ::after { color: var(--muted); font-size: .875rem; }
   b, a { color: var(--ink); }
-  pre, code, time { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+  pre, time, #frames li { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
   main, fieldset, section { display: grid; gap: 1rem; border: 0; align-content: start; }
   section { gap: .75rem; }
   section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
@@ -6561,7 +6562,7 @@ PAGE = r"""<!doctype html>
   #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
   #intro p { flex: 1 1 20rem; }
   #intro a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
-  label { display: grid; flex: 1 1 4rem; gap: .25rem; }
+  label { display: grid; flex: 1 1 4rem; gap: .25rem; max-width: 27rem; }
   form.row:has(label) { align-items: end; }
   input, button { min-height: 2.75rem; padding: .375rem .75rem; border-radius: .5rem;
     border: 1px solid var(--edge); background: var(--panel); color: var(--ink);
@@ -6573,9 +6574,6 @@ PAGE = r"""<!doctype html>
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
   summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
-  summary::before { content: "▸" / ""; display: inline-block; width: 1.25rem; }
-  [open] > summary { margin-bottom: 0; }
-  [open] > summary::before { content: "▾" / ""; }
   pre { margin: .5rem -.5rem 0; padding: .625rem .5rem; border-radius: .5rem;
     font-size: .75rem; background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -6583,38 +6581,32 @@ PAGE = r"""<!doctype html>
   #numbers { display: grid; grid-template-columns: repeat(4, max-content) minmax(3rem, 9rem);
     gap: .25rem 2rem; white-space: nowrap; }
   body:not([data-state="Connected"]) dd { opacity: .6; }
-  dd { font-weight: 600; font-variant-numeric: tabular-nums; }
+  dd, #state, .state { font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   dt.clients::before { color: var(--accent); }
   #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
   #plot path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   #plot .clients { stroke: var(--accent); }
-  #state, .state { font-weight: 600; }
   #connection { flex: none; min-height: 2.875rem; }    /* with and without its button */
   #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
   #token-hint { flex: 1 0 100%; }
-  #token-form label { max-width: 27rem; }
   #groups li { padding: .125rem .75rem; border: 1px solid var(--edge);
     border-radius: 1rem; font-size: .875rem; }
-  #groups ::after { color: var(--muted); }
   #groups [data-size]::after { content: " · " attr(data-size); }
   body:not([data-state="Connected"]) #groups li::after { content: ", joining again"; }
   #operations li { display: grid; gap: .375rem; padding: .75rem 0; font-size: .875rem; }
   #operations :is(.short, p) { flex: 1 0 auto; max-width: 100%; }
   #operations .row .row { margin-left: auto; }
-  #operations button { padding: 0 .5rem; }
+  :is(#operations, #log-panel .row) button { padding: 0 .5rem; }
   [data-ended] .cancel, #operations li:not([data-ended]) .remove,
   body:not(:has([data-ended])) #clear-finished { display: none; }
   progress { width: 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
   #log-panel h2 { margin-right: auto; }
-  #log-panel label { max-width: 18rem; }
-  #log-panel .row button { padding: 0 .5rem; }
   #scroll { overflow-y: auto; border-top: 1px solid var(--line); }
   #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
-  :is(#log, #frames, #groups)::after { color: var(--muted); font-size: .875rem; }
   :is(#log, #frames):empty::after { content: "Nothing yet"; }
   #log:has(li):not(:has(> :not([hidden])))::after { content: "No entries match"; }
   #groups:empty::after { content: "This page is in no group."; }
@@ -6864,11 +6856,8 @@ const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   if (action) item.append(element("button", action, { name, value: group }));
   return item;
 });
-const frames = new Feed(byId("frames"), byId("frames"), 100, ({ way, message }) => {
-  const item = element("li");
-  item.append(element("code", `${way} ${JSON.stringify(message)}`));
-  return item;
-});
+const frames = new Feed(byId("frames"), byId("frames"), 100, ({ way, message }) =>
+  element("li", `${way} ${JSON.stringify(message)}`));
 
 function note(kind, text, { timestamp = Date.now(), ...more } = {}) {
   log.add({ time: new Date(timestamp).toISOString(), kind, text, ...more });
