@@ -6639,9 +6639,7 @@ PAGE = r"""<!doctype html>
     #fold, #newest { display: none; }
     main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
       align-content: stretch; }
-    .controls { overflow-y: auto; grid-auto-rows: max-content; margin: -1rem 0 -2rem;
-      padding: 1rem 0 2rem; scroll-padding: 1rem 0 2rem; mask: linear-gradient(
-        #0000, #000 1rem, #000 calc(100% - 2rem), #0000); }   /* fades at its ends */
+    .controls { overflow-y: auto; grid-auto-rows: max-content; }
   }
 </style>
 </head>
