@@ -6270,8 +6270,8 @@ export class HubConnection {
   #handlers = new Map();    // what `on` registered: name in lower case -> function
   #pending = new Map();     // invocation id -> { resolve, reject, item }
   #failures = 0;            // of transports to open; each chooses the next one
-  #link = null;             // the open transport: { send, close }
-  #attempt = 0;             // counts; the end of an older one is ignored
+  #link = null;             // the transport: a WebSocket, or what looks like one
+  #attempt = 0;             // counts; what comes of older attempts is ignored
   #timer = 0;               // of the server's silence, or until the next attempt
   #retries = 0;             // since a connection last sent a ping
   #lastId = 0;
@@ -6368,15 +6368,14 @@ export class HubConnection {
     const query = new URLSearchParams({ id: connectionToken });
     // Neither transport can send an Authorization header, so the query has the token.
     if (this.token()) query.set("access_token", this.token());
-    const attempt = this.#attempt;
-    this.#link = TRANSPORTS[name](`${this.url}?${query}`, {
-      open: () => this.#send({ protocol: "json", version: 1 }),
-      data: (data) => this.#receive(data),
-      close: () => {
-        if (attempt === this.#attempt) this.#lost(this.state === "Connected"
-          ? "The connection was lost." : `${name} did not reach the server.`);
-      },
-    });
+    const link = TRANSPORTS[name](`${this.url}?${query}`);
+    link.onopen = () => this.#send({ protocol: "json", version: 1 });
+    link.onmessage = ({ data }) => this.#receive(data);
+    link.onclose = () => {
+      if (link === this.#link) this.#lost(this.state === "Connected"
+        ? "The connection was lost." : `${name} did not reach the server.`);
+    };
+    this.#link = link;
     this.#expectData();
   }
 
@@ -6475,27 +6474,18 @@ export class HubConnection {
   }
 }
 
-// A transport opens a URL, calls `on.open`, `on.data` and `on.close`, and returns the
-// functions that send and close.
+// A transport opens a URL. Its events and methods are those of a WebSocket.
 
 const TRANSPORTS = {
-  WebSockets(url, on) {
-    const socket = new WebSocket(url.replace("http", "ws"));
-    socket.onopen = on.open;
-    socket.onmessage = ({ data }) => on.data(data);
-    socket.onclose = on.close;
-    return { send: (text) => socket.send(text), close: () => socket.close() };
-  },
+  WebSockets: (url) => new WebSocket(url.replace("http", "ws")),
 
-  ServerSentEvents(url, on) {           // events bring messages, POST takes them
+  ServerSentEvents(url) {               // events bring messages, POST takes them
     const source = new EventSource(url);
     let posted = Promise.resolve();     // one POST after another keeps the order
-    source.onopen = on.open;
-    source.onmessage = ({ data }) => on.data(data);
-    source.onerror = on.close;
-    const post = (body) => request("POST", url, { body }).catch(on.close);
-    const send = (text) => { posted = posted.then(() => post(text)); };
-    return { send, close: () => source.close() };
+    source.onerror = () => source.onclose();
+    const post = (body) => request("POST", url, { body }).catch(source.onerror);
+    source.send = (text) => { posted = posted.then(() => post(text)); };
+    return source;
   },
 };
 
