@@ -6459,17 +6459,15 @@ export class HubConnection {
     this.#link?.close();
     this.#link = null;
     const error = new Error("The connection was lost before the server answered.");
-    const pending = [...this.#pending.values()];
+    this.#pending.forEach(({ reject }) => reject(error));
     this.#pending.clear();
-    pending.forEach(({ reject }) => reject(error));
   }
 
   #setState(state, detail = {}) {
     this.state = state;
     if (state === "Connected") this.#started.resolve();
-    if (["Disconnected", "Unauthorized"].includes(state)) {
-      this.#started?.reject(new Error(detail.reason ?? `${state}.`));
-    }
+    const ended = ["Disconnected", "Unauthorized"].includes(state);
+    if (ended) this.#started?.reject(new Error(detail.reason ?? `${state}.`));
     this.onstate(state, detail);
   }
 }
