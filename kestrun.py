@@ -6823,11 +6823,6 @@ class Feed {
     }
     if (atEnd) scroller.scrollTop = scroller.scrollHeight;   // unless scrolled up
   }
-
-  clear() {
-    this.#waiting = [];
-    this.list.replaceChildren();
-  }
 }
 
 const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
@@ -7070,7 +7065,7 @@ const buttons = {           // by name, or by id; each gets the button's value
     byId("pause").textContent = log.paused ? "Resume" : "Pause";
     log.update();
   },
-  clear: () => { log.clear(); byId("newest").textContent = ""; },
+  clear: () => { log.list.replaceChildren(); byId("newest").textContent = ""; },
   async copy() {
     const shown = Array.from(log.list.children).filter((item) => !item.hidden);
     const lines = shown.map(({ entry }) => `${JSON.stringify(entry)}\n`);
