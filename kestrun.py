@@ -6531,10 +6531,9 @@ PAGE = r"""<!doctype html>
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
     background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
-  header, .row, .brand, #groups { display: flex; flex-wrap: wrap; gap: .5rem;
-    align-items: center; }
-  header { gap: .75rem 2.5rem; }
-  .brand { margin-right: auto; }
+  .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+  header.row { gap: .75rem 2.5rem; }
+  .brand, #log-panel h2 { margin-right: auto; }
   .brand svg { width: 2.75rem; fill: none; stroke: var(--feather); stroke-width: 2.2;
     stroke-linecap: round; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
@@ -6544,9 +6543,8 @@ PAGE = r"""<!doctype html>
   b, a { color: var(--ink); }
   pre, time, #frames li { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
   main, fieldset, section { display: grid; gap: 1rem; border: 0; align-content: start; }
-  section { gap: .75rem; }
   section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
-    border-radius: .75rem; background: var(--panel); }
+    border-radius: .75rem; background: var(--panel); gap: .75rem; }
   #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
   #intro p { flex: 1 1 20rem; }
   #intro a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
@@ -6592,11 +6590,9 @@ PAGE = r"""<!doctype html>
   progress { width: 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
-  #log-panel h2 { margin-right: auto; }
   #scroll { overflow-y: auto; border-top: 1px solid var(--line); }
   #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
-  :is(#log, #frames):empty::after { content: "Nothing yet"; }
-  #log:has(li):not(:has(> :not([hidden])))::after { content: "No entries match"; }
+  :is(#log, #frames):not(:has(> :not([hidden])))::after { content: "No entries"; }
   #groups:empty::after { content: "This page is in no group."; }
   #log li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline;
     padding: .3125rem 0; font-size: .9375rem; }
@@ -6607,7 +6603,7 @@ PAGE = r"""<!doctype html>
   #log [data-kind~="Warning"] strong { color: var(--warn); }
   #log [data-kind~="Error"] strong { color: var(--bad); }
   @media (width < 75rem) { #numbers { order: 1; flex: 1 0 100%; } }
-  @media (width >= 75rem) { header { flex-wrap: nowrap; } .brand { flex: none; } }
+  @media (width >= 75rem) { header.row { flex-wrap: nowrap; } .brand { flex: none; } }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
     html { scroll-padding-bottom: 50dvh; }   /* keeps the focus above it */
     #numbers { grid-template-columns: max-content max-content 1fr; column-gap: 1rem; }
@@ -6632,8 +6628,8 @@ PAGE = r"""<!doctype html>
 </style>
 </head>
 <body>
-<header>
-  <div class="brand">
+<header class="row">
+  <div class="brand row">
     <svg viewBox="0 0 24 24" aria-hidden="true">
       <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
     <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
@@ -6708,7 +6704,7 @@ hub = kestrun.map_hub(app, "/hubs/kestrun", MyHub)</pre>
         <button id="ask-join" name="group" value="join">Ask others to join</button>
         <button id="ask-leave" name="group" value="leave">Ask others to leave</button>
       </form>
-      <ul id="groups" aria-label="Groups this page is in"></ul>
+      <ul id="groups" class="row" aria-label="Groups this page is in"></ul>
       <details><summary>The code behind this</summary>
 <pre>connection.on("GroupJoined", (name) => console.log(name));
 connection.on("ReceiveGroupMessage", (message) => {
