@@ -6848,7 +6848,6 @@ async function perform(action) {
     if (Message) note("Answer", TaskId ? `${short(TaskId)} · ${Message}` : Message);
   } catch (error) {
     note("Error", error.message);
-    if (error.status === 401) askForToken();
   }
 }
 
