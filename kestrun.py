@@ -7012,17 +7012,17 @@ const methods = {
   ReceiveLog: ({ level, message, timestamp }) =>
     note(`Log · ${level}`, message, { timestamp }),
   ReceiveEvent({ eventName, data, timestamp }) {
-    const operation = /^Operation(Progress|Complete)$/.test(eventName);
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
-    const text = operation ? showOperation(data) : data?.Message ?? JSON.stringify(data);
-    note(`Event · ${eventName}`, text, { timestamp, action, group: data?.GroupName });
+    const { TaskId, GroupName, Message = JSON.stringify(data) } = data ?? {};
+    const text = TaskId ? showOperation(data) : Message;
+    note(`Event · ${eventName}`, text, { timestamp, action, group: GroupName });
   },
   ReceiveGroupMessage: ({ Message, Timestamp, Sender }) =>
     note("Group message", `${Message} (from ${Sender})`, { timestamp: Timestamp }),
   ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
-    const system = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
-    note("Admin update", `${Message} (${system})`, { timestamp: Timestamp });
+    const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
+    note("Admin update", `${Message} (${info})`, { timestamp: Timestamp });
   },
   ReceiveEcho(message) {    // null: the page's own, to measure the round trip
     if (message !== null) note("Echo", message);
