@@ -6566,7 +6566,7 @@ PAGE = r"""<!doctype html>
 
   #numbers { display: grid; grid-template-columns: repeat(4, max-content) minmax(3rem, 9rem);
     gap: .25rem 2rem; white-space: nowrap; }
-  body:not([data-state="Connected"]) dd { opacity: .6; }
+  body:not([data-state="Connected"]) :is(dd, #groups) { opacity: .6; }
   dd, #state, .state { font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   dt.clients::before { color: var(--accent); }
@@ -6580,7 +6580,6 @@ PAGE = r"""<!doctype html>
   #groups li { padding: .125rem .75rem; border: 1px solid var(--edge);
     border-radius: 1rem; font-size: .875rem; }
   #groups [data-size]::after { content: " · " attr(data-size); }
-  body:not([data-state="Connected"]) #groups li::after { content: ", joining again"; }
   #operations li { display: grid; gap: .375rem; padding: .75rem 0; font-size: .875rem; }
   #operations :is(.short, p) { flex: 1 0 auto; max-width: 100%; }
   #operations .row .row { margin-left: auto; }
