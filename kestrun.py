@@ -6269,14 +6269,14 @@ export class HubConnection {
   onmessage = () => {};     // called with "sent" or "received" and each hub message
   #handlers = new Map();    // what `on` registered: name in lower case -> function
   #pending = new Map();     // invocation id -> { resolve, reject, item }
-  #failures = 0;            // of transports to open; each chooses the next one
+  #failures = 0;            // transports that did not open; the next one is tried
   #link = null;             // the transport: a WebSocket, or what looks like one
   #attempt = 0;             // counts; what comes of older attempts is ignored
   #timer = 0;               // of the server's silence, or until the next attempt
-  #retries = 0;             // since a connection last sent a ping
+  #retries = 0;             // since a connection lasted long enough to send a ping
   #lastId = 0;
   #lastPing = 0;
-  #started = null;          // { resolve, reject } of the promise of `start`
+  #started = null;          // the promise of `start`, with resolve and reject
 
   /** token: a function that returns the access token, called for each attempt. */
   constructor(url, { token = () => null } = {}) {
@@ -6293,11 +6293,10 @@ export class HubConnection {
   start() {
     this.#reset();
     this.#retries = 0;
-    const { promise, ...started } = Promise.withResolvers();
-    promise.catch(() => {});    // whoever does not await it is told by `onstate`
-    this.#started = started;
+    this.#started = Promise.withResolvers();
+    this.#started.promise.catch(() => {});   // `onstate` tells who does not await it
     this.#connect();
-    return promise;
+    return this.#started.promise;
   }
 
   stop() {
@@ -6307,9 +6306,9 @@ export class HubConnection {
 
   /** Call a method of the hub; return its result, or throw its error. */
   async invoke(target, ...args) {
-    const { promise, resolve, reject } = Promise.withResolvers();
-    this.#call(INVOCATION, target, args, { resolve, reject });
-    return promise;
+    const answer = Promise.withResolvers();
+    this.#call(INVOCATION, target, args, answer);
+    return answer.promise;
   }
 
   /** Yield the items of a stream: `for await (const n of c.stream("Counter", 3))`. */
