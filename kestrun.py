@@ -3637,10 +3637,14 @@ def _unchanged(value: Any) -> Any:
 
 
 class Converters:
-    """Makes the converters of one hub, by its options `converter` and `member_name`."""
+    """Makes the converters of one hub, by its options `converter` and `member_name`.
 
-    def __init__(self, options: HubOptions) -> None:
+    fallback: the converter for types that have none; without it they raise TypeError.
+    """
+
+    def __init__(self, options: HubOptions, fallback: Converter | None = None) -> None:
         self._options = options
+        self._fallback = fallback
         #: The members of dataclasses and TypedDicts, which may contain themselves.
         self._members: dict[tuple[type, bool], Fields] = {}
         self._aliases: dict[tuple[Any, bool], Converter] = {}
@@ -3682,6 +3686,8 @@ class Converters:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
         if isinstance(kind, type) and (convert := self._for_class(kind, exact)):
             return convert
+        if self._fallback is not None:
+            return self._fallback
         raise TypeError(
             f"the annotation {_type_text(annotation)} cannot be checked; use Any, or set "
             "HubOptions.converter, or use bool, int, float, str, bytes, list, dict, set, "
@@ -3904,16 +3910,6 @@ def _type_text(annotation: Any) -> str:
     return re.sub(modules_or_literal, lambda match: match[1] or "", text)
 
 
-class _LenientConverters(Converters):
-    """Accepts types without a converter: a hub may have one of its own for them."""
-
-    def make(self, annotation: Any, exact: bool = False) -> Converter:
-        try:
-            return super().make(annotation, exact)
-        except (TypeError, NameError, AttributeError):
-            return _unchanged
-
-
 def _check_hub_class(hub_class: Any) -> None:
     if not (isinstance(hub_class, type) and issubclass(hub_class, Hub)):
         raise TypeError(f"hub_class: a subclass of Hub, not {hub_class!r}")
@@ -3932,7 +3928,7 @@ def describe(
     _check_hub_class(hub_class)
     found: list[Any] = []  # every annotation, from a `converter` that returns None
     options = dataclasses.replace(options, converter=found.append)
-    converters = _LenientConverters(options)
+    converters = Converters(options, fallback=_unchanged)
     methods = _collect_methods(hub_class, converters).values()
     for method in methods:
         items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
@@ -3974,8 +3970,7 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
     if isinstance(kind, type) and issubclass(kind, Enum):
-        names, values = kind.__members__, [m.value for m in kind.__members__.values()]
-        return {"names": [*names], "values": values}
+        return {"values": {name: m.value for name, m in kind.__members__.items()}}
     if not (typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)):
         return {}
     hints = typing.get_type_hints(kind)

@@ -4208,9 +4208,9 @@ def test_a_hub_is_described_for_front_ends() -> None:
                    result="AsyncIterator[tuple[int, ...]]"),
         ],
         "types": {
-            "Colour": {"names": ["RED", "DEEP_BLUE"], "values": [1, "blue"]},
+            "Colour": {"values": {"RED": 1, "DEEP_BLUE": "blue"}},
             "Metres": {"alias": "float"},
-            "Permission": {"names": ["READ", "WRITE"], "values": [1, 2]},
+            "Permission": {"values": {"READ": 1, "WRITE": 2}},
             "Place": {
                 "members": {"user_name": "str", "at": "date", "point": "Point"},
                 "optional": ["point"]},
