@@ -3395,9 +3395,6 @@ class HubContext:
 # nowhere else. Signatures are read once too: each annotated parameter gets a
 # converter, a function that returns the converted value or raises an exception.
 
-#: The members of an object type by normalized name: real name and converter.
-Fields = dict[str, tuple[str, Converter]]
-
 
 def hub_method(name: str) -> Callable[[F], F]:
     """Give a hub method another name on the wire.
@@ -3645,9 +3642,8 @@ class Converters:
     def __init__(self, options: HubOptions, fallback: Converter | None = None) -> None:
         self._options = options
         self._fallback = fallback
-        #: The members of dataclasses and TypedDicts, which may contain themselves.
-        self._members: dict[tuple[type, bool], Fields] = {}
-        self._aliases: dict[tuple[Any, bool], Converter] = {}
+        #: The converters of types that may contain themselves, by type and `exact`.
+        self._recursive: dict[tuple[Any, bool], Converter] = {}
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         """Return the converter for values of this annotation.
@@ -3670,7 +3666,7 @@ class Converters:
         if (base := getattr(kind, "__supertype__", None)) is not None:  # a NewType
             return make(base)
         if hasattr(kind, "__value__"):  # `type Name = …`
-            return self._alias(kind, exact)
+            return self._for_recursive(kind, exact)
         if kind is typing.Annotated:
             return make(args[0])
         if kind is typing.Literal and args:
@@ -3706,22 +3702,23 @@ class Converters:
         if issubclass(kind, Enum):
             return functools.partial(_to_enum, kind, exact)
         if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-            return functools.partial(_to_object, kind, self._fields(kind, exact))
+            return self._for_recursive(kind, exact)
         return None
 
-    def _alias(self, alias: Any, exact: bool) -> Converter:
-        """Return the converter of a `type` alias, which may contain itself."""
-        key = alias, exact
-        if key not in self._aliases:
-            self._aliases[key] = lambda value: self._aliases[key](value)
-            self._aliases[key] = self.make(alias.__value__, exact)
-        return self._aliases[key]
+    def _for_recursive(self, kind: Any, exact: bool) -> Converter:
+        """Return the converter of an alias or an object, which may contain itself."""
+        known, key = self._recursive, (kind, exact)
+        if key not in known:
+            known[key] = lambda value: known[key](value)
+            if hasattr(kind, "__value__"):
+                known[key] = self.make(kind.__value__, exact)
+            else:
+                known[key] = self._for_object(kind, exact)
+        return known[key]
 
-    def _fields(self, kind: Any, exact: bool) -> Fields:
-        """Return an object's field names and converters, by normalized name."""
-        if (kind, exact) in self._members:
-            return self._members[kind, exact]
-        fields = self._members[kind, exact] = Fields()
+    def _for_object(self, kind: Any, exact: bool) -> Converter:
+        #: The members by normalized name: real name and converter.
+        fields: dict[str, tuple[str, Converter]] = {}
         hints = typing.get_type_hints(kind, include_extras=True)
         if dataclasses.is_dataclass(kind):
             hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
@@ -3734,7 +3731,7 @@ class Converters:
                 normalize_name(spell(name, protocol)): fields[normalize_name(name)]
                 for name, protocol in itertools.product(hints, ("json", "messagepack"))
             }
-        return fields
+        return functools.partial(_to_object, kind, fields)
 
 
 def _whole(number: float) -> int:
@@ -3884,7 +3881,7 @@ def _to_enum(kind: type[Enum], exact: bool, value: Any) -> Enum:
     raise ValueError(f"{value!r} is not a {kind.__name__}")
 
 
-def _to_object(kind: Any, fields: Fields, value: Any) -> Any:
+def _to_object(kind: Any, fields: dict[str, tuple[str, Converter]], value: Any) -> Any:
     """Read a dataclass or a TypedDict from an object; unknown members are skipped."""
     members = {}
     for key, item in _to_type(dict, {}, value).items():
