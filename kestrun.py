@@ -4039,8 +4039,6 @@ class MappedHub:
         self.options = options
         converters = Converters(options)
         self.methods = _collect_methods(hub_class, converters)
-        #: Whether the hub overrides `on_invocation`.
-        self.intercepts = hub_class.on_invocation is not Hub.on_invocation
         self.protocols = _load_protocols(options)
         self.shared = Shared(options)
         self.registry = Registry(self.protocols.values())
@@ -4213,9 +4211,12 @@ class Call:
         """Call the method; return what to await, or NO_RESULT if it is answered."""
         _current_call.set(self)
         started = time.perf_counter()
-        method = self.method
+        hub, method = self._calls.hub, self.method
         try:
-            result = self._call_if_allowed() if method.checks else self._call()
+            if method.checks or type(hub).on_invocation is not Hub.on_invocation:
+                result = self._call_if_allowed()
+            else:
+                result = method.function(hub, *self.invocation.arguments)
             if method.streaming or hasattr(result, "__await__"):
                 return result
             self._calls.reply(self.invocation, result)
@@ -4231,23 +4232,17 @@ class Call:
         return NO_RESULT
 
     async def _call_if_allowed(self) -> Any:
-        """Call the method if all its checks allow that. Raises Unauthorized."""
-        for check in self.method.checks:
-            if not await _result_of(check(self._calls.hub.context)):
-                raise Unauthorized("the user is unauthorized")
-        return await _result_of(self._call())
-
-    def _call(self) -> Any:
-        """Call the method, or let the hub's `on_invocation` do it."""
+        """Call the method by `on_invocation` if all its checks allow that."""
         hub, method, message = self._calls.hub, self.method, self.invocation
-        if not self._calls.mapped.intercepts:
-            return method.function(hub, *message.arguments)
+        for check in method.checks:
+            if not await _result_of(check(hub.context)):
+                raise Unauthorized("the user is unauthorized")
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
             return await _result_of(method.function(hub, *invocation.arguments))
 
-        return hub.on_invocation(invocation, call_next)
+        return await _result_of(hub.on_invocation(invocation, call_next))
 
     async def run(self, result: Any) -> None:
         """Await the result, or send the stream, and answer: the task of a call.
