@@ -4672,8 +4672,7 @@ class HubConnection:
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (self._rate or 0.0))
         self._counted_at = time.monotonic()
-        self._hub: Hub
-        self._calls: Calls | None = None
+        self._calls: Calls
         self._begun = time.monotonic()
 
     async def run(self) -> None:
@@ -4682,60 +4681,54 @@ class HubConnection:
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
-            calls = await self._create_hub()
-            if calls is not None:
-                self._calls = calls
-                connection.on_data = self._receive
-                connection.feed()  # what came meanwhile
-                end = await connection.ended
-                await calls.finish(end)
-                error = end.error
-                if end.normal and error is None and connection.inbox:
-                    text = "Connection terminated while reading a message."
-                    error = ProtocolError(text)
-                await self._run_hook("on_disconnected", error)
+            error = await self._run_hook("on_connected", self._connect)
+            if error is not None:
+                self._fail(error, allow_reconnect=False)
+                return
+            connection.on_data = self._receive
+            connection.feed()  # what came meanwhile
+            end = await connection.ended
+            await self._calls.finish(end)
+            error = end.error
+            if end.normal and error is None and connection.inbox:
+                error = ProtocolError("Connection terminated while reading a message.")
+            on_disconnected = self._calls.hub.on_disconnected
+            await self._run_hook("on_disconnected", on_disconnected, error)
         finally:
             self._mapped.remove(connection, time.monotonic() - self._begun)
             connection.close(End())
 
-    async def _create_hub(self) -> Calls | None:
-        """Make and register the hub; None if that fails or it refuses the client."""
+    async def _connect(self) -> None:
+        """Make and register the hub, and let it accept the client."""
         mapped, connection = self._mapped, self._connection
-        try:
-            self._hub = mapped.make_hub(self._context)
-        except (Exception, SystemExit) as failure:
-            log.exception("%s cannot be created", mapped.hub_class.__name__)
-            self._fail(failure, allow_reconnect=False)
-            return None
+        hub = mapped.make_hub(self._context)
         mapped.add(connection, self._context)
-        calls = Calls(mapped, connection, self._hub)
+        self._calls = Calls(mapped, connection, hub)
         channel = f"connection:{connection.connection_id}"
         await mapped.registry.backplane.subscribed(channel)
         _current_call.set(self)
-        error = await self._run_hook("on_connected")
-        if error is None:
-            return calls
-        self._fail(error, allow_reconnect=False)
-        return None
+        await _result_of(hub.on_connected())
 
     @contextlib.asynccontextmanager
     async def awaiting_result(self) -> AsyncIterator[None]:
         """Forbid client results in `on_connected`; a hook has no slot."""
-        if self._calls is None:
+        if self._connection.on_data is None:
             text = "Client results inside OnConnectedAsync Hub methods are not allowed."
             raise HubException(text)
         yield
 
-    async def _run_hook(self, name: str, *arguments: Any) -> BaseException | None:
+    async def _run_hook(
+        self, name: str, hook: Callable[..., Any], *arguments: Any
+    ) -> BaseException | None:
         """Run a hook of the hub; log and return what it raises."""
         try:
-            await _result_of(getattr(self._hub, name)(*arguments))
+            await _result_of(hook(*arguments))
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise  # the server stops
-            hook = f"{self._mapped.hub_class.__name__}.{name}"
-            _log_failure(hook, self._connection, error)
+            name = f"{self._mapped.hub_class.__name__}.{name}"
+            _log_failure(name, self._connection, error)
             return error
         return None
 
@@ -4790,7 +4783,6 @@ class HubConnection:
     def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
         reconnect, calls = self._connection.reconnect, self._calls
-        assert calls is not None
         match message:
             case Invocation():
                 calls.add(message, size)
@@ -4834,7 +4826,7 @@ class HubConnection:
 
     def shut_down(self) -> None:
         """End the connection because the server stops; cancel the calls that wait."""
-        if self._calls is not None:
+        if self._connection.on_data is not None:
             self._calls.cancel_waiting()
         if self._connection.state == OPENING:
             response = _handshake_response("Handshake was canceled.")
