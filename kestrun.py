@@ -3396,6 +3396,13 @@ class HubContext:
 # converter, a function that returns the converted value or raises an exception.
 
 
+def _mark(target: F, name: str, value: Any) -> F:
+    """Add a value to a tuple that is an attribute of a class or a function."""
+    plain: Any = getattr(target, "__func__", target)  # of a static method
+    setattr(plain, name, (*vars(plain).get(name, ()), value))
+    return target
+
+
 def hub_method(name: str) -> Callable[[F], F]:
     """Give a hub method another name on the wire.
 
@@ -3404,13 +3411,7 @@ def hub_method(name: str) -> Callable[[F], F]:
     """
     if not isinstance(name, str) or not normalize_name(name):
         raise TypeError('hub_method takes the wire name: @hub_method("OtherName")')
-
-    def decorate(function: F) -> F:
-        plain: Any = getattr(function, "__func__", function)  # of a static method
-        plain.__kestrun_name__ = name
-        return function
-
-    return decorate
+    return lambda function: _mark(function, "__kestrun_names__", name)
 
 
 def authorize(check: Callable[[HubCallerContext], Any]) -> Callable[[F], F]:
@@ -3422,13 +3423,7 @@ def authorize(check: Callable[[HubCallerContext], Any]) -> Callable[[F], F]:
     TypeError if `check` is not a function of one argument.
     """
     _check_call(check, "authorize takes a function of the context", 1)
-
-    def decorate(target: F) -> F:
-        plain: Any = getattr(target, "__func__", target)  # of a static method
-        plain.__kestrun_checks__ = (*vars(plain).get("__kestrun_checks__", ()), check)
-        return target
-
-    return decorate
+    return lambda target: _mark(target, "__kestrun_checks__", check)
 
 
 def not_callable(function: F) -> F:
@@ -3437,9 +3432,7 @@ def not_callable(function: F) -> F:
     It marks the function, for all classes that have it. To keep out a mixin's method
     in one hub, override it there.
     """
-    plain: Any = getattr(function, "__func__", function)  # of a static method
-    plain.__kestrun_not_callable__ = True
-    return function
+    return _mark(function, "__kestrun_not_callable__", True)
 
 
 def normalize_name(name: str) -> str:
@@ -3461,7 +3454,7 @@ class HubMethod:
         # As .NET spells it: join_group -> JoinGroup.
         wire_name = "".join(word[:1].upper() + word[1:] for word in name.split("_"))
         #: The one name that stands for the method on the wire: "JoinGroup".
-        self.name = getattr(function, "__kestrun_name__", wire_name)
+        self.name: str = getattr(function, "__kestrun_names__", (wire_name,))[-1]
         #: Class and method, for logs and task names: "ChatHub.join_group".
         self.qualified_name = where = f"{hub_class.__name__}.{name}"
         self.function: Callable[..., Any] = function
@@ -3484,8 +3477,6 @@ class HubMethod:
         #: What clients pass: each parameter and its evaluated annotation.
         self.signature: list[tuple[inspect.Parameter, Any]] = []
         parameters = list(inspect.signature(function).parameters.values())
-        if takes_hub and not parameters:
-            raise TypeError(f"{where}: the first parameter must be self")
         for parameter in parameters[1:] if takes_hub else parameters:
             annotation = _annotation(function, parameter.name)
             try:

@@ -4104,7 +4104,6 @@ class Needy(kestrun.Hub):
     (Needy, r"use map_hub\(app, path, Needy, factory=lambda: Needy\(database\)\)"),
     (no_hub(on_disconnected=lambda self: None), "Odd.on_disconnected: too many"),
     (no_hub(on_invocation=lambda self, call_next: None), "Odd.on_invocation: too many"),
-    (no_hub(ping=lambda: None), "Odd.ping: the first parameter must be self"),
     (no_hub(ping=kestrun.authorize(lambda self: None)), r"Odd.ping: write @authorize\("),
     (no_hub(numbers_of=numbers_of), "Odd.numbers_of: a method that yields must be async"),
     (no_hub(numbers_of=staticmethod(numbers_of)), "must be async"),
