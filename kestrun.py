@@ -4214,12 +4214,8 @@ class Call:
         except BaseException as error:  # noqa: BLE001 (user code)
             self._fail(error)
         if (seconds := time.perf_counter() - started) > _BLOCKING:
-            log.warning(
-                "%s blocked the event loop for %.0f ms; no other client was served. "
-                "Use await, or asyncio.to_thread for work that cannot.",
-                method.qualified_name,
-                seconds * 1000,
-            )
+            text = "%s blocked the event loop for %.0f ms: use asyncio.to_thread"
+            log.warning(text, method.qualified_name, seconds * 1000)
         return NO_RESULT
 
     async def _call_if_allowed(self) -> Any:
