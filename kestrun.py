@@ -4002,10 +4002,8 @@ _NOT_A_STREAM = (
 _BLOCKING = 0.1
 
 
-class OperationCanceled(Exception):
-    """Something timed out or was cancelled; clients see .NET's name for it."""
-
-    reported_as = "OperationCanceledException"
+class OperationCanceledException(Exception):
+    """Something timed out or was cancelled; clients see this name, which is .NET's."""
 
 
 class Unauthorized(Exception):
@@ -4294,7 +4292,7 @@ class Call:
             if self.invocation.streaming:  # its caller expects no reason
                 self._calls.reply(self.invocation, NO_RESULT)
                 return
-            error = OperationCanceled("The invocation was canceled.")
+            error = OperationCanceledException("The invocation was canceled.")
         else:
             _log_failure(self.method.qualified_name, self._calls.connection, error)
         target = self.invocation.target
@@ -4677,7 +4675,7 @@ class HubConnection:
             end = await connection.ended
             await self._calls.finish(end)
             error = end.error
-            if end.normal and error is None and connection.inbox:
+            if end.normal and connection.inbox:
                 error = ProtocolError("Connection terminated while reading a message.")
             on_disconnected = self._calls.hub.on_disconnected
             await self._run_hook("on_disconnected", on_disconnected, error)
@@ -4836,7 +4834,7 @@ class HubConnection:
             return
         if self._keep_alive.timed_out(now):
             text = "Client hasn't sent a message/ping within the configured "
-            error = OperationCanceled(f"{text}ClientTimeoutInterval.")
+            error = OperationCanceledException(f"{text}ClientTimeoutInterval.")
             mapped.shared.drops["client timeout"] += 1
             log.info("connection %s timed out", connection)
             self._fail(error)
