@@ -2451,10 +2451,10 @@ class RedisLink:
         #: Channels to subscribe to (True) or to leave (False) next.
         self._changes: dict[bytes, bool] = {}
         self._changed = asyncio.Event()
-        #: Changes of subscriptions that Redis has not confirmed yet.
-        self._unconfirmed = 0
-        self._confirmed = asyncio.Event()
-        self._active_changed = asyncio.Event()
+        #: Released for each change that Redis confirms.
+        self._confirmed = asyncio.Semaphore(0)
+        #: Wakes those who wait for a channel to become active.
+        self.active_changed = asyncio.Event()
 
     async def open(self, channels: Collection[bytes] = ()) -> None:
         """Dial, and subscribe to channels. Raises ConnectionError in one sentence."""
@@ -2496,7 +2496,6 @@ class RedisLink:
         for _, future in self._queue:
             if future is not None and not future.done():
                 future.set_exception(ConnectionError("Redis is not connected."))
-        self._active_changed.set()
         return sum(future is None for _, future in self._queue)
 
     # Commands
@@ -2554,9 +2553,7 @@ class RedisLink:
             if kind == b"message":
                 receive(channel, data)
             else:  # Redis confirms a change of subscriptions
-                self._unconfirmed -= 1
-                if self._unconfirmed == 0:
-                    self._confirmed.set()
+                self._confirmed.release()
 
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel soon, or leave it."""
@@ -2572,24 +2569,18 @@ class RedisLink:
             more = {c for c, wanted in changes.items() if wanted} - self.active
             less = {c for c, wanted in changes.items() if not wanted} & self.active
             self.active -= less
-            if more or less:
-                self._confirmed.clear()
-                self._unconfirmed = len(more) + len(less)
-                for command, channels in (("UNSUBSCRIBE", less), ("SUBSCRIBE", more)):
-                    for some in _portions(channels):
-                        await self._send(command, some)
-                await self._confirmed.wait()
-                self.active |= more
-                self._active_changed.set()
+            for command, channels in (("UNSUBSCRIBE", less), ("SUBSCRIBE", more)):
+                for some in _portions(channels):
+                    await self._send(command, some)
+            for _ in (*less, *more):
+                await self._confirmed.acquire()
+            self.active |= more
+            self.active_changed.set()  # for those who wait now
+            self.active_changed.clear()
 
     async def _send(self, command: str, channels: list[bytes]) -> None:
         packed = self._messages.pack_command(command, *channels)
         await self._messages.send_packed_command(packed, check_health=False)
-
-    async def active_changed(self) -> None:
-        """Wait until more channels are active, or for the end of the link."""
-        self._active_changed.clear()
-        await self._active_changed.wait()
 
 
 # ---------------------------------------------------------------- backplane
@@ -2788,9 +2779,7 @@ class RedisBackplane:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REPLY_TIMEOUT):
                 while link is not None and channel not in link.active:
-                    await link.active_changed()
-                    if link is not self._link or channel not in self._wanted:
-                        break
+                    await link.active_changed.wait()
         return link is not None and channel in link.active
 
     async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
