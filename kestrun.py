@@ -2607,6 +2607,8 @@ class RedisLink:
 _BEAT, _MISSED_BEATS = 1.0, 5
 #: Seconds to wait for a reply of Redis, and for a subscription to be active.
 _REPLY_TIMEOUT = 1.0
+#: Seconds before dialling again: random, so that not all processes dial at once.
+_DIAL_DELAYS = 0.05, 0.5
 #: Bytes of a signature, and of a process id in hexadecimal.
 _SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
 
@@ -2676,10 +2678,7 @@ class RedisBackplane:
         for hub in self._hubs.values():
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
-        link = RedisLink(self._pool)
-        await link.open(set(self._wanted))
-        self._use(link)
-        works = self._run(link), self._run_callbacks()
+        works = self._run(await self._connect()), self._run_callbacks()
         self._tasks = [asyncio.create_task(work) for work in works]
 
     async def stop(self) -> None:
@@ -2694,7 +2693,6 @@ class RedisBackplane:
     async def _run(self, link: RedisLink) -> None:
         """Keep a link to Redis: when one is lost, dial the next."""
         while True:
-            begun = time.monotonic()
             works = link.write(), link.read(self._receive), link.subscribe()
             # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
             # cancelled once, and then a timeout of the next dial would end the task.
@@ -2710,31 +2708,27 @@ class RedisBackplane:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._counts["dropped"] += await link.close()
             self._link_changes.put_nowait(False)
-            link = await self._dial(0.05 if time.monotonic() - begun > 1 else 1.0)
-            self._use(link)
+            link = await self._connect_again()
             self._link_changes.put_nowait(True)
 
-    async def _dial(self, delay: float) -> RedisLink:
-        """Dial until it succeeds. delay: seconds before the first attempt."""
+    async def _connect_again(self) -> RedisLink:
         while True:
-            await asyncio.sleep(delay * random.uniform(0.5, 1))
-            begun = time.monotonic()
-            link = RedisLink(self._pool)
+            await asyncio.sleep(random.uniform(*_DIAL_DELAYS))
             try:
-                await link.open(set(self._wanted))
-                return link
+                return await self._connect()
             except ConnectionError as error:
                 log.debug("backplane: %s", _one_line(str(error), 200))
-            # An attempt that Redis did not answer has waited long enough.
-            delay = min(delay * 2, 1.0) if time.monotonic() - begun < 1 else 0.05
 
-    def _use(self, link: RedisLink) -> None:
-        """Switch to a new link."""
+    async def _connect(self) -> RedisLink:
+        """Make a new link and use it. Raises ConnectionError."""
+        link = RedisLink(self._pool)
+        await link.open(set(self._wanted))
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
         self._link, self._intact_since = link, time.monotonic()
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
+        return link
 
     async def _beat(self, link: RedisLink) -> None:
         """Detect a Redis that hangs: beats do not come back. Count the processes."""
