@@ -1950,10 +1950,8 @@ class Backplane(Protocol):
     ConnectionError if the others cannot be reached.
     """
 
-    @property
-    def process_id(self) -> str:
-        """The id of this process among them; empty if there are no others."""
-        return ""
+    #: The id of this process among them; empty if there are no others.
+    process_id: str = ""
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         """Hand a message to the others. Never waits, never fails."""
@@ -2676,6 +2674,7 @@ class RedisBackplane:
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
         self._link_changes = asyncio.Queue()  # of this event loop
         for hub in self._hubs.values():
+            hub.process_id = self.process_id
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
         works = self._run(await self._connect()), self._run_callbacks()
@@ -2842,10 +2841,7 @@ class HubBackplane(Backplane):
     questions: dict[str, asyncio.Queue[list[Any]]] = field(default_factory=dict)
     #: Tasks that answer questions of other processes.
     replies: set[asyncio.Task[None]] = field(default_factory=set)
-
-    @property
-    def process_id(self) -> str:
-        return self._redis.process_id
+    process_id: str = ""
 
     def channel(self, name: str) -> bytes:
         text = f"{self._redis.prefix}:{quote(self.path)}:{name}"
