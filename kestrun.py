@@ -1923,8 +1923,8 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # other processes that serve the same hub, if there are any.
 
 Connections = dict[str, Connection]
-#: One message as each protocol writes it.
-Encoded = dict[HubProtocol, bytes]
+#: One message as each protocol writes it, by the protocol's name.
+Encoded = dict[str, bytes]
 
 
 class Address(NamedTuple):
@@ -2146,7 +2146,7 @@ class PendingResults:
             return asyncio.shield(connection.ended)
         if address.local:  # and the client is not in this process
             return asyncio.create_task(asyncio.sleep(0))
-        encoded = {p: p.encode(message) for p in registry.protocols.values()}
+        encoded = {name: p.encode(message) for name, p in registry.protocols.items()}
         registry.backplane.publish(address, message, encoded)
         if name not in self._watches:
             watching = self._watch(name, time.monotonic())
@@ -2300,9 +2300,9 @@ class Registry:
         protocols = {connection.protocol for connection in receivers}
         # A mistake must show, even if nobody happens to be connected.
         protocols = protocols or {self.protocols["json"]}
-        encoded = {p: p.encode(message) for p in protocols}
+        encoded = {p.name: p.encode(message) for p in protocols}
         for connection in receivers:
-            connection.send(encoded[connection.protocol])
+            connection.send(encoded[connection.protocol.name])
         self.published_bytes += sum(map(len, encoded.values()))
         if not address.local:
             self.backplane.publish(address, message, encoded)
@@ -2315,24 +2315,14 @@ class Registry:
         common = self.protocols["json"]  # all that a sender without msgpack writes
         for connection in self._receivers(address):
             protocol = connection.protocol
-            if protocol not in encoded and common in encoded:
+            if protocol.name not in encoded and common.name in encoded:
                 with contextlib.suppress(TypeError, ValueError, OverflowError):
-                    message = decode_one(common, encoded[common])
-                    encoded[protocol] = protocol.encode(message)
-            if protocol in encoded:
-                connection.send(encoded[protocol])
+                    message = decode_one(common, encoded[common.name])
+                    encoded[protocol.name] = protocol.encode(message)
+            if protocol.name in encoded:
+                connection.send(encoded[protocol.name])
                 if id is not None:
                     self.results.expect(connection.connection_id, id)
-
-    def encode_for_others(self, message: Invocation, encoded: Encoded) -> None:
-        """Encode a message for clients of other processes, which may use any protocol.
-
-        A protocol that cannot write it is left out.
-        """
-        for protocol in self.protocols.values():
-            if protocol not in encoded:
-                with contextlib.suppress(TypeError, ValueError, OverflowError):
-                    encoded[protocol] = protocol.encode(message)
 
     def _receivers(self, address: Address) -> list[Connection]:
         kind, names, excluding, _ = address
@@ -2867,8 +2857,11 @@ class HubBackplane(Backplane):
         if kind == "connections" and self._registry.connections.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind[:-1]}:{names[0]}"
-        self._registry.encode_for_others(message, encoded)
-        sizes = {protocol.name: len(data) for protocol, data in encoded.items()}
+        for protocol in self._registry.protocols.values():  # others may use any
+            if protocol.name not in encoded:
+                with contextlib.suppress(TypeError, ValueError, OverflowError):
+                    encoded[protocol.name] = protocol.encode(message)
+        sizes = {protocol: len(data) for protocol, data in encoded.items()}
         more = list(excluding), sizes, message.invocation_id
         header = ["send", self.path, kind, names, *more]
         self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
@@ -2912,7 +2905,10 @@ class HubBackplane(Backplane):
                 pass
             case "send", [kind, names, excluding, sizes, id]:
                 address = Address(kind, tuple(names), frozenset(excluding))
-                self._deliver(address, sizes, body, id)
+                encoded: Encoded = {}
+                for protocol, size in sizes.items():
+                    encoded[protocol], body = body[:size], body[size:]
+                self._registry.deliver(address, encoded, id)
             case "tell", [handler, arguments]:
                 self._registry.handlers[handler](*arguments)
             case "ask", [id, question, arguments]:
@@ -2921,16 +2917,6 @@ class HubBackplane(Backplane):
                 task.add_done_callback(self.replies.discard)
             case "answer", [id, answer] if id in self.questions:
                 self.questions[id].put_nowait([answer])
-
-    def _deliver(
-        self, address: Address, sizes: dict[str, int], body: bytes, id: str | None
-    ) -> None:
-        encoded: Encoded = {}
-        for name, size in sizes.items():
-            data, body = body[:size], body[size:]
-            if name in self._registry.protocols:
-                encoded[self._registry.protocols[name]] = data
-        self._registry.deliver(address, encoded, id)
 
     async def _reply(
         self, sender: str, id: str, question: str, arguments: list[Any]
