@@ -2094,15 +2094,15 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: The client that was asked, and its result, by invocation id: the id of this
-        #: process, an "s" and a number. A client's own ids are plain numbers.
-        self._waiting: dict[str, tuple[str, asyncio.Future[Completion]]] = {}
-        self._last = 0
-        #: How many calls wait for each client; and what watches those elsewhere.
-        self._calls = Counter[str]()
-        self._watches: dict[str, asyncio.Task[None]] = {}
-        #: The ids of other processes' calls that each client here has not answered.
+        #: The client that was asked, by invocation id: the id of the process that
+        #: waits, an "s" and a number (a client's own ids are plain numbers). With it
+        #: the future of the result, or None if another process waits.
+        self._waiting: dict[str, tuple[str, asyncio.Future[Completion] | None]] = {}
+        #: The invocation ids that each client has not answered.
         self._asked: dict[str, set[str]] = {}
+        self._last = 0
+        #: What watches the clients in other processes.
+        self._watches: dict[str, asyncio.Task[None]] = {}
 
     async def invoke(self, address: Address, message: Invocation) -> Completion:
         """Call the handler of one client at an address; return its completion.
@@ -2115,20 +2115,14 @@ class PendingResults:
         self._last += 1
         id = f"{backplane.process_id}s{self._last}"
         gone = self._send(address, dataclasses.replace(message, invocation_id=id))
-        self._waiting[id] = name, result
-        self._calls[name] += 1
+        self.expect(name, id, result)
         try:
             await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            if name not in self._registry.connections:
-                backplane.tell(f"connection:{name}", "forget call", name, id)
-            raise
         finally:
             gone.cancel()
-            del self._waiting[id]
-            self._calls[name] -= 1
-            if not self._calls[name]:
-                del self._calls[name]
+            self.forget(name, id)
+            if not result.done():
+                backplane.tell(f"connection:{name}", "forget call", name, id)
         if not result.done():
             gone.result()  # raises if Redis was away
             raise ConnectionError(f"Connection '{name[:_ID_LENGTH]}' does not exist.")
@@ -2163,7 +2157,7 @@ class PendingResults:
         backplane = self._registry.backplane
         question = f"connection:{connection_id}", "linked for", connection_id
         try:
-            while self._calls[connection_id]:
+            while connection_id in self._asked:
                 waited, answers, missing = time.monotonic() - begun, list[Any](), 1
                 with contextlib.suppress(ConnectionError):  # it may only be slow
                     answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
@@ -2176,64 +2170,59 @@ class PendingResults:
         finally:
             del self._watches[connection_id]
 
-    def expect(self, connection_id: str, invocation_id: str) -> None:
-        """Remember a call of another process that a client here has got."""
-        self._asked.setdefault(connection_id, set()).add(invocation_id)
+    def expect(
+        self, name: str, id: str, result: asyncio.Future[Completion] | None = None
+    ) -> None:
+        """Remember a call of this process, or without a future of another one."""
+        self._waiting[id] = name, result
+        self._asked.setdefault(name, set()).add(id)
 
-    def forget(self, connection_id: str, invocation_id: str = "") -> None:
-        """Forget a call of another process, or without an id all of a client."""
-        asked = self._asked.get(connection_id, set())
-        asked.discard(invocation_id)
-        if not (asked and invocation_id):
-            self._asked.pop(connection_id, None)
+    def forget(self, name: str, *ids: str) -> None:
+        """Forget calls to a client, or without ids all of them."""
+        asked = self._asked.get(name, set())
+        for id in ids or tuple(asked):
+            self._waiting.pop(id, None)
+            asked.discard(id)
+        if not asked:
+            self._asked.pop(name, None)
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
         id = message.invocation_id if isinstance(message, Completion) else None
-        asked = self._asked.get(connection.connection_id, ())
-        return id in self._waiting or id in asked
+        return id in self._asked.get(connection.connection_id, ())
 
-    def complete(self, connection: Connection, completion: Completion) -> None:
+    def complete(
+        self, name: str, protocol: HubProtocol, completion: Completion
+    ) -> None:
         """Give a client's result to the call that waits, here or elsewhere, if any.
 
         Raises ProtocolError if another client was asked.
         """
-        id, name = completion.invocation_id, connection.connection_id
-        if id in self._waiting:
-            if not self._resolve(name, completion):
-                raise ProtocolError(
-                    f"Connection ID '{connection}' is not valid for invocation ID '{id}'."
-                )
-        elif self.awaits(connection, completion):
-            self.forget(name, id)
-            protocol = connection.protocol
-            try:
-                data = protocol.encode(completion)
-            except (TypeError, ValueError, OverflowError) as error:
-                data = protocol.encode(Completion(id, NO_RESULT, str(error)))
-            channel = f"process:{id.partition('s')[0]}"
-            result = name, id, protocol.name, base64.b64encode(data).decode()
-            self._registry.backplane.tell(channel, "complete", *result)
-
-    def complete_remote(
-        self, connection_id: str, id: str, protocol: str, text: str
-    ) -> None:
-        """Take a result that another process passes on, in its client's protocol."""
-        if id not in self._waiting:
-            return
-        completion: Message = Completion(id, error=f"No package for {protocol}.")
-        if protocol in self._registry.protocols:
-            data = base64.b64decode(text)
-            completion = decode_one(self._registry.protocols[protocol], data)
-        assert isinstance(completion, Completion)
-        self._resolve(connection_id, completion)
-
-    def _resolve(self, connection_id: str, completion: Completion) -> bool:
-        """Let a call go on; return False if it has asked another client."""
-        owner, result = self._waiting[completion.invocation_id]
-        if owner == connection_id and not result.done():
+        id = completion.invocation_id
+        asked, result = self._waiting.get(id, ("", None))
+        if asked != name:
+            if result is None:
+                return  # no call of this process waits for it
+            text = f"Connection ID '{name[:_ID_LENGTH]}' is not valid for"
+            raise ProtocolError(f"{text} invocation ID '{id}'.")
+        self.forget(name, id)
+        if result is not None:
             result.set_result(completion)
-        return owner == connection_id
+            return
+        try:
+            data = protocol.encode(completion)
+        except (TypeError, ValueError, OverflowError) as error:
+            data = protocol.encode(Completion(id, NO_RESULT, str(error)))
+        channel = f"process:{id.partition('s')[0]}"
+        packed = name, protocol.name, base64.b64encode(data).decode()
+        self._registry.backplane.tell(channel, "complete", *packed)
+
+    def complete_remote(self, name: str, protocol_name: str, text: str) -> None:
+        """Take a result that another process passes on, in its client's protocol."""
+        protocol = self._registry.protocols[protocol_name]
+        completion = decode_one(protocol, base64.b64decode(text))
+        assert isinstance(completion, Completion)
+        self.complete(name, protocol, completion)
 
 
 class Registry:
@@ -4742,7 +4731,8 @@ class HubConnection:
                 failure = None if error is None else HubException(error)
                 calls.uploads.pop(stream_id).end(failure)
             case Completion():
-                self._mapped.registry.results.complete(self._connection, message)
+                client = self._connection.connection_id, self._connection.protocol
+                self._mapped.registry.results.complete(*client, message)
             case CancelInvocation(invocation_id):
                 calls.cancel(invocation_id)
             case Ping():
