@@ -2439,7 +2439,10 @@ class RedisLink:
             async with asyncio.timeout(_DIAL_TIMEOUT):
                 await self._commands.connect()
                 await self._messages.connect()
-                await self._check_server()
+                await self._commands.send_command("HELLO", 2, check_health=False)
+                answer = await self._commands.read_response(timeout=math.inf)
+                if b"cluster" in answer:
+                    raise ConnectionError("it is a Redis Cluster; give a single server")
             for some in _portions(channels):
                 async with asyncio.timeout(_DIAL_TIMEOUT):
                     await self._send("SUBSCRIBE", some)
@@ -2455,16 +2458,6 @@ class RedisLink:
             if isinstance(error, Exception):
                 raise ConnectionError(f"Redis cannot be used: {error}") from None
             raise
-
-    async def _check_server(self) -> None:
-        packed = self._commands.pack_command("HELLO", 2)
-        await self._commands.send_packed_command(packed, check_health=False)
-        try:
-            answer = await self._commands.read_response(timeout=math.inf)
-        except Exception:  # noqa: BLE001 (Redis 5 does not know it)
-            return
-        if b"cluster" in answer:
-            raise ConnectionError("it is a Redis Cluster; give a single server")
 
     async def close(self) -> int:
         """Close the sockets; return the number of lost messages."""
@@ -2556,8 +2549,7 @@ class RedisLink:
             self.active_changed.clear()
 
     async def _send(self, command: str, channels: list[bytes]) -> None:
-        packed = self._messages.pack_command(command, *channels)
-        await self._messages.send_packed_command(packed, check_health=False)
+        await self._messages.send_command(command, *channels, check_health=False)
 
 
 # ---------------------------------------------------------------- backplane
