@@ -2361,12 +2361,10 @@ class Registry:
         """
         ask = self.backplane.ask
         answers, missing = await ask(_OWNER_TIMEOUT, channel, question, *arguments)
-        for answer in answers:
-            if answer is not None:
-                return answer
-        if missing:
+        known = [answer for answer in answers if answer is not None]
+        if missing and not known:
             raise ConnectionError("Another process does not answer.")
-        return None
+        return known[0] if known else None
 
 
 # -------------------------------------------------------------------- redis
@@ -2833,8 +2831,6 @@ class HubBackplane(Backplane):
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
-        if kind != "all" and not names:
-            return
         if kind == "connections" and self._registry.connections.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind[:-1]}:{names[0]}"
@@ -3016,10 +3012,8 @@ class SingleClientProxy(ClientProxy):
                     results = self._registry.results
                     completion = await results.invoke(self._address, message)
             except TimeoutError:
-                (name,) = self._address.names
-                text = (
-                    f"No result from connection '{name[:_ID_LENGTH]}' in {timeout} s."
-                )
+                name = self._address.names[0][:_ID_LENGTH]
+                text = f"No result from connection '{name}' in {timeout} s."
                 raise TimeoutError(text) from None
         if completion.error is not None:
             raise HubException(completion.error)
