@@ -2262,13 +2262,13 @@ class Registry:
             self._users[user_id][connection_id] = connection
 
     def remove(self, connection: Connection) -> None:
-        """Forget a connection and its memberships."""
+        """Forget a connection that was added, and its memberships."""
         connection_id, user_id = connection.connection_id, connection.user_id
-        self.connections.pop(connection_id, None)
+        del self.connections[connection_id]
         self.results.forget(connection_id)
         self.groups.forget(connection_id, self.groups.of(connection_id))
-        if user_id is not None and user_id in self._users:
-            self._users[user_id].pop(connection_id, None)
+        if user_id is not None:
+            del self._users[user_id][connection_id]
             if not self._users[user_id]:
                 del self._users[user_id]
                 self.backplane.unsubscribe(f"user:{user_id}")
@@ -2451,10 +2451,9 @@ class RedisLink:
             self.active.update(channels)
         except BaseException as error:
             await self.close()
-            if isinstance(error, TimeoutError):
-                raise ConnectionError("Redis does not answer.") from None
             if isinstance(error, Exception):
-                raise ConnectionError(f"Redis cannot be used: {error}") from None
+                reason = str(error) or "it does not answer"
+                raise ConnectionError(f"Redis cannot be used: {reason}") from None
             raise
 
     async def close(self) -> int:
@@ -2864,8 +2863,7 @@ class HubBackplane(Backplane):
         finally:
             del self.questions[id]
         if missing:
-            text = "backplane: %d process(es) did not answer %r"
-            log.warning(text, missing, question)
+            log.warning("backplane: %d processes did not answer %r", missing, question)
         return found, missing
 
     def linked_for(self) -> float:
