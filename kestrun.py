@@ -2086,7 +2086,7 @@ _WATCH_INTERVAL = 0.7
 
 
 class PendingResults:
-    """The calls of this process that wait for a client's result.
+    """The calls that wait for a client's result.
 
     A client of another process gets the invocation like any message. Its id names the
     process that waits, so the client's own process only has to pass the result on.
@@ -2173,7 +2173,7 @@ class PendingResults:
     def expect(
         self, name: str, id: str, result: asyncio.Future[Completion] | None = None
     ) -> None:
-        """Remember a call of this process, or without a future of another one."""
+        """Remember a call of this process, or (without a future) of another."""
         self._waiting[id] = name, result
         self._asked.setdefault(name, set()).add(id)
 
