@@ -5422,10 +5422,7 @@ class HubClient:
             while (record := self._inbox.read_until(RECORD_SEPARATOR)) is None:
                 await self._read()
         try:
-            response = _json_object(record)
-            error = response.get("error")
-            if "protocol" in response:
-                error = "This is no hub: it sends back what it gets."
+            error = _json_object(record).get("error")
         except ProtocolError as problem:
             error = f"This is no hub: {problem}"
         if error is not None:
@@ -5471,31 +5468,30 @@ class HubClient:
         the connection ends.
         """
         convert = Converters(HubOptions()).make(returns)
-        call = Invocation(target, list(arguments), next(self._ids))
-        async with contextlib.aclosing(self._answers_of(call)) as answers:
-            result = (await anext(answers)).result
-        return convert(None if result is NO_RESULT else result)
+        answers = self._answers_of(target, arguments, streaming=False)
+        async with contextlib.aclosing(answers):
+            return convert(await anext(answers, None))
 
-    async def stream(self, target: str, *arguments: Any) -> AsyncIterator[Any]:
+    def stream(self, target: str, *arguments: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of a stream; leaving the loop early cancels it."""
-        call = Invocation(target, list(arguments), next(self._ids), streaming=True)
-        async with contextlib.aclosing(self._answers_of(call)) as answers:
-            async for answer in answers:
-                if isinstance(answer, StreamItem):
-                    yield answer.item
+        return self._answers_of(target, arguments, streaming=True)
 
-    async def _answers_of(self, call: Invocation) -> AsyncGenerator[Any, None]:
-        """Call a method; yield its stream items, then its completion."""
-        id, answer = call.invocation_id or "", None
+    async def _answers_of(
+        self, target: str, arguments: tuple[Any, ...], streaming: bool
+    ) -> AsyncGenerator[Any, None]:
+        """Call a method; yield the items of its stream, or its result if any."""
+        id, answer = next(self._ids), None
         waiting = self._answers[id] = deque()
         uploads: list[asyncio.Task[None]] = []
         try:
+            call = Invocation(target, list(arguments), id, streaming=streaming)
             uploads = await self._call(call)
-            while not isinstance(answer, Completion):
-                answer = await self._next(waiting)
-                if isinstance(answer, Completion) and answer.error is not None:
-                    raise HubException(answer.error)
-                yield answer
+            while isinstance(answer := await self._next(waiting), StreamItem):
+                yield answer.item
+            if answer.error is not None:
+                raise HubException(answer.error)
+            if answer.result is not NO_RESULT:
+                yield answer.result
         finally:
             del self._answers[id]
             for upload in uploads:
