@@ -124,7 +124,7 @@ from decimal import Decimal
 from enum import Enum, Flag
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import parse_qsl, quote, unquote_to_bytes
+from urllib.parse import parse_qsl, quote
 
 try:
     import aiohttp
@@ -7069,12 +7069,12 @@ def _payload(message: str, **fields: Any) -> dict[str, Any]:
     return {"Message": message, "Timestamp": _stamp(), **fields}
 
 
-def _check_name(text: str, what: str = "groupName") -> str:
+def _check_name(text: str) -> str:
     """Return a name that can be shown and logged. Raises HubException for another."""
     if not 1 <= len(text) <= 256:
-        raise HubException(f"{what} must have 1 to 256 characters.")
+        raise HubException("A name must have 1 to 256 characters.")
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-        raise HubException(f"{what} must not contain control characters.")
+        raise HubException("A name must not contain control characters.")
     return text
 
 
@@ -7110,11 +7110,6 @@ def _check_host(request: Request, allowed: Collection[str] | None) -> None:
             text = "This host name is not allowed. The server can add it to "
             text += "allowed_hosts (--allow-host)."
             raise web.HTTPMisdirectedRequest(text=text)
-
-
-def _only_reads(request: Request) -> bool:
-    get = request.method in ("GET", "HEAD")
-    return get and not request.path.startswith("/api/ps/")  # whose routes broadcast
 
 
 async def _read_body(request: Request) -> None:
@@ -7252,16 +7247,16 @@ class Demo:
             return await handler(request)
         try:
             _check_host(request, self.hosts)
-            check = _check_origin if _only_reads(request) else _check_site
+            is_api = resource in self.api_resources
+            check = _check_site if is_api else _check_origin
             check(request, self.origins)
             if request.method == "OPTIONS" and _CORS_ORIGIN in request:
                 return Response(status=204)
-            if resource in self.api_resources:
+            if is_api:
                 await self.authenticate(request)
                 await _read_body(request)
-                for part in map(unquote_to_bytes, request.rel_url.raw_parts):
-                    name = part.decode(errors="surrogateescape")  # refused as well
-                    _check_name(name, "Each name in the path")
+                for name in request.match_info.values():
+                    _check_name(name)
             return await handler(request)
         except web.HTTPException as error:
             return _json_error(request, error)

@@ -8551,7 +8551,7 @@ async def test_a_group_message_reaches_those_who_joined_and_stayed(demo, wire) -
 @pytest.mark.parametrize("group", ["", "a\nb", "a\x7f", "x" * 257])
 async def test_the_hub_refuses_a_group_name_that_cannot_be_shown(guest, group) -> None:
     for method in ("JoinGroup", "LeaveGroup"):
-        assert "HubException: groupName" in await guest.error(method, group)
+        assert "HubException: A name must" in await guest.error(method, group)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -8696,7 +8696,7 @@ async def test_the_hub_refuses_the_101st_group_of_a_client(guest) -> None:
 
 # ---- refusals: JSON that says what to do, and nothing is broadcast
 
-BAD_NAMES = ("a%0d%0ab", "%0a", "a%00", "a%7f", "a%ff", "x" * 257)
+BAD_NAMES = ("a%0d%0ab", "%0a", "a%00", "a%7f", "x" * 257)
 BAD_SECONDS = ("0", "-1", "3601", "x", "1.5", "%20", "1e2", "%C2%B2", "", "1&seconds=x")
 BAD_INPUT = {
     "GET /api/ps/log/": ("Loud", "Error%0d%0a", "Error%0aEvil", "Informat%C4%B1on"),
@@ -8875,9 +8875,6 @@ async def test_code_broadcasts_on_any_hub(serve) -> None:
 
 # ---- who may talk to it
 
-READING = ("/api/operation/status/nobody", "/api/operation/list")
-WRITING = [(method, url) for method, url in API if url not in READING]
-
 
 @dataclass
 class Watched:
@@ -8891,9 +8888,9 @@ class Watched:
 
     @property
     def requests(self) -> Iterator[tuple[str, str, dict, bytes]]:
-        """List method, URL, headers and body of each request that does something."""
+        """List method, URL, headers and body of each request that is checked."""
         echo = encode("json", call("Echo", "evil"))
-        for method, url in WRITING:
+        for method, url in API:
             yield method, url.replace("nobody", self.task_id), {}, echo
         yield "POST", HUB + "/negotiate?negotiateVersion=1", {}, b""
         yield "GET", HUB, UPGRADE, b""
@@ -9013,11 +9010,10 @@ async def test_a_connections_token_is_never_logged_nor_sent_to_others(demo, capl
     assert not any(client.token[:16] in text for client in used)
 
 
-async def test_what_only_reads_may_be_linked_to_and_fetched_in_advance(watched) -> None:
-    urls = [url.replace("nobody", watched.task_id) for url in READING]
+async def test_the_page_may_be_linked_to_and_fetched_in_advance(guest) -> None:
     for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Sec-Purpose": "prefetch"}):
-        for url in ("/", "/healthz", *urls):
-            answer = await watched.server.request("GET", url, headers=headers)
+        for url in ("/", "/monitor", "/healthz"):
+            answer = await guest.server.request("GET", url, headers=headers)
             assert (answer.status, url) == (200, url)
 
 
@@ -9051,7 +9047,7 @@ async def test_the_demo_is_served_under_its_own_names_and_allowed_ones(demo, hos
 @pytest.mark.parametrize("host", OTHER_HOSTS)
 async def test_requests_for_another_host_get_421_and_nothing_is_done(watched, host):
     """So a page cannot reach the server by giving its own name this address."""
-    reads = [("GET", url, {}, b"") for url in ("/", "/healthz", "/nothing", *READING)]
+    reads = [("GET", url, {}, b"") for url in ("/", "/healthz", "/nothing")]
     preflight = ("OPTIONS", NEGOTIATE_URL.replace("/hub", HUB), PREFLIGHT, b"")
     for method, url, headers, data in (*watched.requests, *reads, preflight):
         words = {"headers": {**headers, "Host": host}, "data": data}
