@@ -7205,14 +7205,6 @@ def _json_error(request: Request, error: web.HTTPException) -> Response:
     return web.json_response(body, status=error.status, headers=headers)
 
 
-async def _reachable(question: Awaitable[Any]) -> Any:
-    """Await a question to other processes. Raises HTTPServiceUnavailable."""
-    try:
-        return await question
-    except ConnectionError as error:
-        raise web.HTTPServiceUnavailable(text=f"Try again later. {error}") from None
-
-
 class Demo:
     """The sample: its jobs, its operations and its routes."""
 
@@ -7262,6 +7254,9 @@ class Demo:
             return _json_error(request, error)
         except HubException as error:
             return _json_error(request, web.HTTPBadRequest(text=str(error)))
+        except ConnectionError as error:  # another process cannot be asked
+            text = f"Try again later. {error}"
+            return _json_error(request, web.HTTPServiceUnavailable(text=text))
         except Exception:
             log.exception("%s %s failed", request.method, request.rel_url.raw_path)
             text = "An error occurred on the server; see its log. Try again later."
@@ -7342,7 +7337,7 @@ class Demo:
         verbs = {"POST": "cancel", "DELETE": "remove"}
         verb, id = verbs.get(request.method, "show"), request.match_info["taskId"]
         owner, everywhere = id.rpartition(".")[0], self.hub.everywhere
-        answer = await _reachable(everywhere.ask_process(owner, "operation", verb, id))
+        answer = await everywhere.ask_process(owner, "operation", verb, id)
         if answer is None:
             raise web.HTTPNotFound(text="There is no operation with this id.")
         status, body = answer
@@ -7368,7 +7363,7 @@ class Demo:
 
     async def list_operations(self, request: Request) -> Response:
         """List the operations of all processes, newest first."""
-        lists = await _reachable(self.hub.everywhere.ask("operations"))
+        lists = await self.hub.everywhere.ask("operations")
         entries = [entry for entries in lists for entry in entries]
         entries.sort(key=lambda entry: entry["StartedAt"] or "new", reverse=True)
         return web.json_response(entries)
