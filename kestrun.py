@@ -7209,6 +7209,10 @@ class Demo:
     """The sample: its jobs, its operations and its routes."""
 
     def __init__(self, token: str | None, origins: Names, hosts: Names | None) -> None:
+        if token is not None and (not token or token != token.strip()):
+            raise ValueError("token must not be empty or begin or end with a space")
+        if isinstance(hosts, str) or not all(map(_host_name, hosts or ())):
+            raise ValueError("allowed_hosts: names such as 'example.com'")
         self.started = time.monotonic()
         self.token = (token or "").encode(errors="surrogateescape")
         self.origins = frozenset(origin.lower() for origin in origins)
@@ -7502,8 +7506,6 @@ class Monitor:
 #: Where the demo keeps its Monitor, for its hub.
 _MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
 
-#: Paths of the demo that a hub cannot take.
-_OWN_PATHS = ("", "/healthz", "/kestrun.js", "/monitor")
 #: Served if the file exists. kestrun.py needs no other file.
 _MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
 
@@ -7522,16 +7524,6 @@ def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
 
 async def _show_client(request: Request) -> Response:
     return Response(text=CLIENT_JS, content_type="text/javascript")
-
-
-def _check_app_options(hub_path: str, hosts: Names, token: str | None) -> None:
-    """Raise ValueError for an option of `create_app` that cannot be used."""
-    if token is not None and (not token or token != token.strip()):
-        raise ValueError("token must not be empty or begin or end with a space")
-    if hub_path.rstrip("/") in _OWN_PATHS:
-        raise ValueError(f"hub_path: {hub_path!r} is taken by another route")
-    if isinstance(hosts, str) or not all(map(_host_name, hosts)):
-        raise ValueError("allowed_hosts: names such as 'example.com'")
 
 
 def create_app(
@@ -7557,7 +7549,6 @@ def create_app(
         clients can use WebSockets only, and cannot resume a lost one.
     Raises ValueError for a path, origin, host or token that cannot be used.
     """
-    _check_app_options(hub_path, allowed_hosts or (), token)
     demo = Demo(token, allowed_origins, allowed_hosts)
     app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
     app.on_response_prepare.append(_add_security_headers)
@@ -7565,6 +7556,16 @@ def create_app(
     # Before the hub's own: clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
     monitor = app[_MONITOR] = Monitor(demo)
+    demo.api_resources = {route.resource for route in app.add_routes(demo.list_api())}
+    page = PAGE
+    text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
+    if '<meta name="hub"' in text:  # it is not another project's
+        page = page.replace('href="monitor" hidden', 'href="monitor"')
+        app.add_routes([_page_route("/monitor", text, hub_path)])
+    app.add_routes([_page_route("/", page, hub_path)])
+    app.router.add_get("/kestrun.js", _show_client)
+    app.router.add_get("/healthz", demo.show_health)
+    own_resources = set(app.router.resources())
     demo.hub = app[HUB] = map_hub(
         app,
         hub_path,
@@ -7576,21 +7577,12 @@ def create_app(
         allowed_origins=allowed_origins,
         authenticate=demo.authenticate,
     )
-    demo.hub_resources = frozenset(app.router.resources())
+    demo.hub_resources = set(app.router.resources()) - own_resources
     everywhere = demo.hub.everywhere
     everywhere.handle("operation", demo.act_on_operation)
     everywhere.handle("operations", lambda: [*map(_status, demo.operations.list())])
     everywhere.handle("stats", monitor.count)
     app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
-    demo.api_resources = {route.resource for route in app.add_routes(demo.list_api())}
-    page = PAGE
-    text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
-    if '<meta name="hub"' in text:  # it is not another project's
-        page = page.replace('href="monitor" hidden', 'href="monitor"')
-        app.add_routes([_page_route("/monitor", text, hub_path)])
-    app.add_routes([_page_route("/", page, hub_path)])
-    app.router.add_get("/kestrun.js", _show_client)
-    app.router.add_get("/healthz", demo.show_health)
     return app
 
 

@@ -8799,8 +8799,9 @@ async def test_the_demo_has_a_stateful_hub_at_the_path_that_the_page_knows(demo)
 
 def test_options_of_the_demo_are_checked() -> None:
     for words in (
-        {"token": " "}, {"hub_path": "hub"}, {"allowed_origins": ["me"]},
-        {"allowed_hosts": ["http://me"]}, {"allowed_hosts": "app.example"},
+        {"token": " "}, {"hub_path": "hub"}, {"hub_path": "/healthz/"},
+        {"allowed_origins": ["me"]}, {"allowed_hosts": ["http://me"]},
+        {"allowed_hosts": "app.example"},
     ):  # fmt: skip
         name = next(iter(words)).removeprefix("hub_")
         with pytest.raises((TypeError, ValueError), match=name):
