@@ -7746,29 +7746,22 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         await runner.cleanup()
 
 
-async def _keep_worker(command: list[str], stop: asyncio.Event) -> None:
-    """Run one worker process until `stop` is set; start another when it dies."""
-    delay = 0.1
-    while not stop.is_set():
-        begun = time.monotonic()
+async def _keep_worker(command: list[str]) -> None:
+    """Run a worker process, and another when it dies; end it when cancelled."""
+    while True:
         pipe = asyncio.subprocess.PIPE
         worker = await asyncio.create_subprocess_exec(*command, stdin=pipe)
-        ended = asyncio.create_task(worker.wait())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not ended.done():
+        try:
+            status = await worker.wait()
+        finally:
             assert worker.stdin is not None
             worker.stdin.close()  # a signal could be its second: Ctrl-C is for all
-            await asyncio.wait([ended], timeout=_SHUTDOWN_TIMEOUT + 2)
-            if not ended.done():
-                worker.kill()
-        status = await ended
-        if not stop.is_set():
-            log.warning("worker %d ended with status %d", worker.pid, status)
             with contextlib.suppress(TimeoutError):
-                delay = 0.1 if time.monotonic() - begun > 5 else min(delay * 2, 2)
-                await asyncio.wait_for(stop.wait(), delay)
+                await asyncio.wait_for(worker.wait(), _SHUTDOWN_TIMEOUT + 2)
+            if worker.returncode is None:
+                worker.kill()
+        log.warning("worker %d ended with status %d", worker.pid, status)
+        await asyncio.sleep(1)
 
 
 async def _run_workers(
@@ -7784,8 +7777,9 @@ async def _run_workers(
     command = [sys.executable, os.path.abspath(__file__), *argv]
     command += ["--port", str(port), "--worker"]
     async with asyncio.TaskGroup() as group:
-        for _ in range(arguments.workers):
-            group.create_task(_keep_worker(command, stop))
+        keepers = [
+            group.create_task(_keep_worker(command)) for _ in range(arguments.workers)
+        ]
         while not stop.is_set():
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection(host, port)
@@ -7794,6 +7788,8 @@ async def _run_workers(
                 break
             await asyncio.sleep(0.05)
         await stop.wait()
+        for keeper in keepers:
+            keeper.cancel()
     server.close()
 
 
