@@ -95,7 +95,6 @@ import random
 import re
 import secrets
 import signal
-import socket
 import struct
 import threading
 import time
@@ -7793,15 +7792,6 @@ async def _run_workers(
     server.close()
 
 
-def _import_uvloop() -> Any:
-    """Import uvloop. Raises ValueError if it is missing."""
-    try:
-        import uvloop  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        raise ValueError("--uvloop needs a package: pip install uvloop") from None
-    return uvloop
-
-
 def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     """Make the backplane of the options, if any. Raises ValueError for bad options."""
     if arguments.workers < 1:
@@ -7812,8 +7802,6 @@ def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
         return None
     if arguments.secret is None:
         raise ValueError("--redis needs --secret, the same for all processes")
-    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
-        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
     return RedisBackplane(arguments.redis, secret=arguments.secret)
 
 
@@ -7909,7 +7897,9 @@ def main(argv: list[str] | None = None) -> int:
             backplane=backplane,
             sticky=not arguments.worker,
         )
-        new_loop = _import_uvloop().new_event_loop if arguments.uvloop else None
+        new_loop = None
+        if arguments.uvloop:
+            new_loop = importlib.import_module("uvloop").new_event_loop
         if backplane is not None and arguments.workers > 1 and not arguments.worker:
             argv = sys.argv[1:] if argv is None else argv
             work = _run_workers(backplane, arguments, argv)
@@ -7918,9 +7908,7 @@ def main(argv: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(work)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        starts = arguments.describe is arguments.probe is None
-        prefix = "kestrun cannot start: " if starts else ""
-        print(f"{prefix}{error}", file=sys.stderr)
+        print(f"kestrun: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # where signals cannot be handled
         return 0

@@ -9531,10 +9531,10 @@ async def test_the_program_says_in_one_sentence_why_it_cannot_start(tmp_path) ->
     (tmp_path / "uvloop.py").write_text("raise ImportError('none here')")
     path = f"{tmp_path}{os.pathsep}{KESTRUN.parent}"
     reasons = {
-        "--port 70000": "kestrun cannot start: ", "--uvloop": "pip install uvloop",
-        "--hub-path chat": "kestrun cannot start: ",
+        "--port 70000": "kestrun: ", "--uvloop": "none here",
+        "--hub-path chat": "kestrun: ",
         "--host 0.0.0.0 --allow-host app.example": "--insecure",
-        **{f"--host={host}": "kestrun cannot start: .*--token.*--insecure"
+        **{f"--host={host}": "kestrun: .*--token.*--insecure"
            for host in ("0.0.0.0", "::", "0", "", "192.0.2.1", "example.com")},
     }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -9579,7 +9579,7 @@ async def test_the_program_describes_a_hub(tmp_path: Path) -> None:
         "news:Broken": "Broken.items: a method that yields must be async",
     }  # fmt: skip
     reasons = {f"--describe '{name}'": reason for name, reason in reasons.items()}
-    assert "cannot start" not in str(await refused(reasons, cwd=tmp_path))
+    await refused(reasons, cwd=tmp_path)
 
 
 async def test_the_program_probes_a_hub(demo, closed_port) -> None:
@@ -12135,15 +12135,11 @@ async def test_few_rights_suffice_and_the_password_is_never_shown(
     assert not re.search(f"{PASSWORD}|{SECRET}", shown)
 
 
-NO_REUSE = "import socket; del socket.SO_REUSEPORT"
-
-
 async def test_the_program_says_in_one_sentence_why_it_cannot_join(
     tmp_path, closed_port
 ):
     package("redis")
     (tmp_path / "redis.py").write_text("raise ImportError('none here')")
-    (tmp_path / "sitecustomize.py").write_text(NO_REUSE)
     start, workers, secret = "--port 0 ", " --workers 2", " --secret " + "x" * 16
     closed = f"127.0.0.1:{closed_port}"
     good, dead = f"--redis {GOOD}", f"--redis redis://:{PASSWORD}@{closed}"
@@ -12154,11 +12150,10 @@ async def test_the_program_says_in_one_sentence_why_it_cannot_join(
         start + dead + secret: closed, start + dead + secret + workers: closed,
     }  # fmt: skip
     lines = await refused(reasons)
-    reasons = {secret: "pip install redis", secret + workers: "SO_REUSEPORT"}
-    reasons = {start + good + words: reason for words, reason in reasons.items()}
+    reasons = {start + good + secret: "pip install redis"}
     path = f"{tmp_path}{os.pathsep}{KESTRUN.parent}"
     for line in lines + await refused(reasons, PYTHONPATH=path):
-        assert line.startswith("kestrun cannot start: ") and PASSWORD not in line
+        assert line.startswith("kestrun: ") and PASSWORD not in line
 
 
 async def test_the_package_redis_is_imported_only_when_it_is_used() -> None:
