@@ -7618,19 +7618,15 @@ class _AccessLog(AbstractAccessLogger):
         self.logger.info("%s %s %s -> %d in %.0f ms", *fields)
 
 
-def _shorten_bad_request(record: logging.LogRecord) -> bool:
-    """Remove the text of a malformed request from the log: it may contain a token."""
-    match record.exc_info:
-        case (_, aiohttp.http.HttpProcessingError(code=code), _):
-            record.msg, record.args = f"refused a malformed request: {code}", ()
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
-            record.exc_info = None
-    return True
+def _is_no_bad_request(record: logging.LogRecord) -> bool:
+    """Keep malformed requests out of the log: their text may contain a token."""
+    error = record.exc_info and record.exc_info[1]
+    return not isinstance(error, aiohttp.http.HttpProcessingError)
 
 
 def _set_up_logging(level: str) -> None:
     logging.addLevelName(LEVELS["Trace"], "TRACE")
-    logging.getLogger("aiohttp.server").addFilter(_shorten_bad_request)
+    logging.getLogger("aiohttp.server").addFilter(_is_no_bad_request)
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=LEVELS[level], handlers=[handler])

@@ -9335,7 +9335,7 @@ async def test_the_program_logs_no_query_string_and_no_malformed_request() -> No
             writer.write(f"GET {head}\r\n\r\n".encode())
             assert b" 400 " in await reader.readline()
             writer.close()
-        await running.printed("refused a malformed request: 400")
+        await running.printed("UNKNOWN / -> 400")
         await running.end()
     assert "/healthz" in running.output
     unwanted = "|".join(["hidden", "access_token", "Traceback", *tokens])
