@@ -7590,15 +7590,6 @@ def create_app(
 # The command line of the demo. Only this section configures logging and signals,
 # which a library leaves to the program that imports it.
 
-#: Connections that asyncio accepts in one go. Out of file descriptors it reports and
-#: retries each of them.
-_ACCEPTS = 1
-#: Seconds for the next request of a client, including all of its headers.
-_IDLE_TIMEOUT = 15.0
-#: Seconds for which the rest of a refused body is read and dropped: a client that is
-#: cut off while it sends may not get its answer.
-_LINGERING_TIME = 2.0
-
 
 class _OneLine(logging.Formatter):
     """One line for each event, whatever its message contains; then a traceback."""
@@ -7708,9 +7699,10 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         app,
         access_log_class=_AccessLog,
         access_log=logging.getLogger("kestrun.access"),
-        keepalive_timeout=_IDLE_TIMEOUT,
-        shutdown_timeout=1.0,
-        lingering_time=_LINGERING_TIME,
+        keepalive_timeout=15,  # until all headers of the next request have arrived
+        shutdown_timeout=1,
+        # For the rest of a refused body. Cut off, a client may not get its answer.
+        lingering_time=2,
         # Or aiohttp would decompress the rest of a refused body, however large it is.
         auto_decompress=False,
     )
@@ -7727,7 +7719,8 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
     try:
         bound = await _bind(arguments, shared=arguments.worker)
         for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
-            await web.SockSite(runner, listener, backlog=_ACCEPTS).start()
+            # Accept one by one: asyncio reports all that lack a file descriptor.
+            await web.SockSite(runner, listener, backlog=1).start()
             listener.listen(1024)
         bound.close()
         if not arguments.worker:
