@@ -7642,10 +7642,9 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
-    url = os.environ.get("KESTRUN_REDIS") or None
-    add("--redis", metavar="URL", default=url, help=text)
+    add("--redis", metavar="URL", default=os.environ.get("KESTRUN_REDIS"), help=text)
     text = "their common secret, 16 characters or more (environment KESTRUN_SECRET)"
-    add("--secret", default=os.environ.get("KESTRUN_SECRET") or None, help=text)
+    add("--secret", default=os.environ.get("KESTRUN_SECRET", ""), help=text)
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
@@ -7783,15 +7782,11 @@ async def _run_workers(
 
 def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     """Make the backplane of the options, if any. Raises ValueError for bad options."""
-    if arguments.workers < 1:
-        raise ValueError("--workers must be at least 1")
-    if arguments.redis is None:
-        if arguments.workers > 1:
-            raise ValueError("--workers needs --redis, which connects the workers")
-        return None
-    if arguments.secret is None:
-        raise ValueError("--redis needs --secret, the same for all processes")
-    return RedisBackplane(arguments.redis, secret=arguments.secret)
+    if arguments.redis:
+        return RedisBackplane(arguments.redis, secret=arguments.secret)
+    if arguments.workers > 1:
+        raise ValueError("--workers needs --redis, which connects the workers")
+    return None
 
 
 def _allowed_hosts(arguments: argparse.Namespace) -> Collection[str] | None:
