@@ -9605,8 +9605,7 @@ MET = [
     (b'{"error":"no room"}' + RS, "cannot be used: no room"),
     (b"hello" + RS, "cannot be used: This is no hub"), (None, "was closed"),
     (b"{}" + RS, "was closed"), (400, "400: this is not a hub, or a proxy does not"),
-    (502, "502: the server behind the proxy"), (503, "503: the server is full"),
-    (421, "421: .*--allow-host"), (403, "403: this user may not"), (418, "418: this is no"),
+    (421, "421: .*--allow-host"), (503, "503: it takes no connection"),
 ]  # fmt: skip
 
 
