@@ -7153,13 +7153,14 @@ class KestrunHub(Hub):
 
     async def stats(self) -> AsyncGenerator[dict[str, Any], None]:
         """Stream the numbers of the server once a second, and your groups' sizes."""
-        async with contextlib.aclosing(self.app[_MONITOR].watch()) as numbers:
-            async for item in numbers:
-                yours = {
-                    name: item["Groups"].get(name) or len(self.groups.find(name))
-                    for name in self.groups.of(self.context.connection_id)
-                }
-                yield {**item, "YourGroups": yours}
+        while True:
+            numbers = await self.app[_MONITOR].numbers()
+            yours = {
+                name: numbers["Groups"].get(name) or len(self.groups.find(name))
+                for name in self.groups.of(self.context.connection_id)
+            }
+            yield {**numbers, "YourGroups": yours}
+            await asyncio.sleep(1)
 
 
 def _memory_mb() -> float:
@@ -7429,12 +7430,8 @@ class Demo:
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
 
-#: `Stats` names so many of a process's groups, the largest, and looks at so many.
-_LARGEST_GROUPS, _COUNTED_GROUPS = 100, 10_000
-
-
 class Monitor:
-    """Collects the demo's numbers once a second for all clients that watch."""
+    """Collects the demo's numbers, at most once a second for all that watch."""
 
     def __init__(self, demo: Demo) -> None:
         self._demo = demo
@@ -7458,7 +7455,8 @@ class Monitor:
     def count(self) -> dict[str, Any]:
         """Count what belongs to this process."""
         hub, stats = self._demo.hub, self._demo.hub.stats()
-        names = hub.groups.names()[:_COUNTED_GROUPS]
+        # The largest 100 of 10,000 groups, because there may be any number.
+        names = hub.groups.names()[:10_000]
         sizes = {name: len(hub.groups.find(name)) for name in names}
         states = Counter(operation.state for operation in self._demo.operations.list())
         return {
@@ -7467,7 +7465,7 @@ class Monitor:
             "MessagesOut": stats["messages_out"],
             "QueuedBytes": stats["queued_bytes"],
             "Transports": stats["transports"],
-            "Groups": dict(Counter(sizes).most_common(_LARGEST_GROUPS)),
+            "Groups": dict(Counter(sizes).most_common(100)),
             "Operations": dict(states),
             "LoopLag": round(1000 * max(self._delays), 1),
         }
@@ -7492,14 +7490,12 @@ class Monitor:
                 total[name] = sum(values)
         return total
 
-    async def watch(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the numbers once a second, the first at once."""
-        while True:
-            if self._newest is None or time.monotonic() - self._taken > 0.9:
-                self._taken = time.monotonic()
-                self._newest = asyncio.create_task(self._add_up())
-            yield await asyncio.shield(self._newest)
-            await asyncio.sleep(1)
+    async def numbers(self) -> dict[str, Any]:
+        """Return the numbers of all processes, collected less than a second ago."""
+        if self._newest is None or time.monotonic() - self._taken > 0.9:
+            self._taken = time.monotonic()
+            self._newest = asyncio.create_task(self._add_up())
+        return await asyncio.shield(self._newest)
 
 
 #: Where the demo keeps its Monitor, for its hub.
