@@ -5820,10 +5820,10 @@ class Operations:
     async def close(self) -> None:
         """Cancel all operations, wait up to 2 s for them, and refuse new ones."""
         self._closed = True
-        tasks = [o._task for o in self._operations.values() if not o._task.done()]
-        for id in list(self._operations):
-            self.cancel(id)
-        await _end_tasks(tasks)
+        operations = self.list()
+        for operation in operations:
+            self.cancel(operation.id)
+        await _end_tasks([operation._task for operation in operations])
 
     async def _run(
         self, operation: Operation, work: Work, arguments: tuple[Any, ...]
