@@ -5430,8 +5430,7 @@ class HubClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._websocket.close()
-        await _end_tasks(self._tasks, (0, 1))
+        await _end_tasks(self._tasks, (0, 1))  # `connect` closes the WebSocket
 
     def on(self, target: str, handler: Callable[..., Any]) -> None:
         """Call a function, plain or async, when the server calls `target`.
