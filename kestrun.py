@@ -7642,7 +7642,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--secret", default=os.environ.get("KESTRUN_SECRET", ""), help=text)
     text = "processes that serve the port together; needs --redis (%(default)s)"
     add("--workers", type=int, default=1, metavar="N", help=text)
-    add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of them
+    add("--worker", type=int, default=0, help=argparse.SUPPRESS)  # which of them
     text = "print a hub's methods and types as JSON (default: the demo's), then exit"
     demo = "kestrun:KestrunHub"
     add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
@@ -7668,12 +7668,6 @@ def _stop_event() -> asyncio.Event:
         for number in numbers:
             loop.add_signal_handler(number, take)
     return stop
-
-
-def _print_addresses(host: str, port: int, hub_path: str) -> None:
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"page  {address}/", flush=True)
-    print(f"hub   {address}{hub_path}", flush=True)
 
 
 async def _bind(arguments: argparse.Namespace, shared: bool) -> asyncio.Server:
@@ -7711,15 +7705,17 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         loop.add_reader(sys.stdin.fileno(), orphaned)
     await runner.setup()
     try:
-        bound = await _bind(arguments, shared=arguments.worker)
+        bound = await _bind(arguments, shared=bool(arguments.worker))
         for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
             # Accept one by one: asyncio reports all that lack a file descriptor.
             await web.SockSite(runner, listener, backlog=1).start()
             listener.listen(1024)
         bound.close()
-        if not arguments.worker:
+        if arguments.worker <= 1:  # the others serve the same address
             host, port = runner.addresses[0][:2]
-            _print_addresses(host, port, arguments.hub_path)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"page  {address}/", flush=True)
+            print(f"hub   {address}{arguments.hub_path}", flush=True)
         await stop.wait()
         log.info("shutting down")
         # Still listening: the next long poll of a client fetches its Close message.
@@ -7755,20 +7751,13 @@ async def _run_workers(
     stop = _stop_event()
     # Bound here without listening, so that the port is known and stays ours.
     server = await _bind(arguments, shared=True)
-    host, port = server.sockets[0].getsockname()[:2]
-    command = [sys.executable, os.path.abspath(__file__), *argv]
-    command += ["--port", str(port), "--worker"]
+    port = str(server.sockets[0].getsockname()[1])
+    command = [sys.executable, os.path.abspath(__file__), *argv, "--port", port]
     async with asyncio.TaskGroup() as group:
         keepers = [
-            group.create_task(_keep_worker(command)) for _ in range(arguments.workers)
+            group.create_task(_keep_worker([*command, "--worker", str(number)]))
+            for number in range(1, arguments.workers + 1)
         ]
-        while not stop.is_set():
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(host, port)
-                writer.close()
-                _print_addresses(host, port, arguments.hub_path)
-                break
-            await asyncio.sleep(0.05)
         await stop.wait()
         for keeper in keepers:
             keeper.cancel()
