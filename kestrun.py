@@ -7354,14 +7354,12 @@ class Demo:
         if verb == "show":
             return 200, _status(operation)
         if verb == "cancel":
-            done = self.operations.cancel(id)
-            if done:
+            if done := self.operations.cancel(id):
                 await operation.wait()
             text = f"The operation is {operation.state}{'' if done else ' already.'}"
-        elif done := self.operations.remove(id):
-            text = "The operation was removed"
         else:
-            text = "The operation still runs. Cancel it first."
+            done = self.operations.remove(id)
+            text = "It was removed" if done else "It still runs. Cancel it first."
         return 200 if done else 409, {"Success": done, "Message": text, "TaskId": id}
 
     async def list_operations(self, request: Request) -> Response:
