@@ -100,7 +100,6 @@ import threading
 import time
 import types
 import typing
-import unicodedata
 import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import (
@@ -7069,10 +7068,8 @@ def _payload(message: str, **fields: Any) -> dict[str, Any]:
 
 def _check_name(text: str) -> str:
     """Return a name that can be shown and logged. Raises HubException for another."""
-    if not 1 <= len(text) <= 256:
-        raise HubException("A name must have 1 to 256 characters.")
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-        raise HubException("A name must not contain control characters.")
+    if not re.fullmatch(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff]{1,256}", text):
+        raise HubException("A name must have 1 to 256 characters, none for control.")
     return text
 
 
