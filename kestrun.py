@@ -5663,8 +5663,7 @@ class Operation:
         del fields["expires_at"]
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
-        error = self.error
-        fields["error"] = error and f"{type(error).__name__}: {error}"
+        fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
         try:
             fields["result"] = json.loads(_write_result(self.result))
         except (TypeError, ValueError):
