@@ -82,7 +82,6 @@ import dataclasses
 import functools
 import hashlib
 import html
-import importlib
 import inspect
 import ipaddress
 import itertools
@@ -90,6 +89,7 @@ import json
 import logging
 import math
 import os
+import pkgutil
 import platform
 import random
 import re
@@ -7781,15 +7781,11 @@ def _allowed_hosts(arguments: argparse.Namespace) -> Collection[str] | None:
 
 def _print_description(name: str) -> None:
     """Print what clients may call on a hub. name: such as "chat:ChatHub"."""
-    module_name, _, class_name = name.partition(":")
-    if not class_name:
-        raise ValueError(f"--describe {name}: give MODULE:HUB, such as chat:ChatHub")
     sys.path.insert(0, os.getcwd())
     sys.modules.setdefault("kestrun", sys.modules[__name__])
     try:
-        module = importlib.import_module(module_name)
-        description = describe(getattr(module, class_name))
-    except (ImportError, AttributeError, TypeError, NameError) as error:
+        description = describe(pkgutil.resolve_name(name))
+    except (ImportError, AttributeError, TypeError, NameError, ValueError) as error:
         raise ValueError(f"--describe {name}: {error}") from None
     print(json.dumps(description, indent=2))
 
@@ -7853,7 +7849,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         new_loop = None
         if arguments.uvloop:
-            new_loop = importlib.import_module("uvloop").new_event_loop
+            new_loop = pkgutil.resolve_name("uvloop:new_event_loop")
         if backplane is not None and arguments.workers > 1 and not arguments.worker:
             argv = sys.argv[1:] if argv is None else argv
             work = _run_workers(backplane, arguments, argv)
