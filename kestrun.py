@@ -7007,9 +7007,6 @@ LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]*\s]+?)\.?(?::[0-9]*)?")
 
-#: Bytes of a body that the API accepts, and seconds for it to arrive.
-_LARGEST_BODY, _BODY_TIMEOUT = 65_536, 10.0
-
 #: Sent with every answer. Browsers must not guess content types, send referrers, or
 #: show this site in a frame.
 _SECURITY_HEADERS = {
@@ -7068,7 +7065,7 @@ def _payload(message: str, **fields: Any) -> dict[str, Any]:
 def _check_name(text: str) -> str:
     """Return a name that can be shown and logged. Raises HubException for another."""
     if not re.fullmatch(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff]{1,256}", text):
-        raise HubException("A name must have 1 to 256 characters, none for control.")
+        raise HubException("A name must have 1 to 256 characters, no control ones.")
     return text
 
 
@@ -7101,8 +7098,7 @@ def _check_host(request: Request, allowed: Collection[str] | None) -> None:
         return
     for host in map(_host_name, request.headers.getall("Host", ())):
         if not (_is_loopback(host) or host in allowed):
-            text = "This host name is not allowed. The server can add it to "
-            text += "allowed_hosts (--allow-host)."
+            text = "This host name is not one of allowed_hosts (--allow-host)."
             raise web.HTTPMisdirectedRequest(text=text)
 
 
@@ -7110,7 +7106,7 @@ async def _read_body(request: Request) -> None:
     """Read the body of a request that needs none. Raises HTTP errors for a bad one."""
     _check_encoding(request)
     try:
-        async with asyncio.timeout(_BODY_TIMEOUT):
+        async with asyncio.timeout(10):
             await request.read()
     except (aiohttp.ClientPayloadError, ConnectionError, TimeoutError):
         raise web.HTTPBadRequest(text="The body is incomplete.") from None
@@ -7538,7 +7534,7 @@ def create_app(
     Raises ValueError for a path, origin, host or token that cannot be used.
     """
     demo = Demo(token, allowed_origins, allowed_hosts)
-    app = web.Application(middlewares=[demo.guard], client_max_size=_LARGEST_BODY)
+    app = web.Application(middlewares=[demo.guard], client_max_size=65_536)
     app.on_response_prepare.append(_add_security_headers)
     app.on_startup.append(demo.open_operations)
     # Before the hub's own: clients still receive how operations end.
