@@ -5446,7 +5446,7 @@ class HubClient:
         """
         try:
             async with asyncio.timeout(timeout):
-                return await self._next(self._received[target.lower()])  # type: ignore[no-any-return]
+                return await self._next(self._received[target.lower()])
         except TimeoutError:
             text = f"The server did not call {target!r} in {timeout} s."
             raise TimeoutError(text) from None
@@ -5497,7 +5497,7 @@ class HubClient:
                 with contextlib.suppress(ConnectionError):
                     await self._write(CancelInvocation(id))
 
-    async def _next(self, waiting: deque[Any]) -> Any:
+    async def _next(self, waiting: deque[T]) -> T:
         """Return what arrived first. Raises ConnectionError at the end."""
         while not waiting:
             if self._end is not None:
