@@ -6240,7 +6240,9 @@ export class HubConnection {
     this.#setState(this.state === "Reconnecting" ? "Reconnecting" : "Connecting");
     try {
       const url = `${this.url}/negotiate?negotiateVersion=1`;
-      const answer = await request("POST", url, { token: this.token() });
+      const negotiating = request("POST", url, { token: this.token() });
+      negotiating.catch(() => { this.#failures = 0; });   // no fault of a transport
+      const answer = await negotiating;
       if (attempt !== this.#attempt) return;
       if (answer.error) throw new Error(answer.error);
       this.connectionId = answer.connectionId;
@@ -7317,13 +7319,12 @@ class Demo:
 
         try:
             operation = self.operations.start(work, name="LongOperation")
-        except TooManyOperations:
-            text = "Too many operations are running. Try again later."
+        except RuntimeError:
+            text = (
+                "Too many operations are running, or the server stops. Try again later."
+            )
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPTooManyRequests(text=text, headers=headers) from None
-        except RuntimeError:
-            text = "The server is shutting down. Try again later."
-            raise web.HTTPServiceUnavailable(text=text) from None
         log.info("operation %s of %d s started", operation.id, seconds)
         return _success(f"Started an operation of {seconds} s", TaskId=operation.id)
 
@@ -7729,7 +7730,7 @@ async def _keep_worker(command: list[str]) -> None:
             if worker.returncode is None:
                 worker.kill()
         log.warning("worker %d ended with status %d", worker.pid, status)
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.2)
 
 
 async def _run_workers(
@@ -7756,6 +7757,8 @@ async def _run_workers(
 
 def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     """Make the backplane of the options, if any. Raises ValueError for bad options."""
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
     if arguments.redis:
         return RedisBackplane(arguments.redis, secret=arguments.secret)
     if arguments.workers > 1:
@@ -7791,8 +7794,11 @@ _PROBLEMS = {
     200: "this is a page, not a hub",
     400: "this is not a hub, or a proxy does not forward the Upgrade header",
     401: "the token is missing or wrong; give --token",
+    403: "this user may not connect",
     404: "there is no hub at this path",
     421: "the server does not know this host name; see --allow-host",
+    502: "the server behind the proxy is not running",
+    503: "the server is full or shutting down",
 }
 
 
@@ -7845,7 +7851,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         new_loop = None
         if arguments.uvloop:
-            new_loop = pkgutil.resolve_name("uvloop:new_event_loop")
+            try:
+                new_loop = pkgutil.resolve_name("uvloop:new_event_loop")
+            except ImportError:
+                text = "--uvloop needs a package: pip install uvloop"
+                raise ValueError(text) from None
         if backplane is not None and arguments.workers > 1 and not arguments.worker:
             argv = sys.argv[1:] if argv is None else argv
             work = _run_workers(backplane, arguments, argv)

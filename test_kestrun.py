@@ -9531,7 +9531,7 @@ async def test_the_program_says_in_one_sentence_why_it_cannot_start(tmp_path) ->
     (tmp_path / "uvloop.py").write_text("raise ImportError('none here')")
     path = f"{tmp_path}{os.pathsep}{KESTRUN.parent}"
     reasons = {
-        "--port 70000": "kestrun: ", "--uvloop": "none here",
+        "--port 70000": "kestrun: ", "--uvloop": "pip install uvloop",
         "--hub-path chat": "kestrun: ",
         "--host 0.0.0.0 --allow-host app.example": "--insecure",
         **{f"--host={host}": "kestrun: .*--token.*--insecure"
