@@ -1419,8 +1419,6 @@ class Connection:
     shared: Shared
     connection_id: str
     user_id: str | None
-    #: The connection token.
-    token: str = ""
     state: int = OPENING
     #: Resolved as soon as it is CLOSING or CLOSED.
     ended: asyncio.Future[End] = field(default_factory=_new_future)
@@ -4969,6 +4967,8 @@ class ConnectionManager:
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         #: Runs until the server stops; then no connections are made.
         self._heartbeat: asyncio.Task[None] | None = None
+        #: How many connections are not closed.
+        self._open_connections = 0
 
     def negotiate(
         self, user_id: str | None, version: int, stateful: bool
@@ -4992,7 +4992,7 @@ class ConnectionManager:
         limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._heartbeat is None:
             raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        if max(len(self._connections), tokens) >= limit:
+        if max(self._open_connections, tokens) >= limit:
             text = "The server has too many connections. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
@@ -5003,15 +5003,15 @@ class ConnectionManager:
         """Make a connection; without negotiation it gets a new token and id."""
         self._check_room()
         token, connection_id = token or _new_id(), connection_id or _new_id()
-        connection = Connection(self._mapped.shared, connection_id, user_id, token)
+        connection = Connection(self._mapped.shared, connection_id, user_id)
         self._connections[token] = connection
+        self._open_connections += 1
         self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
         return connection
 
     def _release(self, connection: Connection) -> None:
-        """Show other processes that a connection ends; forget it once it is closed."""
-        if connection.state == CLOSED:
-            del self._connections[connection.token]
+        """Show other processes that a connection ends; make room once it is closed."""
+        self._open_connections -= connection.state == CLOSED
         channel = f"connection:{connection.connection_id}"
         self._mapped.registry.backplane.unsubscribe(channel)
 
@@ -5038,6 +5038,7 @@ class ConnectionManager:
                 "and a proxy that sends all requests of a connection to one of them.",
                 request.method,
             )
+        if connection is None or connection.state == CLOSED:
             raise web.HTTPNotFound(text="No Connection with that ID")
         if connection.user_id != user_id:
             log.warning("connection %s: used by another user", connection)
@@ -5107,7 +5108,7 @@ class ConnectionManager:
 
     def _check_all(self, now: float) -> None:
         # Separate from the loop, whose local variables would keep connections alive.
-        self._forget_expired()
+        self._forget_closed()
         for connection in list(self._connections.values()):
             try:
                 _apply_timeouts(connection, now)
@@ -5117,8 +5118,11 @@ class ConnectionManager:
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
 
-    def _forget_expired(self) -> None:
-        """Forget tokens that have expired."""
+    def _forget_closed(self) -> None:
+        """Forget closed connections, and tokens that have expired."""
+        for token, connection in list(self._connections.items()):
+            if connection.state == CLOSED:
+                del self._connections[token]
         for tokens in (self._unused, self._used):
             for connection_id, expires_at in list(tokens.items()):
                 if expires_at < time.time():
@@ -5131,7 +5135,7 @@ class ConnectionManager:
             self._heartbeat = None
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
-        for connection in list(self._connections.values()):
+        for connection in self._connections.values():
             if not connection.transport_name:  # no GET has opened it
                 connection.lost(End())
             elif isinstance(connection.transport, WebSocketTransport):
@@ -5140,16 +5144,18 @@ class ConnectionManager:
         begun = time.monotonic()
         seconds = min(_CALLS_TIMEOUT, _or_infinite(self._mapped.options.close_timeout))
         await _end_tasks(self._mapped.tasks, (seconds, min(seconds, 0.5)))
-        passed = 0.0
-        while (self._connections or self._running) and passed < _SHUTDOWN_TIMEOUT:
-            await asyncio.sleep(0.02)
-            passed = time.monotonic() - begun
-            for connection in list(self._connections.values()):
+        while (passed := time.monotonic() - begun) < _SHUTDOWN_TIMEOUT:
+            opened = [c for c in self._connections.values() if c.state != CLOSED]
+            if not (opened or self._running):
+                break
+            for connection in opened:
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
                     connection.lost(End())  # no poll fetched its Close
-        for connection in list(self._connections.values()):
+            await asyncio.sleep(0.02)
+        for connection in self._connections.values():
             connection.drop("shutdown")
         await _end_tasks(self._running, (0.0, 0.2))
+        self._connections.clear()
 
 
 #: The managers of an application's hubs, which stop at the same time.
