@@ -7615,8 +7615,9 @@ async def test_the_header_shows_clients_messages_round_trip_and_uptime(page, oth
 
 
 async def log_entries(page: Any) -> list[str]:
-    """What the log shows: the texts of its entries, without time and kind."""
-    return await page.locator("#log li:visible > span").all_text_contents()
+    """What the log shows, heartbeats aside: its texts, without time and kind."""
+    entries = "#log li:visible:not([data-kind$=Heartbeat]) > span"
+    return await page.locator(entries).all_text_contents()
 
 
 async def test_the_log_can_be_filtered_paused_copied_and_cleared(page) -> None:
@@ -9605,7 +9606,7 @@ MET = [
     (b'{"error":"no room"}' + RS, "cannot be used: no room"),
     (b"hello" + RS, "cannot be used: This is no hub"), (None, "was closed"),
     (b"{}" + RS, "was closed"), (400, "400: this is not a hub, or a proxy does not"),
-    (421, "421: .*--allow-host"), (503, "503: it takes no connection"),
+    (421, "421: .*--allow-host"), (503, "503: the server is full"),
 ]  # fmt: skip
 
 
