@@ -827,60 +827,36 @@ def _json_writer(convert: Converter | None = None) -> Callable[[Any], str]:
     def write(value: Any) -> str:
         if type(value) is int:  # the encoder is fast for a str only
             return repr(value)
-        try:
-            return encoder.encode(value)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        return encoder.encode(value)
 
     return write
 
 
-#: Writes a value as JSON. Raises TypeError or ValueError.
+#: Writes a value as JSON. Raises TypeError, ValueError or RecursionError.
 _dumps = _json_writer()
-
-
-def _json_key(key: Any) -> str:
-    """Write a key as the standard library does. Raises TypeError if JSON has none."""
-    if isinstance(key, str):
-        return str.__str__(key)
-    if not isinstance(key, _SCALARS):
-        raise TypeError("a key of a wrong type")
-    return _dumps(key)
 
 
 def _library_writer(library: Any, convert: Converter) -> Callable[[Any], str]:
     """Return a function that writes values with another JSON library.
 
-    Libraries differ in the types that they write by themselves, so values are made
-    plain first. orjson can be told to leave such types to `convert`; it gets plain
-    values only if it fails, or writes null where NaN may have been.
+    Libraries differ in the types that they write by themselves, so the standard one
+    makes values plain first. orjson can be told to leave such types to `convert`; it
+    gets plain values only if it fails, or writes null where NaN may have been.
     """
     kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
     names = [f"OPT_PASSTHROUGH_{kind}" for kind in kinds]
     fast = all(hasattr(library, name) for name in names)
     option = sum(getattr(library, name) for name in names) if fast else 0
 
-    def to_plain(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("a number that is not finite")
-        if isinstance(value, dict):
-            return {_json_key(key): to_plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [*map(to_plain, value)]
-        if isinstance(value, _SCALARS) and not isinstance(value, Enum):
-            return value
-        return to_plain(convert(value))
+    write_standard = _json_writer(convert)
 
     def write(value: Any) -> str:
-        try:
-            if fast:
-                with contextlib.suppress(TypeError):
-                    data: bytes = library.dumps(value, default=convert, option=option)
-                    if b"null" not in data:
-                        return data.decode()
-            text = library.dumps(to_plain(value), default=convert)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        if fast:
+            with contextlib.suppress(TypeError):
+                data: bytes = library.dumps(value, default=convert, option=option)
+                if b"null" not in data:
+                    return data.decode()
+        text = library.dumps(_loads(write_standard(value)), default=convert)
         return text.decode() if isinstance(text, bytes) else str(text)
 
     return write
@@ -941,7 +917,7 @@ class JsonProtocol:
             if len(text) > 2 * _JSON_DEPTH:
                 _check_depth(text)  # clients that read no deeper would be lost
             return f"{text}\x1e".encode()
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self._writer.explain(message, error) from None
 
     def _to_text(self, message: Message) -> str:
@@ -5672,7 +5648,7 @@ class Operation:
         fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
         try:
             fields["result"] = json.loads(_write_result(self.result))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             fields["result"] = repr(self.result)
         return fields
 
