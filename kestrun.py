@@ -868,7 +868,7 @@ _BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
 
 def _check_depth(text: str) -> None:
     """Raise ValueError for JSON that is nested deeper than the reference reads."""
-    if text.count("[") + text.count("{") <= _JSON_DEPTH:
+    if len(text) <= 2 * _JSON_DEPTH or text.count("[") + text.count("{") <= _JSON_DEPTH:
         return
     brackets = _BESIDE_BRACKETS.sub("", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
@@ -883,8 +883,7 @@ def _json_object(
     try:
         text = data.decode().strip(" \t\r\n")
         value = loads(text)
-        if len(text) > 2 * _JSON_DEPTH:
-            _check_depth(text)
+        _check_depth(text)
     except Exception:  # noqa: BLE001 (libraries have exceptions of their own)
         raise ProtocolError("Error reading JSON.") from None
     if type(value) is dict:
@@ -914,8 +913,7 @@ class JsonProtocol:
     def encode(self, message: Message) -> bytes:
         try:
             text = self._to_text(message)
-            if len(text) > 2 * _JSON_DEPTH:
-                _check_depth(text)  # clients that read no deeper would be lost
+            _check_depth(text)  # clients that read no deeper would be lost
             return f"{text}\x1e".encode()
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise self._writer.explain(message, error) from None
