@@ -525,8 +525,7 @@ class Writer:
     def __init__(self, options: HubOptions, protocol: str) -> None:
         self._options = options
         self._protocol = protocol
-        #: The fields of each dataclass, with their spelling on the wire.
-        self._members: dict[type, list[tuple[str, str]]] = {}
+        self._members = functools.cache(self.spell)
 
     def to_plain(self, value: Any) -> Any:
         """Convert one value, but not what it contains.
@@ -534,10 +533,8 @@ class Writer:
         Raises TypeError for a value that no client could read.
         """
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            kind = type(value)
-            if kind not in self._members:
-                self._members[kind] = self.spell(dataclasses.fields(kind))
-            return {wire: getattr(value, name) for name, wire in self._members[kind]}
+            members = self._members(type(value))
+            return {wire: getattr(value, name) for name, wire in members}
         if isinstance(value, Enum):
             return value.value
         if isinstance(value, (date, clock_time)):  # also a datetime; UTC ends in Z
@@ -560,10 +557,11 @@ class Writer:
             return list(value)
         return self.to_plain(value)
 
-    def spell(self, fields: Iterable[dataclasses.Field[Any]]) -> list[tuple[str, str]]:
-        """Return the name of each field, with its spelling on the wire."""
+    def spell(self, kind: Any) -> list[tuple[str, str]]:
+        """Return the fields of a dataclass, each with its spelling on the wire."""
         spell = self._options.member_name or (lambda name, _: _camel_case(name))
-        return [(field.name, spell(field.name, self._protocol)) for field in fields]
+        names = [field.name for field in dataclasses.fields(kind)]
+        return [(name, spell(name, self._protocol)) for name in names]
 
     def explain(self, message: Message, error: Exception) -> Exception:
         """Name the part of a message that cannot be sent, by its place and type."""
@@ -3873,7 +3871,7 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
         fields, missing = dataclasses.fields(kind), dataclasses.MISSING
-        spelled = dict(Writer(options, "json").spell(fields))
+        spelled = dict(Writer(options, "json").spell(kind))
         hints = {wire: hints[name] for name, wire in spelled.items()}
         needed = {f.name for f in fields if f.default is f.default_factory is missing}
         optional = frozenset(spelled[f.name] for f in fields if f.name not in needed)
