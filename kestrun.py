@@ -2598,13 +2598,11 @@ class RedisBackplane:
     # The link
 
     async def context(self, app: object) -> AsyncIterator[None]:
-        """Stay connected while an application runs: for its `cleanup_ctx`."""
-        await self.start()
-        yield
-        await self.stop()
+        """Stay connected while an application runs: for its `cleanup_ctx`.
 
-    async def start(self) -> None:
-        """Connect. Raises ConnectionError if Redis cannot be used."""
+        Raises ConnectionError if Redis cannot be used. Queued messages are sent
+        before it disconnects.
+        """
         if self._tasks:
             raise RuntimeError("a RedisBackplane can serve one application only")
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
@@ -2615,9 +2613,7 @@ class RedisBackplane:
             hub.subscribe(f"process:{self.process_id}")
         works = self._run(await self._connect()), self._run_callbacks()
         self._tasks = [asyncio.create_task(work) for work in works]
-
-    async def stop(self) -> None:
-        """Send queued messages, then disconnect."""
+        yield
         with contextlib.suppress(ConnectionError):
             await self.command("PING")  # answered after all that is queued
         replies = [task for hub in self._hubs.values() for task in hub.replies]
@@ -7715,8 +7711,8 @@ async def _run_workers(
     backplane: RedisBackplane, arguments: argparse.Namespace, argv: list[str]
 ) -> None:
     """Run `--workers` processes that share one port, until SIGINT or SIGTERM."""
-    await backplane.start()  # which shows whether Redis can be used
-    await backplane.stop()
+    async for _ in backplane.context(None):
+        pass  # Redis can be used
     stop = _stop_event()
     # Bound here without listening, so that the port is known and stays ours.
     server = await _bind(arguments, shared=True)
