@@ -1898,7 +1898,7 @@ Encoded = dict[str, bytes]
 class Address(NamedTuple):
     """The receivers of a message: a kind, its names, and the ids to leave out."""
 
-    kind: str  # "all", "connections", "groups" or "users"
+    kind: str  # "all", "connection", "group" or "user"
     names: tuple[str, ...] = ()
     excluding: frozenset[str] = frozenset()
     #: Only receivers whose connections are in this process.
@@ -2285,9 +2285,9 @@ class Registry:
         kind, names, excluding, _ = address
         if kind == "all":
             tables = [self.connections]
-        elif kind == "connections":
+        elif kind == "connection":
             tables = [{n: self.connections[n] for n in names if n in self.connections}]
-        elif kind == "groups":
+        elif kind == "group":
             tables = [self.groups.find(name) for name in names]
         else:
             tables = [self._users.get(name, {}) for name in names]
@@ -2794,9 +2794,9 @@ class HubBackplane(Backplane):
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
-        if kind == "connections" and self._registry.connections.keys() >= set(names):
+        if kind == "connection" and self._registry.connections.keys() >= set(names):
             return  # they are all here
-        name = "all" if len(names) != 1 else f"{kind[:-1]}:{names[0]}"
+        name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
         for protocol in self._registry.protocols.values():  # others may use any
             if protocol.name not in encoded:
                 with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -3009,32 +3009,32 @@ class HubClients:
 
     def client(self, id: str) -> SingleClientProxy:
         """The connection with this connection id."""
-        address = Address("connections", (id,), local=self._local)
+        address = Address("connection", (id,), local=self._local)
         return SingleClientProxy(self._registry, address)
 
     def clients(self, ids: Iterable[str]) -> ClientProxy:
         """The connections with these connection ids."""
-        return self._proxy("connections", _names(ids, "ids"))
+        return self._proxy("connection", _names(ids, "ids"))
 
     def group(self, name: str) -> ClientProxy:
         """The members of a group."""
-        return self._proxy("groups", (name,))
+        return self._proxy("group", (name,))
 
     def groups(self, names: Iterable[str]) -> ClientProxy:
         """The members of any of these groups, each of them once."""
-        return self._proxy("groups", _names(names, "names"))
+        return self._proxy("group", _names(names, "names"))
 
     def group_except(self, name: str, ids: Iterable[str]) -> ClientProxy:
         """The members of a group but those with these connection ids."""
-        return self._proxy("groups", (name,), _names(ids, "ids"))
+        return self._proxy("group", (name,), _names(ids, "ids"))
 
     def user(self, id: str) -> ClientProxy:
         """All connections of one user, compared exactly."""
-        return self._proxy("users", (id,))
+        return self._proxy("user", (id,))
 
     def users(self, ids: Iterable[str]) -> ClientProxy:
         """All connections of these users."""
-        return self._proxy("users", _names(ids, "ids"))
+        return self._proxy("user", _names(ids, "ids"))
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -3055,7 +3055,7 @@ class HubCallerClients(HubClients):
 
     def others_in_group(self, name: str) -> ClientProxy:
         """The members of a group but the caller."""
-        return self._proxy("groups", (name,), (self._caller,))
+        return self._proxy("group", (name,), (self._caller,))
 
 
 @dataclass(slots=True, eq=False, repr=False)
