@@ -70,8 +70,7 @@ import sys
 
 match sys.version_info[:2]:  # kestrun needs Python 3.11 or newer
     case (3, minor) if minor < 11:  # older than 3.10, it stops at the line above
-        version = sys.version.split()[0]
-        sys.exit(f"kestrun needs Python 3.11 or newer; this is {version}")
+        sys.exit(f"kestrun needs Python 3.11 or newer; this is 3.{minor}")
 
 import argparse
 import asyncio
@@ -1797,7 +1796,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
             # Encoded messages contain no line feed, so one data line is enough.
             await response.write(b"data: " + connection.take() + b"\r\n\r\n")
         if not transport.is_closing():
-            await response.write_eof()
+            await response.write_eof()  # here, while `close_timeout` applies
     except ConnectionError:
         pass  # the client left while it was written to
     finally:
@@ -2068,7 +2067,7 @@ class PendingResults:
         self._waiting: dict[str, tuple[str, asyncio.Future[Completion] | None]] = {}
         #: The invocation ids that each client has not answered.
         self._asked: dict[str, set[str]] = {}
-        self._last = 0
+        self._numbers = itertools.count(1)
         #: What watches the clients in other processes.
         self._watches: dict[str, asyncio.Task[None]] = {}
 
@@ -2080,8 +2079,7 @@ class PendingResults:
         """
         backplane, (name,) = self._registry.backplane, address.names
         result: asyncio.Future[Completion] = _new_future()
-        self._last += 1
-        id = f"{backplane.process_id}s{self._last}"
+        id = f"{backplane.process_id}s{next(self._numbers)}"
         gone = self._send(address, dataclasses.replace(message, invocation_id=id))
         self.expect(name, id, result)
         try:
@@ -2109,11 +2107,11 @@ class PendingResults:
         if address.local:  # and the client is not in this process
             return asyncio.create_task(asyncio.sleep(0))
         encoded = {name: p.encode(message) for name, p in registry.protocols.items()}
-        registry.backplane.publish(address, message, encoded)
-        if name not in self._watches:
+        if name not in self._watches:  # first: the message may be lost at once
             watching = self._watch(name, time.monotonic())
             watch = self._watches[name] = asyncio.create_task(watching)
             watch.add_done_callback(lambda t: t.cancelled() or t.exception())
+        registry.backplane.publish(address, message, encoded)
         return asyncio.shield(self._watches[name])
 
     async def _watch(self, connection_id: str, begun: float) -> None:
@@ -2179,7 +2177,7 @@ class PendingResults:
             return
         try:
             data = protocol.encode(completion)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError) as error:
             data = protocol.encode(Completion(id, NO_RESULT, str(error)))
         channel = f"process:{id.partition('s')[0]}"
         packed = name, protocol.name, base64.b64encode(data).decode()
@@ -2273,7 +2271,7 @@ class Registry:
         for connection in self._receivers(address):
             protocol = connection.protocol
             if protocol.name not in encoded and common.name in encoded:
-                with contextlib.suppress(TypeError, ValueError, OverflowError):
+                with contextlib.suppress(TypeError, ValueError):
                     message = decode_one(common, encoded[common.name])
                     encoded[protocol.name] = protocol.encode(message)
             if protocol.name in encoded:
@@ -2799,7 +2797,7 @@ class HubBackplane(Backplane):
         name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
         for protocol in self._registry.protocols.values():  # others may use any
             if protocol.name not in encoded:
-                with contextlib.suppress(TypeError, ValueError, OverflowError):
+                with contextlib.suppress(TypeError, ValueError):
                     encoded[protocol.name] = protocol.encode(message)
         sizes = {protocol: len(data) for protocol, data in encoded.items()}
         more = list(excluding), sizes, message.invocation_id
