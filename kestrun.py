@@ -834,18 +834,19 @@ _dumps = _json_writer()
 
 
 def _library_writer(library: Any, convert: Converter) -> Callable[[Any], str]:
-    """Return a function that writes values with another JSON library.
+    """Return a function that writes values with a JSON library.
 
-    Libraries differ in the types that they write by themselves, so the standard one
-    makes values plain first. orjson can be told to leave such types to `convert`; it
-    gets plain values only if it fails, or writes null where NaN may have been.
+    Other libraries differ in the types that they write by themselves, so the standard
+    one makes values plain first. orjson can be told to leave such types to `convert`;
+    it gets plain values only if it fails, or writes null where NaN may have been.
     """
+    write_standard = _json_writer(convert)
+    if library is json:
+        return write_standard
     kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
     names = [f"OPT_PASSTHROUGH_{kind}" for kind in kinds]
     fast = all(hasattr(library, name) for name in names)
     option = sum(getattr(library, name) for name in names) if fast else 0
-
-    write_standard = _json_writer(convert)
 
     def write(value: Any) -> str:
         if fast:
@@ -898,14 +899,10 @@ class JsonProtocol:
 
     def __init__(self, options: HubOptions) -> None:
         self._writer = writer = Writer(options, self.name)
-        if options.json is json:
-            self._loads: Callable[[str], Any] = _loads
-            self._write = _json_writer(writer.to_plain)
-            self._write_result = _json_writer(writer.result_to_plain)
-        else:
-            self._loads = options.json.loads
-            self._write = _library_writer(options.json, writer.to_plain)
-            self._write_result = _library_writer(options.json, writer.result_to_plain)
+        library = options.json
+        self._loads: Callable[[str], Any] = _loads if library is json else library.loads
+        self._write = _library_writer(library, writer.to_plain)
+        self._write_result = _library_writer(library, writer.result_to_plain)
 
     def encode(self, message: Message) -> bytes:
         try:
