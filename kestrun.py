@@ -2575,9 +2575,10 @@ class RedisBackplane:
         self._hubs: dict[str, HubBackplane] = {}
         #: The channels that the hubs want; the link subscribes to them.
         self._wanted: set[bytes] = set()
-        self._link: RedisLink | None = None
+        #: None while Redis is away.
+        self.link: RedisLink | None = None
         #: When the link was made or last dropped a message, in monotonic seconds.
-        self._intact_since = 0.0
+        self.intact_since = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
@@ -2628,7 +2629,7 @@ class RedisBackplane:
                 reason = _one_line(str(ended.pop().exception()), 200)
                 log.warning("backplane: lost Redis: %s", reason)
             finally:
-                self._link = None
+                self.link = None
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -2651,7 +2652,7 @@ class RedisBackplane:
         await link.open(set(self._wanted))
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
-        self._link, self._intact_since = link, time.monotonic()
+        self.link, self.intact_since = link, time.monotonic()
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
         return link
@@ -2683,43 +2684,30 @@ class RedisBackplane:
 
     # What hubs need
 
-    def linked_for(self) -> float:
-        """Return the seconds since a message may have been lost; 0 without a link."""
-        return 0.0 if self._link is None else time.monotonic() - self._intact_since
-
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel, or leave it, with each link."""
         (self._wanted.add if wanted else self._wanted.discard)(channel)
-        if self._link is not None:
-            self._link.want(channel, wanted)
-
-    async def wait_active(self, channel: bytes) -> bool:
-        """Wait a second at most for a wanted channel; return True if it is active."""
-        link = self._link
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REPLY_TIMEOUT):
-                while link is not None and channel not in link.active:
-                    await link.active_changed.wait()
-        return link is not None and channel in link.active
+        if self.link is not None:
+            self.link.want(channel, wanted)
 
     async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
         """Send a command. Raises ConnectionError if Redis does not reply in time."""
-        if self._link is None:
+        if self.link is None:
             raise ConnectionError("Redis is not connected.")
         try:
             async with asyncio.timeout(seconds):
-                return await self._link.submit(*command)
+                return await self.link.submit(*command)
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
 
     def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
         """Publish a packet, or drop and count it. Raises what `_dumps` raises."""
-        if self._link is not None:
+        if self.link is not None:
             text = f"{self.process_id}{_dumps(header)}\n"
             packet = text.encode(errors="surrogatepass") + body
-            if self._link.publish(channel, _sign(self.key, channel, packet) + packet):
+            if self.link.publish(channel, _sign(self.key, channel, packet) + packet):
                 return
-            self._intact_since = time.monotonic()
+            self.intact_since = time.monotonic()
         self._counts["dropped"] += 1
 
     def _receive(self, channel: bytes, data: bytes) -> None:
@@ -2749,7 +2737,7 @@ class RedisBackplane:
         """Describe the state, for `HubContext.stats`."""
         counts = self._counts
         return {
-            "state": "Disconnected" if self._link is None else "Connected",
+            "state": "Disconnected" if self.link is None else "Connected",
             "processes": counts["processes"],
             "dropped": counts["dropped"],
             "reconnects": max(0, counts["connects"] - 1),
@@ -2781,7 +2769,12 @@ class HubBackplane(Backplane):
         self._redis.want(self.channel(channel), False)
 
     async def subscribed(self, channel: str) -> bool:
-        return await self._redis.wait_active(self.channel(channel))
+        link, name = self._redis.link, self.channel(channel)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPLY_TIMEOUT):
+                while link is not None and name not in link.active:
+                    await link.active_changed.wait()
+        return link is not None and name in link.active
 
     async def subscribers(self, channel: str) -> int:
         _, number = await self._redis.command("PUBSUB", "NUMSUB", self.channel(channel))
@@ -2826,7 +2819,8 @@ class HubBackplane(Backplane):
         return found, missing
 
     def linked_for(self) -> float:
-        return self._redis.linked_for()
+        redis = self._redis
+        return 0.0 if redis.link is None else time.monotonic() - redis.intact_since
 
     def receive(
         self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
