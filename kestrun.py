@@ -2191,8 +2191,8 @@ class PendingResults:
 class Registry:
     """The connections of one hub, their groups and users, and messages to them."""
 
-    def __init__(self, protocols: Collection[HubProtocol]) -> None:
-        self.protocols = {protocol.name: protocol for protocol in protocols}
+    def __init__(self, protocols: dict[str, HubProtocol]) -> None:
+        self.protocols = protocols
         self.backplane: Backplane = NoBackplane()
         self.connections: Connections = {}
         self.groups = GroupManager(self)
@@ -3921,7 +3921,7 @@ class MappedHub:
         self.methods = _collect_methods(hub_class, converters)
         self.protocols = _load_protocols(options)
         self.shared = Shared(options)
-        self.registry = Registry(self.protocols.values())
+        self.registry = Registry(self.protocols)
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
         self.registry.make_converter = converters.make
         self.backplane = backplane
