@@ -350,7 +350,7 @@ def _check_call(function: Any, usage: str, count: int) -> None:
         inspect.signature(function).bind(*[None] * count)
     except TypeError as error:
         raise TypeError(f"{usage}: {error} ({function!r})") from None
-    except ValueError:  # it does not tell its signature
+    except ValueError:  # it has no signature
         pass
 
 
@@ -711,7 +711,7 @@ _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
     8: (Ack, ("sequenceId",)),
     9: (Sequence, ("sequenceId",)),
 }
-#: The type of each message: of an Invocation that which does not stream.
+#: The type of each message; 1 for an Invocation, though one that streams has 4.
 _TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
 #: The fields of each message: name, spelling on the wire, default.
 _FIELDS = {
@@ -1118,9 +1118,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 #: Bytes that may wait in one place before their sender waits. SignalR uses 64 KiB.
 _HIGH_WATER = 65_536
 
-#: Seconds in each iteration of the event loop for the messages of one hub.
+#: Seconds of an iteration of the event loop that the messages of one hub may take.
 _TIME_SLICE = 0.01
-#: Bytes of a message above which only one is handled in an iteration out of time.
+#: Bytes of a large message. Once the time is over, each iteration handles one.
 _LARGE = 4096
 
 #: The states of a connection, in order; OPEN from the handshake on.
@@ -1169,9 +1169,8 @@ class Transport:
 class Flusher:
     """Sends at the end of each loop iteration what was queued in it.
 
-    So everything that one client is sent in an iteration leaves in one write. It also
-    spreads large work over iterations, or many clients with large messages would hold
-    up those with small ones.
+    So everything for one client leaves in one write. It also spreads large work over
+    iterations, so that clients with large messages do not hold up the others.
     """
 
     _queue: list[Connection] = field(default_factory=list)
@@ -1334,7 +1333,7 @@ class ReconnectBuffer:
 
 @dataclass(slots=True)
 class Shared:
-    """The part of a mapped hub that its connections need, and count in."""
+    """What the connections of one mapped hub share: options, flusher, counters."""
 
     options: HubOptions
     flusher: Flusher = field(default_factory=Flusher)
@@ -1367,7 +1366,7 @@ async def _end_tasks(
             task.cancel()
 
 
-#: Characters of an id. A longer connection id is an old client's token.
+#: Characters of an id. In version 0 of negotiate the id is the token, and longer.
 _ID_LENGTH = 22
 
 
@@ -1406,7 +1405,7 @@ class Connection:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __str__(self) -> str:
-        """Return its id for logs, cut short: an old client's whole id is its token."""
+        """Return its id for logs, cut short: in version 0 the whole id is the token."""
         return self.connection_id[:_ID_LENGTH]
 
     def __post_init__(self) -> None:
@@ -1607,13 +1606,13 @@ class Connection:
 # with one exception: a server does not mask, so a frame is a head and the
 # payload, and is written straight to the socket while the socket keeps up.
 
-#: aiohttp's limit for one WebSocket message, in bytes, unless hub messages may be
-#: larger: it may hold many of them. An unfinished one stays in memory.
+#: Bytes of one WebSocket message, which may hold many hub messages; more if a single
+#: hub message may have more. aiohttp keeps an unfinished one in memory.
 _WEBSOCKET_MESSAGE_SIZE = 4 * 2**20
 
 #: The types of WebSocket messages that hold bytes of the connection.
 _DATA = (web.WSMsgType.TEXT, web.WSMsgType.BINARY)
-#: The types of WebSocket messages after which the socket is read on.
+#: The types of WebSocket messages that do not end the WebSocket.
 _READ_ON = (*_DATA, web.WSMsgType.PING, web.WSMsgType.PONG)
 
 
@@ -1881,10 +1880,9 @@ async def receive_post(request: Request, connection: Connection) -> None:
 # ----------------------------------------------------------------- registry
 #
 # Tracks connections, groups and users, and delivers messages to them. An address
-# says who receives a message. It is a value: it can be logged, compared, and
-# published to another process. Messages go through `Registry.publish`, calls for a
-# result through `PendingResults`; both hand them to the backplane as well: to the
-# other processes that serve the same hub, if there are any.
+# says who receives a message; it is a value that can be sent to another process.
+# Messages go through `Registry.publish`, calls for a result through `PendingResults`.
+# Both hand them to the backplane as well: to other processes that serve the hub.
 
 Connections = dict[str, Connection]
 #: One message as each protocol writes it, by the protocol's name.
@@ -1901,8 +1899,8 @@ class Address(NamedTuple):
     local: bool = False
 
 
-#: Seconds to wait for the answers of all, and for that of the one process that knows,
-#: which may itself have to wait for Redis.
+#: Seconds to wait for the answers of all processes, and for that of the one process
+#: that knows, which may itself wait for Redis.
 _ALL_TIMEOUT, _OWNER_TIMEOUT = 1.0, 3.0
 
 
@@ -2058,14 +2056,14 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: The client that was asked, by invocation id: the id of the process that
-        #: waits, an "s" and a number (a client's own ids are plain numbers). With it
-        #: the future of the result, or None if another process waits.
+        #: By invocation id, the client that was asked and the future of its result;
+        #: None if another process waits. The id names that process: before an "s"
+        #: and a number. (Ids of clients' own calls are plain numbers.)
         self._waiting: dict[str, tuple[str, asyncio.Future[Completion] | None]] = {}
         #: The invocation ids that each client has not answered.
         self._asked: dict[str, set[str]] = {}
         self._numbers = itertools.count(1)
-        #: What watches the clients in other processes.
+        #: The tasks that watch clients of other processes, by connection id.
         self._watches: dict[str, asyncio.Task[None]] = {}
 
     async def invoke(self, address: Address, message: Invocation) -> Completion:
@@ -2202,8 +2200,8 @@ class Registry:
         self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
         self.published_bytes = 0
-        #: Handlers by name: of questions, plain or async, and of what others `tell`,
-        #: plain. One returns None if only another process can know the answer.
+        #: What other processes may call by name: to `ask`, plain or async; to `tell`,
+        #: plain. The answer None means that another process may know.
         self.handlers: dict[str, Callable[..., Any]] = {
             "count": lambda: len(self.connections),
             "members": self.groups.members,
