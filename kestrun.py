@@ -1966,8 +1966,6 @@ class GroupManager:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._groups: dict[str, Connections] = {}
-        self._groups_of: dict[str, set[str]] = {}
 
     async def add(self, connection_id: str, name: str) -> None:
         """Add a connection; do nothing if it is gone or a member already.
@@ -1994,53 +1992,15 @@ class GroupManager:
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
-        return list(self.find(name))
+        return list(self._registry.find("group", name))
 
     def names(self) -> list[str]:
         """List the groups that have members."""
-        return list(self._groups)
+        return list(self._registry.members["group"])
 
     def of(self, connection_id: str) -> list[str]:
         """List the groups that a connection is in."""
-        return list(self._groups_of.get(connection_id, ()))
-
-    def find(self, name: str) -> Connections:
-        """Return the connections in a group."""
-        return self._groups.get(name, {})
-
-    async def join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection; return "" or what forbids it; None if it is not here."""
-        connection = self._registry.connections.get(connection_id)
-        if connection is None:
-            return None
-        limit = connection.shared.options.maximum_groups_per_client
-        joined = self._groups_of.get(connection_id, ())
-        if name not in joined and len(joined) >= _or_infinite(limit):
-            return f"A connection can be in at most {limit} groups."
-        if name not in self._groups:
-            self._groups[name] = {}
-            self._registry.backplane.subscribe(f"group:{name}")
-        self._groups[name][connection_id] = connection
-        self._groups_of.setdefault(connection_id, set()).add(name)
-        await self._registry.backplane.subscribed(f"group:{name}")
-        return ""
-
-    def leave(self, connection_id: str, name: str) -> bool | None:
-        """Remove a connection of this process; return None if it is not here."""
-        self.forget(connection_id, [name])
-        return True if connection_id in self._registry.connections else None
-
-    def forget(self, connection_id: str, names: list[str]) -> None:
-        """Remove a connection from groups; remove the groups that become empty."""
-        groups = self._groups_of.get(connection_id, set())
-        for name in names:
-            members = self.find(name)
-            members.pop(connection_id, None)
-            groups.discard(name)
-            if not members and self._groups.pop(name, None) is not None:
-                self._registry.backplane.unsubscribe(f"group:{name}")
-        if not groups:
-            self._groups_of.pop(connection_id, None)
+        return list(self._registry.groups_of.get(connection_id, ()))
 
 
 #: Seconds between checks that the client of another process is still connected.
@@ -2193,11 +2153,13 @@ class Registry:
         self.protocols = protocols
         self.backplane: Backplane = NoBackplane()
         self.connections: Connections = {}
+        #: The members of each group, and the connections of each user.
+        self.members: dict[str, dict[str, Connections]] = {"group": {}, "user": {}}
+        self.groups_of: dict[str, set[str]] = {}
         self.groups = GroupManager(self)
         self.results = PendingResults(self)
         #: Makes the converter for a client result's type.
         self.make_converter: Callable[[Any], Converter]
-        self._users: dict[str, Connections] = {}
         #: Bytes published since a sender last let the event loop run.
         self.published_bytes = 0
         #: What other processes may call by name: to `ask`, plain or async; to `tell`,
@@ -2206,37 +2168,70 @@ class Registry:
             "count": lambda: len(self.connections),
             "members": self.groups.members,
             "groups": lambda id: self.groups.of(id) if id in self.connections else None,
-            "join": self.groups.join,
-            "leave": self.groups.leave,
+            "join": self._join,
+            "leave": self._leave,
             "complete": self.results.complete_remote,
             "forget call": self.results.forget,
             "linked for": self._linked_for,
         }
 
     def add(self, connection: Connection) -> None:
-        connection_id, user_id = connection.connection_id, connection.user_id
-        self.connections[connection_id] = connection
-        if user_id is not None:
-            if user_id not in self._users:
-                self._users[user_id] = {}
-                self.backplane.subscribe(f"user:{user_id}")
-            self._users[user_id][connection_id] = connection
+        self.connections[connection.connection_id] = connection
+        if connection.user_id is not None:
+            self._enter("user", connection.user_id, connection)
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was added, and its memberships."""
-        connection_id, user_id = connection.connection_id, connection.user_id
+        connection_id = connection.connection_id
         del self.connections[connection_id]
         self.results.forget(connection_id)
-        self.groups.forget(connection_id, self.groups.of(connection_id))
-        if user_id is not None:
-            del self._users[user_id][connection_id]
-            if not self._users[user_id]:
-                del self._users[user_id]
-                self.backplane.unsubscribe(f"user:{user_id}")
+        for name in self.groups_of.pop(connection_id, ()):
+            self._exit("group", name, connection_id)
+        if connection.user_id is not None:
+            self._exit("user", connection.user_id, connection_id)
 
-    def connections_of(self, user_id: str) -> list[str]:
-        """List the connection ids that a user has in this process."""
-        return list(self._users.get(user_id, ()))
+    def find(self, kind: str, name: str) -> Connections:
+        """Return the members of a group, or the connections of a user."""
+        return self.members[kind].get(name, {})
+
+    def _enter(self, kind: str, name: str, connection: Connection) -> None:
+        """Add a connection to a group or a user; subscribe for the first one."""
+        if name not in self.members[kind]:
+            self.members[kind][name] = {}
+            self.backplane.subscribe(f"{kind}:{name}")
+        self.members[kind][name][connection.connection_id] = connection
+
+    def _exit(self, kind: str, name: str, connection_id: str) -> None:
+        """Remove a connection that has entered; unsubscribe after the last one."""
+        del self.members[kind][name][connection_id]
+        if not self.members[kind][name]:
+            del self.members[kind][name]
+            self.backplane.unsubscribe(f"{kind}:{name}")
+
+    async def _join(self, connection_id: str, name: str) -> str | None:
+        """Add a connection to a group. Return "" or what forbids it; None if not here."""
+        connection = self.connections.get(connection_id)
+        if connection is None:
+            return None
+        limit = connection.shared.options.maximum_groups_per_client
+        joined = self.groups_of.setdefault(connection_id, set())
+        if name not in joined:
+            if len(joined) >= _or_infinite(limit):
+                return f"A connection can be in at most {limit} groups."
+            joined.add(name)
+            self._enter("group", name, connection)
+        await self.backplane.subscribed(f"group:{name}")
+        return ""
+
+    def _leave(self, connection_id: str, name: str) -> bool | None:
+        """Remove a connection from a group; return None if it is not here."""
+        joined = self.groups_of.get(connection_id, set())
+        if name in joined:
+            joined.remove(name)
+            self._exit("group", name, connection_id)
+        if not joined:  # even an empty set can be large
+            self.groups_of.pop(connection_id, None)
+        return True if connection_id in self.connections else None
 
     # Messages
 
@@ -2280,10 +2275,8 @@ class Registry:
             tables = [self.connections]
         elif kind == "connection":
             tables = [{n: self.connections[n] for n in names if n in self.connections}]
-        elif kind == "group":
-            tables = [self.groups.find(name) for name in names]
         else:
-            tables = [self._users.get(name, {}) for name in names]
+            tables = [self.find(kind, name) for name in names]
         if len(tables) == 1 and not excluding:
             return list(tables[0].values())
         found = {id: connection for table in tables for id, connection in table.items()}
@@ -3183,7 +3176,7 @@ class Everywhere:
     async def is_online(self, user_id: str) -> bool:
         """Return whether a user has a connection."""
         backplane = self._registry.backplane
-        here = bool(self._registry.connections_of(user_id))
+        here = bool(self._registry.find("user", user_id))
         return here or await backplane.subscribers(f"user:{user_id}") > 0
 
     async def abort(self, connection_id: str) -> bool:
@@ -3952,7 +3945,7 @@ class MappedHub:
 
     def _abort_user(self, user_id: str) -> int:
         """Abort the connections that a user has in this process; count them."""
-        ids = self.registry.connections_of(user_id)
+        ids = list(self.registry.find("user", user_id))
         return sum(self._abort(connection_id) or False for connection_id in ids)
 
     def make_hub(self, context: HubCallerContext) -> Hub:
@@ -7110,7 +7103,7 @@ class KestrunHub(Hub):
         while True:
             numbers = await self.app[_MONITOR].numbers()
             yours = {
-                name: numbers["Groups"].get(name) or len(self.groups.find(name))
+                name: numbers["Groups"].get(name) or len(self.groups.members(name))
                 for name in self.groups.of(self.context.connection_id)
             }
             yield {**numbers, "YourGroups": yours}
@@ -7408,7 +7401,7 @@ class Monitor:
         hub, stats = self._demo.hub, self._demo.hub.stats()
         # The largest 100 of 10,000 groups, because there may be any number.
         names = hub.groups.names()[:10_000]
-        sizes = {name: len(hub.groups.find(name)) for name in names}
+        sizes = {name: len(hub.groups.members(name)) for name in names}
         states = Counter(operation.state for operation in self._demo.operations.list())
         return {
             "Clients": stats["connections"],
