@@ -938,9 +938,8 @@ class JsonProtocol:
 def _check_keys(value: Any) -> None:
     """Raise TypeError for dict keys that JSON does not have."""
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, _SCALARS):
-                raise TypeError("a key of a wrong type")
+        if not all(isinstance(key, _SCALARS) for key in value):
+            raise TypeError("a key of a wrong type")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -1333,7 +1332,7 @@ class ReconnectBuffer:
 
 @dataclass(slots=True)
 class Shared:
-    """What the connections of one mapped hub share: options, flusher, counters."""
+    """Options, flusher and counters that the connections of one hub share."""
 
     options: HubOptions
     flusher: Flusher = field(default_factory=Flusher)
@@ -1957,6 +1956,7 @@ class NoBackplane(Backplane):
     """The backplane of a process that is alone."""
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class GroupManager:
     """The groups of one hub, kept in memory. Their names are case-sensitive.
 
@@ -1964,8 +1964,7 @@ class GroupManager:
     this process only (`hub.everywhere` covers all).
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    _registry: Registry
 
     async def add(self, connection_id: str, name: str) -> None:
         """Add a connection; do nothing if it is gone or a member already.
@@ -2162,8 +2161,8 @@ class Registry:
         self.make_converter: Callable[[Any], Converter]
         #: Bytes published since a sender last let the event loop run.
         self.published_bytes = 0
-        #: What other processes may call by name: to `ask`, plain or async; to `tell`,
-        #: plain. The answer None means that another process may know.
+        #: Functions that other processes call by name: with `ask`, plain or async; with
+        #: `tell`, plain. The answer None means that another process may know.
         self.handlers: dict[str, Callable[..., Any]] = {
             "count": lambda: len(self.connections),
             "members": self.groups.members,
