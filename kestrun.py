@@ -4219,9 +4219,8 @@ class Calls:
         self._variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
-        #: The calls whose tasks wait to begin, in order, and those behind them.
+        #: The calls that wait to begin, in order. The first have their tasks already.
         self._waiting: list[Call] = []
-        self._behind: deque[Call] = deque()
         self._running: set[Call] = set()
         #: Deadline of the iteration in which the last waiting call began.
         self._last_deadline = 0.0
@@ -4249,10 +4248,9 @@ class Calls:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self.connection.inbox.hold(size)
-            if len(self._waiting) < _TASKS_AHEAD:
+            self._waiting.append(call)
+            if len(self._waiting) <= _TASKS_AHEAD:
                 self._create_task(call, NO_RESULT, context)
-            else:
-                self._behind.append(call)
         elif (result := context.run(call.start)) is not NO_RESULT:
             self._take_slot(call)
             self._create_task(call, result, context)
@@ -4261,8 +4259,6 @@ class Calls:
 
     def _create_task(self, call: Call, result: Any, context: Context) -> None:
         """Continue a call in a task: await its method's result, or wait to begin."""
-        if result is NO_RESULT:
-            self._waiting.append(call)
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
         task = loop.create_task(call.run(result), name=name, context=context)
         if not task.done():  # as it may be, with an eager task factory
@@ -4305,7 +4301,7 @@ class Calls:
             connection.send(connection.protocol.encode(completion))
 
     def _all(self) -> Iterator[Call]:
-        return itertools.chain(self._running, self._waiting, self._behind)
+        return itertools.chain(self._running, self._waiting)
 
     def _find(self, id: str | None) -> Call | None:
         return next((c for c in self._all() if c.invocation.invocation_id == id), None)
@@ -4313,8 +4309,7 @@ class Calls:
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
         if (call := self._find(invocation_id)) is not None:
-            if call in self._behind:
-                self._behind.remove(call)
+            if call.task is None:
                 self._create_task(call, NO_RESULT, self._variables.copy())
             call.cancel()
 
@@ -4347,9 +4342,9 @@ class Calls:
             self._take_slot(call)
         finally:
             waiting.remove(call)
-            if self._behind:
-                following, context = self._behind.popleft(), self._variables.copy()
-                self._create_task(following, NO_RESULT, context)
+            for following in waiting[_TASKS_AHEAD - 1 : _TASKS_AHEAD]:
+                if following.task is None:
+                    self._create_task(following, NO_RESULT, self._variables.copy())
             at_head = waiting[0].at_head if waiting else None
             if at_head is not None and not at_head.done():
                 at_head.set_result(None)
@@ -4405,12 +4400,12 @@ class Calls:
 
     def cancel_waiting(self) -> None:
         """Cancel the calls that have not begun; forget those without a task."""
-        for call in self._behind:
-            self.connection.release(call.size)
-            call.close_uploads()
-        self._behind.clear()
         for call in self._waiting:
             call.cancel()
+            if call.task is None:
+                self.connection.release(call.size)
+                call.close_uploads()
+        self._waiting[:] = [call for call in self._waiting if call.task is not None]
 
     async def finish(self, end: End) -> None:
         """Close streams and fail uploads; return once no call waits any more."""
