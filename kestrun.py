@@ -5062,13 +5062,10 @@ class ConnectionManager:
 
     def _forget_closed(self) -> None:
         """Forget closed connections, and tokens that have expired."""
-        for token, connection in list(self._connections.items()):
-            if connection.state == CLOSED:
-                del self._connections[token]
-        for tokens in (self._unused, self._used):
-            for connection_id, expires_at in list(tokens.items()):
-                if expires_at < time.time():
-                    del tokens[connection_id]
+        found, now = self._connections.items(), time.time()
+        self._connections = {token: c for token, c in found if c.state != CLOSED}
+        self._unused = {id: end for id, end in self._unused.items() if end >= now}
+        self._used = {id: end for id, end in self._used.items() if end >= now}
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
