@@ -4832,11 +4832,11 @@ class Tokens:
     """Connection tokens, which every process with the same key can check.
 
     A token is 42 bytes in base64url: 16 random ones, the time until which it may
-    first be used (8 bytes, in milliseconds), flags (2), a signature (16). It is
-    signed for one hub and one user.
+    first be used (8 bytes, in milliseconds), whether it is stateful, whether it is the
+    connection id, too, and a signature (16) for one hub and one user.
     """
 
-    _STATEFUL, _IS_ID = 1, 2
+    _CONTENT = struct.Struct("!16sQ??")
 
     def __init__(self, key: bytes, path: str) -> None:
         self._key = key
@@ -4847,8 +4847,8 @@ class Tokens:
     ) -> str:
         """Make a token. lifetime: seconds until its first use."""
         end = int((time.time() + lifetime) * 1000)
-        flags = stateful * self._STATEFUL | (version == 0) * self._IS_ID
-        content = secrets.token_bytes(16) + struct.pack("!QH", end, flags)
+        values = secrets.token_bytes(16), end, stateful, version == 0
+        content = self._CONTENT.pack(*values)
         token = content + self._sign(content, user_id)
         return base64.urlsafe_b64encode(token).decode()
 
@@ -4863,11 +4863,11 @@ class Tokens:
         genuine = secrets.compare_digest(signature, self._sign(content, user_id))
         if not (canonical and genuine):
             return None
-        end, flags = struct.unpack_from("!QH", content, 16)
+        _, end, stateful, is_id = self._CONTENT.unpack(content)
         # In version 0 of negotiate there is one name for both purposes.
         hashed = base64.urlsafe_b64encode(_sign(self._key, b"id", content)).decode()
-        connection_id = token if flags & self._IS_ID else hashed[:_ID_LENGTH]
-        return Ticket(connection_id, bool(flags & self._STATEFUL), end / 1000)
+        connection_id = token if is_id else hashed[:_ID_LENGTH]
+        return Ticket(connection_id, stateful, end / 1000)
 
     def _sign(self, content: bytes, user_id: str | None) -> bytes:
         user = b"" if user_id is None else b"=" + user_id.encode(errors="surrogatepass")
