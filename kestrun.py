@@ -3710,8 +3710,7 @@ def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
 
 def _to_items(kind: type, convert: Converter, value: Any) -> Any:
     """Read a list, or another collection, which arrives as a list."""
-    items = [convert(item) for item in _to_type(list, {}, value)]
-    return items if kind is list else kind(items)
+    return kind([convert(item) for item in _to_type(list, {}, value)])
 
 
 def _to_tuple(converters: list[Converter], value: Any) -> tuple[Any, ...]:
