@@ -3400,8 +3400,9 @@ class HubMethod:
     def bind(self, values: list[Any]) -> list[Any]:
         """Check and convert the arguments of one call.
 
-        Returns them without the upload streams, which the caller inserts at their
-        positions. Raises BindingError; the log then names the parameter.
+        Returns them, and the defaults of those left out, without the upload streams,
+        which the caller inserts at their positions. Raises BindingError; the log then
+        names the parameter.
         """
         method, count, most = self.qualified_name, len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
@@ -3425,9 +3426,7 @@ class HubMethod:
                 "values match the types of the hub method being invoked. "
                 f"({name}: {text})"
             ) from error
-        if self.uploads:  # their positions count the parameters left out, too
-            bound += self._defaults[count:]
-        return bound
+        return bound + self._defaults[count:]
 
 
 def _definitions(hub_class: type[Hub], name: str) -> list[Callable[..., Any]]:
