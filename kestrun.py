@@ -4527,9 +4527,8 @@ class HubConnection:
         self._context = HubCallerContext(connection, request, self.abort)
         self._keep_alive = KeepAlive(connection)
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
-        self._rate = mapped.options.invocations_per_second
         #: Messages that may be sent now, and when they were counted.
-        self._credit = max(1.0, 2 * (self._rate or 0.0))
+        self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
         self._counted_at = time.monotonic()
         self._calls: Calls
         self._begun = time.monotonic()
@@ -4596,7 +4595,8 @@ class HubConnection:
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
         shared, deadline = mapped.shared, mapped.shared.flusher.deadline()
-        rate, paused, inbox.unfinished = self._rate, inbox.unfinished, False
+        rate = mapped.options.invocations_per_second
+        paused, inbox.unfinished = inbox.unfinished, False
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 shared.messages_in += 1
