@@ -3885,7 +3885,7 @@ class OperationCanceledException(Exception):
     """Something timed out or was cancelled; clients see this name, which is .NET's."""
 
 
-class Unauthorized(Exception):
+class Unauthorized(HubException):
     """A check of `authorize` refused a call."""
 
 
@@ -4029,7 +4029,7 @@ class UploadStream:
 def _log_failure(name: str, connection: Connection, error: BaseException) -> None:
     """Log an exception of user code; with its traceback unless it was expected."""
     gone = isinstance(error, ConnectionError) and connection.ended.done()
-    if isinstance(error, (HubException, Unauthorized)) or gone:
+    if isinstance(error, HubException) or gone:
         text = _one_line(_text_of(error), 200)
         log.info("%s ended for connection %s: %s", name, connection, text)
     else:
