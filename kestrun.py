@@ -5075,10 +5075,9 @@ class ConnectionManager:
         seconds = min(_CALLS_TIMEOUT, _or_infinite(self._mapped.options.close_timeout))
         await _end_tasks(self._mapped.tasks, (seconds, min(seconds, 0.5)))
         while (passed := time.monotonic() - begun) < _SHUTDOWN_TIMEOUT:
-            opened = [c for c in self._connections.values() if c.state != CLOSED]
-            if not (opened or self._running):
+            if not (self._open_connections or self._running):
                 break
-            for connection in opened:
+            for connection in self._connections.values():
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
                     connection.lost(End())  # no poll fetched its Close
             await asyncio.sleep(0.02)
