@@ -3869,7 +3869,6 @@ _TASKS_AHEAD = 32
 _KINDS = ("non-streaming", "streaming")
 _WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invocation."
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
-_NOT_A_STREAM = "is not a ChannelReader<> or IAsyncEnumerable<>."
 
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
@@ -4114,8 +4113,9 @@ class Call:
             if hasattr(result, "__await__"):
                 result = await result
             if self.method.streaming and not hasattr(result, "__aiter__"):
-                text = "The value returned by the streaming method "
-                text += f"'{self.invocation.target}' {_NOT_A_STREAM}"
+                target = self.invocation.target
+                text = f"The value returned by the streaming method '{target}' is not "
+                text += "a ChannelReader<> or IAsyncEnumerable<>."
                 self._calls.reply(self.invocation, NO_RESULT, text)
                 return
             if self.method.streaming:
