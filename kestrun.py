@@ -5102,7 +5102,6 @@ class Endpoint:
         self._options = options = mapped.options
         key = mapped.backplane.key if mapped.backplane else secrets.token_bytes(32)
         self.manager = ConnectionManager(mapped, Tokens(key, path))
-        self.context = mapped.make_context()
         self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
@@ -5319,7 +5318,7 @@ def map_hub(
         app.cleanup_ctx.append(backplane.context)
     app[_MANAGERS].append(endpoint.manager)
     app.on_startup.append(endpoint.manager.start)
-    return endpoint.context
+    return mapped.make_context()
 
 
 # ------------------------------------------------------------------- client
