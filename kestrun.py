@@ -4723,15 +4723,9 @@ _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 #: POSTs of one client that may wait for each other. Clients send one at a time.
 _MAX_POSTS = 64
 
-#: The methods of a hub's URL.
-_METHODS = ("GET", "POST", "DELETE")
-
-#: Seconds at shutdown for running calls.
-_CALLS_TIMEOUT = 2.0
-#: Seconds at shutdown for clients to fetch their Close by a poll.
-_LAST_POLL_TIMEOUT = 0.3
-#: Seconds at shutdown for everything together.
-_SHUTDOWN_TIMEOUT = 3.0
+#: Seconds at shutdown: for running calls, for clients to fetch their Close by a poll,
+#: and for everything together.
+_CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
 
 #: Seconds, in Retry-After, when the server is full.
 _RETRY_AFTER = 5
@@ -5116,8 +5110,8 @@ class Endpoint:
     async def handle(self, request: Request) -> StreamResponse:
         """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
         user_id = await self._check_request(request)
-        if request.method not in _METHODS:
-            raise web.HTTPMethodNotAllowed(request.method, _METHODS, text="")
+        if request.method not in (methods := ("GET", "POST", "DELETE")):
+            raise web.HTTPMethodNotAllowed(request.method, methods, text="")
         try:
             transport = self._transport_of(request) if request.method == "GET" else ""
             connection = await self.manager.find(request, user_id, transport)
