@@ -3561,13 +3561,10 @@ class Converters:
         )
 
     def _for_class(self, kind: Any, exact: bool) -> Converter | None:
-        if kind in _WRITTEN_AS:
-            accepted = _WRITTEN_AS[kind]
+        if (accepted := {**_ACCEPTED, **_WRITTEN_AS}.get(kind)) is not None:
             if exact:
-                accepted = {str: accepted[str]}
+                accepted = {str: accepted[str]} if kind in _WRITTEN_AS else {}
             return functools.partial(_to_type, kind, accepted)
-        if kind in _ACCEPTED:
-            return functools.partial(_to_type, kind, {} if exact else _ACCEPTED[kind])
         if issubclass(kind, Enum):
             return functools.partial(_to_enum, kind, exact)
         if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
