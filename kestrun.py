@@ -3897,9 +3897,8 @@ class MappedHub:
         self.options = options
         converters = Converters(options)
         self.methods = _collect_methods(hub_class, converters)
-        self.protocols = _load_protocols(options)
         self.shared = Shared(options)
-        self.registry = Registry(self.protocols)
+        self.registry = Registry(_load_protocols(options))
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
         self.registry.make_converter = converters.make
         self.backplane = backplane
@@ -4489,7 +4488,7 @@ async def _read_first_record(connection: Connection) -> bytearray:
 def _choose_protocol(
     mapped: MappedHub, connection: Connection, name: str, version: int
 ) -> HubProtocol:
-    protocol = mapped.protocols.get(name.lower())
+    protocol = mapped.registry.protocols.get(name.lower())
     if protocol is None:
         if name.lower() == "messagepack":
             log.warning("a client asks for MessagePack: pip install msgpack")
