@@ -4920,16 +4920,13 @@ class ConnectionManager:
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
 
-    def create(
-        self, user_id: str | None, token: str = "", connection_id: str = ""
-    ) -> Connection:
-        """Make a connection; without negotiation it gets a new token and id."""
+    def create(self, user_id: str | None, token: str, id: str) -> Connection:
+        """Make a connection with this token and this connection id."""
         self._check_room()
-        token, connection_id = token or _new_id(), connection_id or _new_id()
-        connection = Connection(self._mapped.shared, connection_id, user_id)
+        connection = Connection(self._mapped.shared, id, user_id)
         self._connections[token] = connection
         self._open_connections += 1
-        self._mapped.registry.backplane.subscribe(f"connection:{connection_id}")
+        self._mapped.registry.backplane.subscribe(f"connection:{id}")
         return connection
 
     def _release(self, connection: Connection) -> None:
@@ -4949,7 +4946,7 @@ class ConnectionManager:
         token = _query(request).get("id")
         if not token:
             if transport == WEBSOCKETS:
-                return self.create(user_id)
+                return self.create(user_id, _new_id(), _new_id())
             raise web.HTTPBadRequest(text="Connection ID required")
         connection = self._connections.get(token)
         if connection is None:
