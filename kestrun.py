@@ -5027,8 +5027,12 @@ class ConnectionManager:
             self._check_all(time.monotonic())
 
     def _check_all(self, now: float) -> None:
+        """Forget closed connections and expired tokens; apply all other timeouts."""
         # Separate from the loop, whose local variables would keep connections alive.
-        self._forget_closed()
+        found, clock = self._connections.items(), time.time()
+        self._connections = {token: c for token, c in found if c.state != CLOSED}
+        self._unused = {id: end for id, end in self._unused.items() if end >= clock}
+        self._used = {id: end for id, end in self._used.items() if end >= clock}
         for connection in list(self._connections.values()):
             try:
                 _apply_timeouts(connection, now)
@@ -5037,13 +5041,6 @@ class ConnectionManager:
                 connection.drop("transport error")
         for hub_connection in list(self._running.values()):
             hub_connection.check_timeouts(now)
-
-    def _forget_closed(self) -> None:
-        """Forget closed connections, and tokens that have expired."""
-        found, now = self._connections.items(), time.time()
-        self._connections = {token: c for token, c in found if c.state != CLOSED}
-        self._unused = {id: end for id, end in self._unused.items() if end >= now}
-        self._used = {id: end for id, end in self._used.items() if end >= now}
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
