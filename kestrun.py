@@ -4209,8 +4209,6 @@ class Calls:
         #: The calls that wait to begin, in order. The first have their tasks already.
         self._waiting: list[Call] = []
         self._running: set[Call] = set()
-        #: Deadline of the iteration in which the last waiting call began.
-        self._last_deadline = 0.0
         #: Running calls that wait to get their slot back. New calls wait for them.
         self._resuming = 0
         #: The upload streams that are open, by stream id.
@@ -4312,15 +4310,13 @@ class Calls:
 
     async def wait_to_begin(self, call: Call) -> None:
         """Wait until earlier calls have begun and there is a slot, time and room."""
-        waiting, flusher = self._waiting, self.mapped.shared.flusher
+        waiting = self._waiting
         try:
             if waiting[0] is not call:
                 call.at_head = _new_future()
                 await call.at_head
-            # However late it is, one call may begin in each iteration.
-            while self._last_deadline == flusher.deadline() < time.perf_counter():
+            if time.perf_counter() > self.mapped.shared.flusher.deadline():
                 await asyncio.sleep(0)  # let others run
-            self._last_deadline = flusher.deadline()
             while not self._may_begin(call):
                 if self.connection.inbox.full and len(self._running) >= _MAX_RUNNING:
                     # Calls that run may wait for answers that cannot be read.
