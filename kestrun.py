@@ -5086,18 +5086,14 @@ class Endpoint:
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
-        user_id = await self._check_request(request)
-        if request.method != "POST":
-            raise web.HTTPMethodNotAllowed(request.method, ["POST"], text="")
+        user_id = await self._check_request(request, "POST")
         _check_encoding(request)
         answer = self._negotiate(_query(request), user_id)
         return web.json_response(answer, dumps=_dumps)
 
     async def handle(self, request: Request) -> StreamResponse:
         """Answer GET, POST and DELETE {hub}. (TransportProtocols.md)"""
-        user_id = await self._check_request(request)
-        if request.method not in (methods := ("GET", "POST", "DELETE")):
-            raise web.HTTPMethodNotAllowed(request.method, methods, text="")
+        user_id = await self._check_request(request, "GET", "POST", "DELETE")
         try:
             transport = self._transport_of(request) if request.method == "GET" else ""
             connection = await self.manager.find(request, user_id, transport)
@@ -5112,14 +5108,16 @@ class Endpoint:
                 error.headers.update(_NO_CACHE)
             raise
 
-    async def _check_request(self, request: Request) -> str | None:
-        """Check the origin and return the user id; answer a CORS preflight.
+    async def _check_request(self, request: Request, *methods: str) -> str | None:
+        """Check origin and method, and return the user id; answer a CORS preflight.
 
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
         _check_site(request, self._origins)
         if request.method == "OPTIONS" and _CORS_ORIGIN in request:
             raise web.HTTPNoContent
+        if request.method not in methods:
+            raise web.HTTPMethodNotAllowed(request.method, methods, text="")
         if (authenticate := self._options.authenticate) is None:
             return None
         try:
