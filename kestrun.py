@@ -3355,13 +3355,13 @@ class HubMethod:
         self._rest: list[tuple[str, Converter]] = []  # of *arguments
         self._defaults: list[Any] = []
         self._required = 0
-        #: What clients pass: each parameter and its evaluated annotation.
-        self.signature: list[tuple[inspect.Parameter, Any]] = []
+        #: What clients pass, with evaluated annotations.
+        self.signature: list[inspect.Parameter] = []
         parameters = list(inspect.signature(function).parameters.values())
         for parameter in parameters[1:] if takes_hub else parameters:
             annotation = _annotation(function, parameter.name)
             try:
-                self._add(parameter, annotation, converters)
+                self._add(parameter.replace(annotation=annotation), converters)
             except (TypeError, NameError, AttributeError) as error:
                 shown = f"{parameter.name!r} ({_type_text(annotation)})"
                 raise TypeError(f"{where}: parameter {shown}: {error}") from None
@@ -3374,16 +3374,15 @@ class HubMethod:
         #: Whether a running call counts against the client's parallel calls.
         self.needs_slot = not (self.streaming or self.uploads)
 
-    def _add(
-        self, parameter: inspect.Parameter, annotation: Any, converters: Converters
-    ) -> None:
+    def _add(self, parameter: inspect.Parameter, converters: Converters) -> None:
         """Add a parameter. Raises TypeError if clients cannot pass it."""
         required = parameter.default is parameter.empty
         if parameter.kind is parameter.KEYWORD_ONLY and required:
             raise TypeError("clients pass arguments by position; give it a default")
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             return
-        self.signature.append((parameter, annotation))
+        self.signature.append(parameter)
+        annotation = parameter.annotation
         streams = _is_stream(annotation)
         if streams:
             (annotation,) = typing.get_args(annotation)[:1] or (Any,)
@@ -3811,11 +3810,11 @@ def _describe_method(method: HubMethod) -> dict[str, Any]:
     parameters = [
         {
             "name": parameter.name,
-            "type": _type_text(annotation),
+            "type": _type_text(parameter.annotation),
             "optional": parameter.default is not parameter.empty,
             "repeated": parameter.kind is parameter.VAR_POSITIONAL,
         }
-        for parameter, annotation in method.signature
+        for parameter in method.signature
     ]
     return {
         "name": method.name,
