@@ -4513,9 +4513,8 @@ class HubConnection:
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
-        self._counted_at = time.monotonic()
+        self._begun = self._counted_at = time.monotonic()
         self._calls: Calls
-        self._begun = time.monotonic()
 
     async def run(self) -> None:
         """Serve a client from its handshake to its end."""
