@@ -4745,7 +4745,7 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
     origin = request.headers.get("Origin")
     if origin is None:
         return
-    if origin.lower() in allowed:
+    if origin.lower() in map(str.lower, allowed):
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
         sides = _one_line(f"Origin: {origin}, Host: {request.host}", 500)
@@ -5077,10 +5077,9 @@ class Endpoint:
     """The routes of one hub."""
 
     def __init__(self, mapped: MappedHub, path: str) -> None:
-        self._options = options = mapped.options
+        self._options = mapped.options
         key = mapped.backplane.key if mapped.backplane else secrets.token_bytes(32)
         self.manager = ConnectionManager(mapped, Tokens(key, path))
-        self._origins = frozenset(origin.lower() for origin in options.allowed_origins)
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
@@ -5111,7 +5110,7 @@ class Endpoint:
 
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
-        _check_site(request, self._origins)
+        _check_site(request, self._options.allowed_origins)
         if request.method == "OPTIONS" and _CORS_ORIGIN in request:
             raise web.HTTPNoContent
         if request.method not in methods:
@@ -7118,7 +7117,7 @@ class Demo:
             raise ValueError("allowed_hosts: names such as 'example.com'")
         self.started = time.monotonic()
         self.token = (token or "").encode(errors="surrogateescape")
-        self.origins = frozenset(origin.lower() for origin in origins)
+        self.origins = origins
         self.hosts = None if hosts is None else {_host_name(host) for host in hosts}
         self.hub: HubContext
         self.operations: Operations
