@@ -4794,15 +4794,6 @@ async def _add_cors(request: Request, response: StreamResponse) -> None:
         headers["Access-Control-Allow-Headers"] = asked or "x-requested-with"
 
 
-class Ticket(NamedTuple):
-    """The content of a connection token."""
-
-    connection_id: str
-    stateful: bool
-    #: Until when it may first be used, in seconds since 1970.
-    expires_at: float
-
-
 class Tokens:
     """Connection tokens, which every process with the same key can check.
 
@@ -4827,8 +4818,12 @@ class Tokens:
         token = content + self._sign(content, user_id)
         return base64.urlsafe_b64encode(token).decode()
 
-    def read(self, token: str, user_id: str | None) -> Ticket | None:
-        """Return the content of a token; None if it is not of this hub and user."""
+    def read(self, token: str, user_id: str | None) -> tuple[str, bool, float] | None:
+        """Return a token's connection id, whether it is stateful, and its end.
+
+        The end is the time until which it may first be used, in seconds since 1970.
+        Returns None if the token is not of this hub and user.
+        """
         try:
             data = base64.urlsafe_b64decode(token)
         except ValueError:
@@ -4842,7 +4837,7 @@ class Tokens:
         # In version 0 of negotiate there is one name for both purposes.
         hashed = base64.urlsafe_b64encode(_sign(self._key, b"id", content)).decode()
         connection_id = token if is_id else hashed[:_ID_LENGTH]
-        return Ticket(connection_id, stateful, end / 1000)
+        return connection_id, stateful, end / 1000
 
     def _sign(self, content: bytes, user_id: str | None) -> bytes:
         user = b"" if user_id is None else b"=" + user_id.encode(errors="surrogatepass")
@@ -4895,10 +4890,11 @@ class ConnectionManager:
         timeout = _or_infinite(self._mapped.options.disconnect_timeout)
         lifetime = min(timeout, _LONGEST_LIFETIME)
         token = self._tokens.create(user_id, lifetime, version, stateful)
-        ticket = self._tokens.read(token, user_id)
-        assert ticket is not None
-        self._unused[ticket.connection_id] = ticket.expires_at
-        return token, ticket.connection_id
+        content = self._tokens.read(token, user_id)
+        assert content is not None
+        connection_id, _, expires_at = content
+        self._unused[connection_id] = expires_at
+        return token, connection_id
 
     def _mark_used(self, connection_id: str, expires_at: float) -> None:
         self._unused.pop(connection_id, None)
@@ -4962,13 +4958,13 @@ class ConnectionManager:
 
     async def _open(self, token: str, user_id: str | None) -> Connection | None:
         """Create a token's connection; None if it is invalid, expired or used."""
-        ticket = self._tokens.read(token, user_id)
-        if ticket is None or ticket.expires_at < time.time():
+        if (content := self._tokens.read(token, user_id)) is None:
             return None
-        if ticket.connection_id in self._used:
+        connection_id, stateful, expires_at = content
+        if expires_at < time.time() or connection_id in self._used:
             return None
         backplane = self._mapped.registry.backplane
-        channel = f"connection:{ticket.connection_id}"
+        channel = f"connection:{connection_id}"
         backplane.subscribe(channel)
         elsewhere = False
         try:
@@ -4977,16 +4973,16 @@ class ConnectionManager:
                     elsewhere = await backplane.subscribers(channel) > 1
             if (connection := self._connections.get(token)) is not None:
                 return connection  # another request has made it meanwhile
-            if elsewhere or ticket.connection_id in self._used:
+            if elsewhere or connection_id in self._used:
                 return None
             # If there is no room now, the token can be used later.
-            connection = self.create(user_id, token, ticket.connection_id)
+            connection = self.create(user_id, token, connection_id)
         finally:
             if token not in self._connections:
                 backplane.unsubscribe(channel)
-        self._mark_used(ticket.connection_id, ticket.expires_at)
-        backplane.tell("all", "token used", ticket.connection_id, ticket.expires_at)
-        if ticket.stateful:
+        self._mark_used(connection_id, expires_at)
+        backplane.tell("all", "token used", connection_id, expires_at)
+        if stateful:
             connection.reconnect = ReconnectBuffer()
         return connection
 
