@@ -5325,7 +5325,10 @@ class HubClient:
             while (record := self._inbox.read_until(RECORD_SEPARATOR)) is None:
                 await self._read()
         try:
-            error = _json_object(record).get("error")
+            response = _json_object(record)
+            error = response.get("error")
+            if "protocol" in response:
+                error = "This is no hub: it sends back what it gets."
         except ProtocolError as problem:
             error = f"This is no hub: {problem}"
         if error is not None:

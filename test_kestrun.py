@@ -9605,7 +9605,8 @@ async def test_the_program_probes_a_hub(demo, closed_port) -> None:
 MET = [
     (b'{"error":"no room"}' + RS, "cannot be used: no room"),
     (b"hello" + RS, "cannot be used: This is no hub"), (None, "was closed"),
-    (b"{}" + RS, "was closed"), (400, "400: this is not a hub, or a proxy does not"),
+    (b"{}" + RS, "was closed"),
+    (b'{"protocol":"json","version":1}' + RS, "it sends back what it gets"), (400, "400: this is not a hub, or a proxy does not"),
     (421, "421: .*--allow-host"), (503, "503: the server is full"),
 ]  # fmt: skip
 
