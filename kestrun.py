@@ -3707,8 +3707,10 @@ def _to_items(kind: type, convert: Converter, value: Any) -> Any:
 
 
 def _to_tuple(converters: list[Converter], value: Any) -> tuple[Any, ...]:
-    pairs = zip(converters, _to_type(list, {}, value), strict=True)
-    return tuple(convert(item) for convert, item in pairs)
+    items = _to_type(list, {}, value)
+    if len(items) != len(converters):
+        raise ValueError(f"a list of {len(converters)} expected, got {len(items)}")
+    return tuple(convert(item) for convert, item in zip(converters, items, strict=True))
 
 
 def _to_literal(literals: list[tuple[Any, Converter]], value: Any) -> Any:

@@ -2533,6 +2533,7 @@ RETURNED = [
     (list[int] | None, ["q"], r"expected, got list \(int expected, got str\)$"),
     (dict[str, int] | None, {"x": "q"}, r"got dict \(int expected, got str\)$"),
     (datetime.timedelta, "P9999999999D", "result of 'GetName'"),
+    (tuple[int, str], [1], "a list of 2 expected, got 1"),
     (datetime.date, "soon", "Invalid isoformat"), (Literal["a"], "b", "one of"),
 ]  # fmt: skip
 
