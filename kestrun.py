@@ -6977,7 +6977,7 @@ def _payload(message: str, **fields: Any) -> dict[str, Any]:
 def _check_name(text: str) -> str:
     """Return a name that can be shown and logged. Raises HubException for another."""
     if not re.fullmatch(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff]{1,256}", text):
-        raise HubException("A name must have 1 to 256 characters, no control ones.")
+        raise HubException("A name has 1 to 256 characters and no control characters.")
     return text
 
 
@@ -7728,6 +7728,8 @@ async def _probe(url: str, token: str | None) -> None:
         text = f"{shown} cannot be used: {str(error) or 'no answer in 10 s'}"
         if isinstance(error, (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)):
             text = f"{shown!r} is no URL such as http://127.0.0.1:5000/hubs/kestrun"
+        elif isinstance(error, aiohttp.ClientSSLError):
+            text = f"{shown} cannot be used over TLS: {error}"
         elif isinstance(error, aiohttp.ClientConnectorError):
             text = f"{shown} cannot be reached: is the server running there?"
         elif isinstance(error, aiohttp.WSServerHandshakeError):

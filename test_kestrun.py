@@ -9596,6 +9596,7 @@ async def test_the_program_probes_a_hub(demo, closed_port) -> None:
         "http://nowhere.invalid/hub": "cannot be reached: is the server running there",
         f"{server.origin}/": "answers 200: this is a page, not a hub",
         f"{server.origin}/nowhere": "answers 404: there is no hub at this path",
+        url.replace("http:", "https:"): "cannot be used over TLS: .*SSL",
         f"http://127.0.0.1:{closed_port}/hub": "cannot be reached: is the server",
         **dict.fromkeys(["''", "localhost", "127.0.0.1:5000/hub", "ftp://x/hub"],
                         "is no URL such as http://"),
