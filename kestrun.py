@@ -6428,7 +6428,7 @@ PAGE = r"""<!doctype html>
     #fold, #newest { display: none; }
     main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
       align-content: stretch; }
-    .controls { overflow-y: auto; grid-auto-rows: max-content; }
+    .controls { overflow-y: auto; grid-auto-rows: max-content; border-radius: .75rem; }
   }
 </style>
 </head>
