@@ -6424,7 +6424,7 @@ PAGE = r"""<!doctype html>
     #log-panel:not(.folded) h2 { position: absolute; clip-path: inset(50%); }
   }
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
-    body { height: 100dvh; padding: 1.25rem 2rem 2rem; }
+    body { height: max(100dvh, 40rem); padding: 1.25rem 2rem 2rem; }
     #fold, #newest { display: none; }
     main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
       align-content: stretch; }
