@@ -955,6 +955,8 @@ class MessagePackProtocol:
     name: ClassVar[str] = "messagepack"
     binary: ClassVar[bool] = True
 
+    #: The types that the package writes by itself.
+    _PACKED: ClassVar = (*_SCALARS, bytes, bytearray, memoryview, dict, list, tuple)
     #: The elements of each message's array, by its type.
     _ELEMENTS: ClassVar[dict[int, tuple[str, ...]]] = {
         1: ("type", "headers", "invocationId", "target", "arguments", "streamIds"),
@@ -985,10 +987,11 @@ class MessagePackProtocol:
         def convert(value: Any) -> Any:
             # msgpack passes only naive times here: they are taken as UTC.
             if isinstance(value, datetime):
-                return value.replace(tzinfo=UTC)
+                return value if value.tzinfo else value.replace(tzinfo=UTC)
             plain = to_plain(value)
             _check_keys(plain)
-            return plain
+            # msgpack converts a value only once; an enum may stand for a date.
+            return plain if isinstance(plain, self._PACKED) else convert(plain)
 
         array = self._to_array(message)
         _check_keys(array)

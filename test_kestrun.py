@@ -3037,6 +3037,19 @@ async def test_an_encoder_that_fails_fails_its_sender(
     assert await client.invoke("Add", 1, 2) == 3
 
 
+class Day(enum.Enum):
+    FIRST, PRICE = datetime.date(2026, 5, 4), Decimal("1.50")
+
+
+@both_protocols
+async def test_what_a_conversion_returns_is_converted(serve, protocol) -> None:
+    server = await serve(Plain, encoder=lambda value: Day.FIRST)
+    client = await server.connect(("WebSockets", protocol))
+    await server.hub.clients.all.send("Note", Day.PRICE, [Foo()], {"a": Day.FIRST})
+    note = ["1.50", ["2026-05-04"], {"a": "2026-05-04"}]
+    assert await client.received("Note") == note
+
+
 @pytest.mark.parametrize("result", [5, "int", False])
 def test_a_converter_makes_functions(result: Any) -> None:
     reason = f"converter returned {result!r}, not a function"
