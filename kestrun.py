@@ -3836,7 +3836,8 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return {"values": {name: m.value for name, m in kind.__members__.items()}}
+        write = _json_writer(Writer(options, "json").to_plain)
+        return {"values": json.loads(write({**kind.__members__}))}
     if not (typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)):
         return {}
     hints = typing.get_type_hints(kind)

@@ -4245,6 +4245,14 @@ def test_a_hub_is_described_for_front_ends() -> None:
             kestrun.describe(wrong)
 
 
+def test_an_enum_is_described_as_it_is_sent() -> None:
+    def take(self, day): ...
+
+    take.__annotations__ = {"day": Day}
+    described = kestrun.describe(no_hub(take=take))["types"]["Day"]
+    assert described == {"values": {"FIRST": "2026-05-04", "PRICE": "1.50"}}
+
+
 def test_two_types_of_the_same_name_cannot_be_described() -> None:
     def take(self, one, two): ...
 
