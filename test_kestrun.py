@@ -455,6 +455,13 @@ class Answer:
         return json.loads(self.body)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen() -> None:
+    """Let collections of garbage pass over the many objects of pytest."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest_asyncio.fixture
 async def serve() -> AsyncIterator[Callable[..., Awaitable[Server]]]:
     """Start servers that stop with the test: `await serve(SomeHub, option=…)`."""
