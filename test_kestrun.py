@@ -9534,7 +9534,8 @@ def closed_port() -> Iterator[int]:
 
 #: Runs the program with each list of arguments, and prints its exit status.
 EACH = """
-import json, os, sys, kestrun
+import gc, json, os, sys, kestrun
+gc.freeze()  # else each child would spend most of its time on freeing it all
 for arguments in json.loads(sys.argv[1]):
     if (child := os.fork()) == 0:
         sys.exit(kestrun.main(arguments))
