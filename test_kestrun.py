@@ -990,7 +990,7 @@ async def test_an_endless_message_is_refused_at_the_limit(serve, wire, prefix) -
 async def test_many_small_messages_may_exceed_the_limit_together(serve, wire) -> None:
     client = await (await serve(Plain)).connect(wire)
     calls = [call("Add", i, i, invocationId=str(i)) for i in range(50)]
-    await client.send(*[{"type": 6}] * 40000, *calls)
+    await client.send(*[{"type": 6}] * 20_000, *calls)
     assert [await client.finish(str(i)) for i in range(50)] == list(range(0, 100, 2))
 
 
@@ -6466,12 +6466,12 @@ async def test_messages_of_unknown_types_let_others_run(serve) -> None:
 
 async def test_one_frame_of_many_calls_does_not_fill_the_memory(serve) -> None:
     hub, client = await gated(serve)
-    await client.send(call("Wait", 0), *[call("Note", 1)] * 20_000)
+    await client.send(call("Wait", 0), *[call("Note", 1)] * 10_000)
     await until(lambda: hub.log)
     await silence()
     assert client.server.hub.stats()["messages_in"] < 5_000
     hub.gates[0].set()
-    await until(lambda: len(hub.log) == 20_002)
+    await until(lambda: len(hub.log) == 10_002)
 
 
 # ------------------------------------------------- shutdown with live clients
