@@ -713,11 +713,12 @@ _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
 }
 #: The type of each message; 1 for an Invocation, though one that streams has 4.
 _TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
-#: The fields of each message: name, spelling on the wire, default.
+#: The fields of each message, its id first: name, spelling on the wire, default.
 _FIELDS = {
-    message: [
-        (f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)
-    ]
+    message: sorted(
+        [(f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)],
+        key=lambda item: item[0] != "invocation_id",
+    )
     for message in _TYPES
 }
 

@@ -2408,6 +2408,16 @@ async def answer(client: Client, question: dict, **outcome: Any) -> None:
     await client.send({"type": 3, "invocationId": id, **outcome})
 
 
+async def test_the_members_of_a_question_have_the_references_order(serve) -> None:
+    server = await serve(Plain)
+    client = await server.connect()
+    asking = asyncio.create_task(server.hub.clients.client(client.id).invoke("Q", 1))
+    question = await client.next(1)
+    assert [*question] == ["type", "invocationId", "target", "arguments"]
+    await answer(client, question, result=2)
+    assert await soon(asking) == 2
+
+
 @everywhere
 async def test_questions_from_outside_have_their_own_answers(serve, wire) -> None:
     server = await serve(Plain)
