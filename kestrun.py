@@ -2138,15 +2138,17 @@ class PendingResults:
         except (TypeError, ValueError) as error:
             data = protocol.encode(Completion(id, NO_RESULT, str(error)))
         channel = f"process:{id.partition('s')[0]}"
-        packed = name, protocol.name, base64.b64encode(data).decode()
+        packed = name, id, protocol.name, base64.b64encode(data).decode()
         self._registry.backplane.tell(channel, "complete", *packed)
 
-    def complete_remote(self, name: str, protocol_name: str, text: str) -> None:
+    def complete_remote(self, name: str, id: str, protocol: str, text: str) -> None:
         """Take a result that another process passes on, in its client's protocol."""
-        protocol = self._registry.protocols[protocol_name]
-        completion = decode_one(protocol, base64.b64decode(text))
+        completion: Message = Completion(id, error=f"No package for {protocol}.")
+        if protocol in self._registry.protocols:
+            data = base64.b64decode(text)
+            completion = decode_one(self._registry.protocols[protocol], data)
         assert isinstance(completion, Completion)
-        self.complete(name, protocol, completion)
+        self.complete(name, JSON, completion)
 
 
 class Registry:

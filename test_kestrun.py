@@ -11691,6 +11691,18 @@ async def test_calls_that_wait_and_lies_cost_redis_little(cluster, redis) -> Non
     assert await published() - before < 300
 
 
+async def test_a_result_that_its_caller_cannot_read_is_an_error(cluster, monkeypatch):
+    (two,) = await cluster(1)
+    monkeypatch.setitem(sys.modules, "msgpack", None)  # not installed there
+    (one,) = await cluster(1)
+    client = await two.connect(("WebSockets", "messagepack"))
+    asking = asyncio.create_task(one.hub.clients.client(client.id).invoke("GetName"))
+    await answer(client, await client.next(1), result="me")
+    with pytest.raises(kestrun.HubException, match="No package for messagepack"):
+        await soon(asking)
+    assert await client.invoke("Add", 1, 2) == 3
+
+
 async def test_a_result_that_cannot_be_passed_on_is_an_error(cluster) -> None:
     one, two = await cluster(2)
     client = await two.connect()
