@@ -3581,10 +3581,14 @@ class Converters:
         known, key = self._recursive, (kind, exact)
         if key not in known:
             known[key] = lambda value: known[key](value)
-            if hasattr(kind, "__value__"):
-                known[key] = self.make(kind.__value__, exact)
-            else:
-                known[key] = self._for_object(kind, exact)
+            try:
+                if hasattr(kind, "__value__"):
+                    known[key] = self.make(kind.__value__, exact)
+                else:
+                    known[key] = self._for_object(kind, exact)
+            except Exception:
+                del known[key]  # or it would call itself when asked for again
+                raise
         return known[key]
 
     def _for_object(self, kind: Any, exact: bool) -> Converter:

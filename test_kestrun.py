@@ -2555,6 +2555,11 @@ RETURNED = [
 ]  # fmt: skip
 
 
+@dataclasses.dataclass
+class Unusable:
+    number: complex
+
+
 @both_protocols
 async def test_a_client_result_is_converted_to_its_type(serve, protocol) -> None:
     server = await serve(Plain)
@@ -2573,8 +2578,9 @@ async def test_a_client_result_is_converted_to_its_type(serve, protocol) -> None
         else:
             found = await soon(asking)
             assert (found, type(found)) == (expected, type(expected))
-    with pytest.raises(TypeError, match="the annotation complex cannot be checked"):
-        await one.invoke("GetName", returns=complex)
+    for returns in (complex, Unusable, Unusable):
+        with pytest.raises(TypeError, match="the annotation complex cannot be checked"):
+            await one.invoke("GetName", returns=returns)
     assert client.unread == []  # it was not even asked
 
 
