@@ -4932,6 +4932,12 @@ class ConnectionManager:
         self._mapped.registry.backplane.subscribe(f"connection:{id}")
         return connection
 
+    def check_transport(self, transport: str) -> None:
+        """Raise HTTPNotFound for a transport that is off."""
+        if transport not in self._mapped.options.transports:
+            text = f"{transport} transport not supported by this end point type"
+            raise web.HTTPNotFound(text=text)
+
     def _release(self, connection: Connection) -> None:
         """Show other processes that a connection ends; make room once it is closed."""
         self._open_connections -= connection.state == CLOSED
@@ -4949,6 +4955,7 @@ class ConnectionManager:
         token = _query(request).get("id")
         if not token:
             if transport == WEBSOCKETS:
+                self.check_transport(transport)
                 return self.create(user_id, _new_id(), _new_id())
             raise web.HTTPBadRequest(text="Connection ID required")
         connection = self._connections.get(token)
@@ -5162,17 +5169,15 @@ class Endpoint:
         ]
         return answer
 
-    def _transport_of(self, request: Request) -> str:
-        """Return the transport that a GET asks for. Raises HTTPNotFound if it is off."""
+    @staticmethod
+    def _transport_of(request: Request) -> str:
+        """Return the transport that a GET asks for."""
         transport = LONG_POLLING
         with contextlib.suppress(ValueError):  # from a key that is not ASCII
             if web.WebSocketResponse().can_prepare(request):
                 transport = WEBSOCKETS
         if "text/event-stream" in request.headers.get("Accept", "").lower():
             transport = SERVER_SENT_EVENTS
-        if transport not in self._options.transports:
-            text = f"{transport} transport not supported by this end point type"
-            raise web.HTTPNotFound(text=text)
         return transport
 
     def _get(
@@ -5182,6 +5187,7 @@ class Endpoint:
 
         A second transport is refused, except polls and stateful reconnects.
         """
+        self.manager.check_transport(transport)
         first = not connection.transport_name
         if first:
             connection.transport_name = transport

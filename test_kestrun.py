@@ -127,6 +127,7 @@ EMPTY = {"headers": {}, "arguments": [], "streamIds": [], "allowReconnect": Fals
 OPTIONAL = ("headers", "invocationId", "streamIds", "error", "allowReconnect")
 CLOSED = "Connection closed with an error."
 UNKNOWN_ID = "No Connection with that ID"
+NO_ID = "Connection ID required"
 
 UPGRADE = {
     "Upgrade": "websocket",
@@ -4519,7 +4520,7 @@ WRONG_IDS = ["nobody", "{connectionToken}&id={connectionToken}", "{connectionId}
 
 @pytest.mark.parametrize("finder, query, status, text", [
     *((f, "?id=" + id, 404, UNKNOWN_ID) for f in FINDERS for id in WRONG_IDS),
-    *((f, query, 400, "Connection ID required")
+    *((f, query, 400, NO_ID)
         for f in FINDERS if UPGRADE not in f for query in ("", "?id=", "?_=1")),
 ])  # fmt: skip
 async def test_a_request_needs_an_id(
@@ -4661,6 +4662,21 @@ async def test_a_disabled_transport_is_no_choice(serve, transport) -> None:
     answer = await server.request("GET", url, headers=headers)
     text = f"{transport} transport not supported by this end point type"
     assert answer.plain == (404, "text/plain", text)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_connection_is_looked_for_before_its_transport(
+    serve, transport
+) -> None:
+    server = await serve(Plain, transports={*TRANSPORTS} - {transport})
+    headers = OPENERS[transport]
+    answer = await server.request("GET", "/hub?id=nobody", headers=headers)
+    assert answer.plain == (404, "text/plain", UNKNOWN_ID)
+    text = f"{transport} transport not supported by this end point type"
+    # A WebSocket without an id would be a new connection.
+    expected = (404, text) if transport == "WebSockets" else (400, NO_ID)
+    answer = await server.request("GET", "/hub", headers=headers)
+    assert answer.plain == (expected[0], "text/plain", expected[1])
 
 
 #: Each transport followed by each, except for a poll after a poll.
