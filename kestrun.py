@@ -763,6 +763,8 @@ def _build(fields: dict[str, Any]) -> Message | None:
     match kind:
         case 1 | 4:
             stream_ids = fields.get("streamIds") or ()
+            if None in stream_ids:
+                raise ProtocolError("Null value for 'streamIds' is not valid.")
             for stream_id in stream_ids:
                 _check_field("streamIds", stream_id, (str,))
             target, arguments = fields["target"], fields["arguments"]

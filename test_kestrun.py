@@ -1117,7 +1117,9 @@ Expected 'streamIds' to be of type Array.
     {"type":1,"target":"Echo","arguments":[1],"streamIds":{}}
     {"type":1,"target":"Echo","arguments":[1],"streamIds":"a"}
 Expected 'streamIds' to be of type String.
-    {"type":1,"target":"Echo","arguments":[1],"streamIds":[null]}
+    {"type":1,"target":"Echo","arguments":[1],"streamIds":[5]}
+Null value for 'streamIds' is not valid.
+    {"type":1,"target":"Echo","arguments":[1],"streamIds":["a",null]}
 Expected 'headers' to be of type StartObject.
     {"type":1,"target":"Echo","arguments":[1],"headers":[]}
 Expected header 'k' to be of type String.
