@@ -2082,6 +2082,7 @@ class PendingResults:
         """
         backplane = self._registry.backplane
         question = f"connection:{connection_id}", "linked for", connection_id
+        await asyncio.sleep(0)  # an eager task would begin before its call is known
         try:
             while connection_id in self._asked:
                 waited, answers, missing = time.monotonic() - begun, list[Any](), 1
@@ -3366,6 +3367,8 @@ class HubMethod:
         #: What clients pass, with evaluated annotations.
         self.signature: list[inspect.Parameter] = []
         parameters = list(inspect.signature(function).parameters.values())
+        if takes_hub and not parameters:
+            raise TypeError(f"{where}: the first parameter must be self")
         for parameter in parameters[1:] if takes_hub else parameters:
             annotation = _annotation(function, parameter.name)
             try:

@@ -4144,6 +4144,7 @@ class Needy(kestrun.Hub):
     (Needy, r"use map_hub\(app, path, Needy, factory=lambda: Needy\(database\)\)"),
     (no_hub(on_disconnected=lambda self: None), "Odd.on_disconnected: too many"),
     (no_hub(on_invocation=lambda self, call_next: None), "Odd.on_invocation: too many"),
+    (no_hub(ping=lambda: None), "Odd.ping: the first parameter must be self"),
     (no_hub(ping=kestrun.authorize(lambda self: None)), r"Odd.ping: write @authorize\("),
     (no_hub(numbers_of=numbers_of), "Odd.numbers_of: a method that yields must be async"),
     (no_hub(numbers_of=staticmethod(numbers_of)), "must be async"),
@@ -10791,7 +10792,7 @@ def test_the_project_holds_these_files_and_no_others() -> None:
 
 
 def test_the_file_and_its_classes_and_functions_stay_short() -> None:
-    assert len(SOURCE.splitlines()) <= 8220
+    assert len(SOURCE.splitlines()) <= 7810
     nodes = [node for node in ast.walk(ast.parse(SOURCE)) if type(node) in LIMITS]
     sizes = {node: node.end_lineno - node.lineno + 1 for node in nodes}
     long = {node.name: n for node, n in sizes.items() if n > LIMITS[type(node)]}
@@ -11737,6 +11738,16 @@ async def test_a_result_that_cannot_be_passed_on_is_an_error(cluster) -> None:
     with pytest.raises(kestrun.HubException, match="not finite"):
         await soon(asking)
     assert await client.invoke("Add", 1, 2) == 3
+
+
+async def test_a_result_comes_from_afar_with_an_eager_task_factory(cluster) -> None:
+    factory = getattr(asyncio, "eager_task_factory", None)  # of Python 3.12
+    asyncio.get_running_loop().set_task_factory(factory)
+    one, two = await cluster(2)
+    client = await two.connect()
+    asking = asyncio.create_task(one.hub.clients.client(client.id).invoke("GetName"))
+    await answer(client, await client.next(1), result="me")
+    assert await soon(asking) == "me"
 
 
 async def test_the_question_of_a_process_that_is_gone_is_dropped(cluster) -> None:
