@@ -3425,7 +3425,9 @@ class HubMethod:
         try:
             for (name, convert), value in zip(parameters, values):
                 bound.append(convert(value))
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a converter may be user code
             text = _text_of(error)
             shown = _one_line(text, 200)
             log.warning("%s: argument %r does not fit: %s", method, name, shown)
@@ -3994,7 +3996,9 @@ class UploadStream:
             return
         try:
             value = self._convert(item)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 (a converter may be user code)
             text = _one_line(_text_of(error), 200)
             log.warning("%s does not fit: %s", self._name, text)
             message = "Failed to bind Stream message."
