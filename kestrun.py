@@ -266,8 +266,8 @@ class HubOptions:
     #: never written, and the limits on size and depth stay.
     json: Any = json
     #: Return the user id of a request, or None for an anonymous user; or raise
-    #: web.HTTPUnauthorized or web.HTTPForbidden. Async. Asked for every request but
-    #: CORS preflights.
+    #: web.HTTPUnauthorized or web.HTTPForbidden. Async. Called for each GET, POST and
+    #: DELETE.
     authenticate: Authenticate | None = None
 
     def __post_init__(self) -> None:
@@ -2021,9 +2021,9 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: By invocation id, the client that was asked and the future of its result;
-        #: None if another process waits. The id names that process: before an "s"
-        #: and a number. (Ids of clients' own calls are plain numbers.)
+        #: By invocation id, the client that was asked and the future of its result,
+        #: None if another process waits. The id is that of the process that waits,
+        #: an "s" and a number; ids of clients' own calls are plain numbers.
         self._waiting: dict[str, tuple[str, asyncio.Future[Completion] | None]] = {}
         #: The invocation ids that each client has not answered.
         self._asked: dict[str, set[str]] = {}
@@ -2066,7 +2066,7 @@ class PendingResults:
             return asyncio.shield(connection.ended)
         if address.local:  # and the client is not in this process
             return asyncio.create_task(asyncio.sleep(0))
-        encoded = {name: p.encode(message) for name, p in registry.protocols.items()}
+        encoded = {p.name: p.encode(message) for p in registry.protocols.values()}
         if name not in self._watches:  # first: the message may be lost at once
             watching = self._watch(name, time.monotonic())
             watch = self._watches[name] = asyncio.create_task(watching)
@@ -4104,7 +4104,7 @@ class Call:
         return NO_RESULT
 
     async def _call_if_allowed(self) -> Any:
-        """Call the method by `on_invocation` if all its checks allow that."""
+        """Call the method through `on_invocation` if all its checks allow it."""
         hub, method, message = self._calls.hub, self.method, self.invocation
         for check in method.checks:
             if not await _result_of(check(hub.context)):
@@ -4227,7 +4227,7 @@ class Calls:
         self._variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
         self._free_slots = _or_infinite(limit)
-        #: The calls that wait to begin, in order. The first have their tasks already.
+        #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks.
         self._waiting: list[Call] = []
         self._running: set[Call] = set()
         #: Running calls that wait to get their slot back. New calls wait for them.
@@ -4726,8 +4726,8 @@ class HubConnection:
 #
 # The HTTP side of a hub: negotiate makes a token, and the first request with it the
 # connection. GET gives it a transport, POST brings bytes, DELETE ends long polling.
-# Every request is checked in the same order: origin, user id, connection, transport.
-# Bodies and status codes are the reference server's, which clients and tests know.
+# Every request is checked in the same order: origin, method, user id, connection,
+# transport. Bodies and status codes are the reference server's, which clients know.
 
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
@@ -4820,8 +4820,8 @@ class Tokens:
     """Connection tokens, which every process with the same key can check.
 
     A token is 42 bytes in base64url: 16 random ones, the time until which it may
-    first be used (8 bytes, in milliseconds), whether it is stateful, whether it is the
-    connection id, too, and a signature (16) for one hub and one user.
+    first be used (8 bytes, in milliseconds), whether it is stateful, whether it is
+    also the connection id, and a signature (16) for one hub and one user.
     """
 
     _CONTENT = struct.Struct("!16sQ??")
@@ -4841,9 +4841,9 @@ class Tokens:
         return base64.urlsafe_b64encode(token).decode()
 
     def read(self, token: str, user_id: str | None) -> tuple[str, bool, float] | None:
-        """Return a token's connection id, whether it is stateful, and its end.
+        """Return a token's connection id, whether it is stateful, and when it expires.
 
-        The end is the time until which it may first be used, in seconds since 1970.
+        The time is in seconds since 1970; a token that was used does not expire.
         Returns None if the token is not of this hub and user.
         """
         try:
@@ -4899,7 +4899,7 @@ class ConnectionManager:
         mapped.registry.handlers["token used"] = self._mark_used
         mapped.shared.on_end = self._release
         self._running: dict[asyncio.Task[None], HubConnection] = {}
-        #: Runs until the server stops; then no connections are made.
+        #: None before the start and after the stop, when no connections are made.
         self._heartbeat: asyncio.Task[None] | None = None
         #: How many connections are not closed.
         self._open_connections = 0
@@ -6125,7 +6125,7 @@ export class HubConnection {
     this.#reset();
     this.#retries = 0;
     this.#started = Promise.withResolvers();
-    this.#started.promise.catch(() => {});   // `onstate` tells who does not await it
+    this.#started.promise.catch(() => {});   // callers may rely on `onstate` instead
     this.#connect();
     return this.#started.promise;
   }
@@ -7614,7 +7614,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         access_log=logging.getLogger("kestrun.access"),
         keepalive_timeout=15,  # until all headers of the next request have arrived
         shutdown_timeout=1,
-        # For the rest of a refused body. Cut off, a client may not get its answer.
+        # To read the rest of a refused body: a client cut off may miss its answer.
         lingering_time=2,
         # Or aiohttp would decompress the rest of a refused body, however large it is.
         auto_decompress=False,
@@ -7632,7 +7632,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
     try:
         bound = await _bind(arguments, shared=bool(arguments.worker))
         for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
-            # Accept one by one: asyncio reports all that lack a file descriptor.
+            # Accept one by one: asyncio logs each that lacks a file descriptor.
             await web.SockSite(runner, listener, backlog=1).start()
             listener.listen(1024)
         bound.close()
