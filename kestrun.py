@@ -3587,7 +3587,7 @@ class Converters:
         """Return the converter of an alias or an object, which may contain itself."""
         known, key = self._recursive, (kind, exact)
         if key not in known:
-            known[key] = lambda value: known[key](value)
+            known[key] = lambda value: self._for_recursive(kind, exact)(value)
             try:
                 if hasattr(kind, "__value__"):
                     known[key] = self.make(kind.__value__, exact)
