@@ -7256,7 +7256,7 @@ class Demo:
         try:
             operation = self.operations.start(work, name="LongOperation")
         except RuntimeError:
-            text = "Too many operations run, or the server stops. Try again later."
+            text = "No more operations can be started now. Try again later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPTooManyRequests(text=text, headers=headers) from None
         log.info("operation %s of %d s started", operation.id, seconds)
