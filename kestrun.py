@@ -4899,7 +4899,7 @@ class ConnectionManager:
         mapped.registry.handlers["token used"] = self._mark_used
         mapped.shared.on_end = self._release
         self._running: dict[asyncio.Task[None], HubConnection] = {}
-        #: None before the start and after the stop, when no connections are made.
+        #: None before the start and from the stop on: then no connections are made.
         self._heartbeat: asyncio.Task[None] | None = None
         #: How many connections are not closed.
         self._open_connections = 0
@@ -5063,9 +5063,7 @@ class ConnectionManager:
 
     async def stop(self) -> None:
         """Close all connections, letting clients reconnect later; end all calls."""
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            self._heartbeat = None
+        heartbeat, self._heartbeat = self._heartbeat, None
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
         for connection in self._connections.values():
@@ -5087,6 +5085,8 @@ class ConnectionManager:
         for connection in self._connections.values():
             connection.drop("shutdown")
         await _end_tasks(self._running, (0.0, 0.2))
+        if heartbeat is not None:  # until here, it applies `close_timeout`
+            heartbeat.cancel()
         self._connections.clear()
 
 

@@ -6553,6 +6553,13 @@ async def test_a_shutdown_ends_a_socket_whose_client_waits(serve, shake, last) -
     await stopping
 
 
+@pytest.mark.parametrize("transport", ["WebSockets", "ServerSentEvents"])
+async def test_a_shutdown_waits_only_so_long_for_a_reader(serve, transport) -> None:
+    server = await serve(Plain, close_timeout=0.3)
+    await (await SilentClient.open(server, transport)).waiting_send()
+    await asyncio.wait_for(server.runner.cleanup(), 2)
+
+
 async def test_a_close_is_finished_also_where_reading_had_stopped(serve) -> None:
     hub = Busy.fresh()
     client = await SilentClient.open(await serve(hub, close_timeout=30))
