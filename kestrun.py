@@ -2781,6 +2781,8 @@ class HubBackplane(Backplane):
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
+        if kind != "all" and not names:
+            return
         if kind == "connection" and self._registry.connections.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
@@ -6123,7 +6125,7 @@ export class HubConnection {
   /** Connect, maybe after retries; throw if the token is refused, or after `stop`. */
   start() {
     this.#reset();
-    this.#retries = 0;
+    this.#retries = this.#failures = 0;
     this.#started = Promise.withResolvers();
     this.#started.promise.catch(() => {});   // callers may rely on `onstate` instead
     this.#connect();
@@ -7529,7 +7531,7 @@ class _AccessLog(AbstractAccessLogger):
         self.logger.info("%s %s %s -> %d in %.0f ms", *fields)
 
 
-def _is_no_bad_request(record: logging.LogRecord) -> bool:
+def _may_be_logged(record: logging.LogRecord) -> bool:
     """Keep malformed requests out of the log: their text may contain a token."""
     error = record.exc_info and record.exc_info[1]
     return not isinstance(error, aiohttp.http.HttpProcessingError)
@@ -7537,7 +7539,7 @@ def _is_no_bad_request(record: logging.LogRecord) -> bool:
 
 def _set_up_logging(level: str) -> None:
     logging.addLevelName(LEVELS["Trace"], "TRACE")
-    logging.getLogger("aiohttp.server").addFilter(_is_no_bad_request)
+    logging.getLogger("aiohttp.server").addFilter(_may_be_logged)
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=LEVELS[level], handlers=[handler])
@@ -7664,7 +7666,7 @@ async def _keep_worker(command: list[str]) -> None:
             if worker.returncode is None:
                 worker.kill()
         log.warning("worker %d ended with status %d", worker.pid, status)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
 
 
 async def _run_workers(
