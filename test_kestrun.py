@@ -6155,16 +6155,21 @@ def no_fault() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-async def fuzz(server: Server, protocol: str, messages: int) -> None:
-    """Send generated messages while a neighbour goes on; nothing may be left."""
+async def fuzz(server: Server, protocol: str, messages: int) -> float:
+    """Send generated messages while a neighbour goes on; nothing may be left.
+
+    Returns the seconds that the neighbour's slowest echo took.
+    """
     hypothesis, loop, each = package("hypothesis"), asyncio.get_running_loop(), 400
-    neighbour, answers = await server.connect(), 0
+    neighbour, answers, slowest = await server.connect(), 0, 0.0
     fuzzer, before = Fuzzer(server, protocol), asyncio.all_tasks()
 
     async def live_on() -> None:
-        nonlocal answers
+        nonlocal answers, slowest
         while True:
+            begun = time.monotonic()
             assert await neighbour.invoke("Echo", answers) == answers
+            slowest = max(slowest, time.monotonic() - begun)
             answers += 1
             await asyncio.sleep(0.005)
 
@@ -6195,6 +6200,7 @@ async def fuzz(server: Server, protocol: str, messages: int) -> None:
         living.cancel()
     assert server.hub.stats()["messages_in"] > messages * 0.8
     assert min(fuzzer.connections, answers) > messages / 500
+    return slowest
 
 
 @both_protocols
@@ -13240,6 +13246,16 @@ async def long_polling(soak: Soak) -> None:
             if made >= count:
                 break
         soak.most("messages lost or doubled", wrong, 0)
+
+
+@scenario(0.01)
+async def generated_messages(soak: Soak) -> None:
+    """100,000 generated messages on each protocol: no fault, and nothing left."""
+    for protocol in ("json", "messagepack"):
+        app = web.Application()
+        async with Server(app, kestrun.map_hub(app, "/hub", Target.fresh())) as server:
+            slowest = await fuzz(server, protocol, soak.some(100_000))
+        soak.seconds(f"the slowest echo of a neighbour, {protocol}", slowest, 1)
 
 
 @scenario(0.02)
