@@ -81,6 +81,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import importlib
 import inspect
 import ipaddress
 import itertools
@@ -88,12 +89,12 @@ import json
 import logging
 import math
 import os
-import pkgutil
 import platform
 import random
 import re
 import secrets
 import signal
+import socket
 import struct
 import threading
 import time
@@ -121,7 +122,7 @@ from decimal import Decimal
 from enum import Enum, Flag
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote_to_bytes
 
 try:
     import aiohttp
@@ -4546,7 +4547,8 @@ class HubConnection:
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
-            error = await self._run_hook("on_connected", self._connect)
+            error = await self._run_hook("__init__", self._create_hub)
+            error = error or await self._run_hook("on_connected", self._accept)
             if error is not None:
                 self._fail(error, allow_reconnect=False)
                 return
@@ -4563,16 +4565,19 @@ class HubConnection:
             self._mapped.remove(connection, time.monotonic() - self._begun)
             connection.close(End())
 
-    async def _connect(self) -> None:
-        """Make and register the hub, and let it accept the client."""
+    def _create_hub(self) -> None:
+        """Make and register the hub."""
         mapped, connection = self._mapped, self._connection
         hub = mapped.make_hub(self._context)
         mapped.add(connection, self._context)
         self._calls = Calls(mapped, connection, hub)
-        channel = f"connection:{connection.connection_id}"
-        await mapped.registry.backplane.subscribed(channel)
+
+    async def _accept(self) -> None:
+        """Let the hub accept the client, once other processes reach it."""
+        channel = f"connection:{self._connection.connection_id}"
+        await self._mapped.registry.backplane.subscribed(channel)
         _current_call.set(self)
-        await _result_of(hub.on_connected())
+        await _result_of(self._calls.hub.on_connected())
 
     @contextlib.asynccontextmanager
     async def awaiting_result(self) -> AsyncIterator[None]:
@@ -7042,6 +7047,13 @@ def _check_host(request: Request, allowed: Collection[str] | None) -> None:
             raise web.HTTPMisdirectedRequest(text=text)
 
 
+def _only_reads(request: Request) -> bool:
+    """Return False for a request that does something; /api/ps/ broadcasts by GET."""
+    resource = request.match_info.route.resource  # the demo may be below another path
+    broadcasts = resource is not None and "/api/ps/" in resource.canonical
+    return request.method in ("GET", "HEAD") and not broadcasts
+
+
 async def _read_body(request: Request) -> None:
     """Read the body of a request that needs none. Raises HTTP errors for a bad one."""
     _check_encoding(request)
@@ -7175,15 +7187,15 @@ class Demo:
         try:
             _check_host(request, self.hosts)
             is_api = resource in self.api_resources
-            check = _check_site if is_api else _check_origin
+            check = _check_origin if _only_reads(request) else _check_site
             check(request, self.origins)
             if request.method == "OPTIONS" and _CORS_ORIGIN in request:
                 return Response(status=204)
             if is_api:
                 await self.authenticate(request)
                 await _read_body(request)
-                for name in request.match_info.values():
-                    _check_name(name)
+                for part in map(unquote_to_bytes, request.rel_url.raw_parts):
+                    _check_name(part.decode(errors="surrogateescape"))
             return await handler(request)
         except web.HTTPException as error:
             return _json_error(request, error)
@@ -7531,15 +7543,19 @@ class _AccessLog(AbstractAccessLogger):
         self.logger.info("%s %s %s -> %d in %.0f ms", *fields)
 
 
-def _may_be_logged(record: logging.LogRecord) -> bool:
-    """Keep malformed requests out of the log: their text may contain a token."""
-    error = record.exc_info and record.exc_info[1]
-    return not isinstance(error, aiohttp.http.HttpProcessingError)
+def _shorten_bad_request(record: logging.LogRecord) -> bool:
+    """Remove the text of a malformed request from the log: it may contain a token."""
+    match record.exc_info:
+        case (_, aiohttp.http.HttpProcessingError(code=code), _):
+            record.msg, record.args = f"refused a malformed request: {code}", ()
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+            record.exc_info = None
+    return True
 
 
 def _set_up_logging(level: str) -> None:
     logging.addLevelName(LEVELS["Trace"], "TRACE")
-    logging.getLogger("aiohttp.server").addFilter(_may_be_logged)
+    logging.getLogger("aiohttp.server").addFilter(_shorten_bad_request)
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=LEVELS[level], handlers=[handler])
@@ -7695,6 +7711,8 @@ def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
     """Make the backplane of the options, if any. Raises ValueError for bad options."""
     if arguments.workers < 1:
         raise ValueError("--workers must be at least 1")
+    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
     if arguments.redis:
         return RedisBackplane(arguments.redis, secret=arguments.secret)
     if arguments.workers > 1:
@@ -7716,11 +7734,15 @@ def _allowed_hosts(arguments: argparse.Namespace) -> Collection[str] | None:
 
 def _print_description(name: str) -> None:
     """Print what clients may call on a hub. name: such as "chat:ChatHub"."""
+    module_name, _, class_name = name.partition(":")
+    if not class_name:
+        raise ValueError(f"--describe {name}: give MODULE:HUB, such as chat:ChatHub")
     sys.path.insert(0, os.getcwd())
     sys.modules.setdefault("kestrun", sys.modules[__name__])
     try:
-        description = describe(pkgutil.resolve_name(name))
-    except (ImportError, AttributeError, TypeError, NameError, ValueError) as error:
+        module = importlib.import_module(module_name)
+        description = describe(getattr(module, class_name))
+    except (ImportError, AttributeError, TypeError, NameError) as error:
         raise ValueError(f"--describe {name}: {error}") from None
     print(json.dumps(description, indent=2))
 
@@ -7761,7 +7783,7 @@ async def _probe(url: str, token: str | None) -> None:
         elif isinstance(error, aiohttp.ClientConnectorError):
             text = f"{shown} cannot be reached: is the server running there?"
         elif isinstance(error, aiohttp.WSServerHandshakeError):
-            reason = _PROBLEMS.get(error.status, "it takes no connection")
+            reason = _PROBLEMS.get(error.status, "this is no hub")
             text = f"{shown} answers {error.status}: {reason}"
         raise ConnectionError(text) from None
     print(f"{shown} answers in {trip:.1f} ms")
@@ -7790,7 +7812,7 @@ def main(argv: list[str] | None = None) -> int:
         new_loop = None
         if arguments.uvloop:
             try:
-                new_loop = pkgutil.resolve_name("uvloop:new_event_loop")
+                new_loop = importlib.import_module("uvloop").new_event_loop
             except ImportError:
                 text = "--uvloop needs a package: pip install uvloop"
                 raise ValueError(text) from None
@@ -7802,7 +7824,9 @@ def main(argv: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(work)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        print(f"kestrun: {error}", file=sys.stderr)
+        starts = arguments.describe is arguments.probe is None
+        prefix = "kestrun cannot start: " if starts else ""
+        print(f"{prefix}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # where signals cannot be handled
         return 0
