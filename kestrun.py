@@ -3350,7 +3350,6 @@ class HubMethod:
         self.name: str = getattr(function, "__kestrun_names__", (wire_name,))[-1]
         #: Class and method, for logs and task names: "ChatHub.join_group".
         self.qualified_name = where = f"{hub_class.__name__}.{name}"
-        self.function: Callable[..., Any] = function
         #: The checks of `authorize`: those of the classes, then those of the method.
         self.checks: list[Callable[[HubCallerContext], Any]] = []
         for checked in (*reversed(hub_class.__mro__), *_definitions(hub_class, name)):
@@ -3358,33 +3357,36 @@ class HubMethod:
         if getattr(function, "__qualname__", "").startswith("authorize.<locals>"):
             raise TypeError(f"{where}: write @authorize(check)")
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
-        if not takes_hub:  # a static or class method
-            self.function = lambda hub, *arguments: function(*arguments)
+        #: Takes the hub first, also for a static or class method.
+        self.function = function if takes_hub else lambda hub, *args: function(*args)
         #: For each upload stream its position among the arguments, the name of
         #: the parameter and the converter of its items.
         self.uploads: list[tuple[int, str, Converter]] = []
         self._parameters: list[tuple[str, Converter]] = []
         self._rest: list[tuple[str, Converter]] = []  # of *arguments
         self._defaults: list[Any] = []
-        self._required = 0
         #: What clients pass, with evaluated annotations.
         self.signature: list[inspect.Parameter] = []
-        parameters = list(inspect.signature(function).parameters.values())
+        unwrapped, signature = inspect.unwrap(function), inspect.signature(function)
+        parameters = list(signature.parameters.values())
         if takes_hub and not parameters:
             raise TypeError(f"{where}: the first parameter must be self")
         for parameter in parameters[1:] if takes_hub else parameters:
-            annotation = _annotation(function, parameter.name)
+            annotation = parameter.annotation
             try:
+                annotation = _evaluate(annotation, unwrapped)
                 self._add(parameter.replace(annotation=annotation), converters)
-            except (TypeError, NameError, AttributeError) as error:
+            except Exception as error:  # an annotation may be any expression
                 shown = f"{parameter.name!r} ({_type_text(annotation)})"
-                raise TypeError(f"{where}: parameter {shown}: {error}") from None
-        unwrapped = inspect.unwrap(function)
+                raise TypeError(f"{where}: parameter {shown}: {error}") from error
         if inspect.isgeneratorfunction(unwrapped):
             raise TypeError(f"{where}: a method that yields must be async")
+        self.result: Any = Any
+        with contextlib.suppress(Exception):  # results are not converted
+            self.result = _evaluate(signature.return_annotation, unwrapped)
         generates = inspect.isasyncgenfunction(unwrapped)
-        self.result = _annotation(function, "return")
-        self.streaming = generates or _is_stream(self.result)
+        self.streaming = generates or _item_type(self.result)[0]
+        self._required = sum(d is inspect.Parameter.empty for d in self._defaults)
         #: Whether a running call counts against the client's parallel calls.
         self.needs_slot = not (self.streaming or self.uploads)
 
@@ -3395,20 +3397,16 @@ class HubMethod:
             raise TypeError("clients pass arguments by position; give it a default")
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             return
-        self.signature.append(parameter)
-        annotation = parameter.annotation
-        streams = _is_stream(annotation)
-        if streams:
-            (annotation,) = typing.get_args(annotation)[:1] or (Any,)
+        streams, annotation = _item_type(parameter.annotation)
         entry = (parameter.name, converters.make(annotation))
         if parameter.kind is parameter.VAR_POSITIONAL:
             self._rest.append(entry)
         elif streams:
-            self.uploads.append((len(self._parameters) + len(self.uploads), *entry))
+            self.uploads.append((len(self.signature), *entry))
         else:
             self._parameters.append(entry)
             self._defaults.append(parameter.default)
-            self._required += required
+        self.signature.append(parameter)
 
     def bind(self, values: list[Any]) -> list[Any]:
         """Check and convert the arguments of one call.
@@ -3485,32 +3483,23 @@ def _collect_methods(
     return methods
 
 
-def _annotation(function: Callable[..., Any], name: str) -> Any:
-    """Evaluate one annotation of a function; Any where it has none.
-
-    name: of a parameter, or "return". Raises TypeError if it cannot be evaluated; a
-    return annotation is Any then, since results are not converted.
-    """
-    function = inspect.unwrap(function)
-    annotation = function.__annotations__.get(name, Any)
-    holder = types.SimpleNamespace(__annotations__={name: annotation})
+def _evaluate(annotation: Any, function: Callable[..., Any]) -> Any:
+    """Evaluate an annotation of a function, which may be text; Any if there is none."""
+    if annotation is inspect.Parameter.empty:
+        return Any
     scope = dict(function.__globals__)
     with contextlib.suppress(ValueError):  # an empty closure cell
-        scope.update(inspect.getclosurevars(function).nonlocals)
-    try:
-        return typing.get_type_hints(holder, scope, include_extras=True)[name]
-    except Exception as error:  # an annotation may be any expression
-        if name == "return":
-            return Any
-        raise TypeError(
-            f"{function.__qualname__}: the annotation {annotation!r} of {name!r} "
-            f"cannot be evaluated: {error}"
-        ) from error
+        scope |= inspect.getclosurevars(function).nonlocals
+    holder = types.SimpleNamespace(__annotations__={"it": annotation})
+    return typing.get_type_hints(holder, scope, include_extras=True)["it"]
 
 
-def _is_stream(annotation: Any) -> bool:
+def _item_type(annotation: Any) -> tuple[bool, Any]:
+    """Return whether this is a stream, and the type of its items, else its own."""
     origin = typing.get_origin(annotation) or annotation
-    return origin in (AsyncIterator, AsyncIterable, AsyncGenerator)
+    if origin not in (AsyncIterator, AsyncIterable, AsyncGenerator):
+        return False, annotation
+    return True, (*typing.get_args(annotation), Any)[0]
 
 
 def _unchanged(value: Any) -> Any:
@@ -3814,8 +3803,7 @@ def describe(
     converters = Converters(options, fallback=_unchanged)
     methods = _collect_methods(hub_class, converters).values()
     for method in methods:
-        items = typing.get_args(method.result)[:1] if _is_stream(method.result) else ()
-        converters.make(items[0] if items else method.result)
+        converters.make(_item_type(method.result)[1])
     kinds = {k: parts for k in found if (parts := _describe_type(k, options))}
     described = {kind.__name__: parts for kind, parts in kinds.items()}
     if len(described) < len(kinds):
