@@ -3462,17 +3462,18 @@ def _collect_methods(
     for name, count in hooks.items():
         _check_call(getattr(hub_class, name), f"{hub_class.__name__}.{name}", count)
     for name in dir(hub_class):
+        where = f"{hub_class.__name__}.{name}"
         member = inspect.getattr_static(hub_class, name)
         is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
-        functions = _definitions(hub_class, name)
-        hidden = any(hasattr(f, "__kestrun_not_callable__") for f in functions)
-        if name.startswith("_") or hasattr(Hub, name) or hidden or not is_method:
-            if any(hasattr(f, "__kestrun_checks__") for f in functions):
-                text = f"{hub_class.__name__}.{name}: authorize is for methods that "
-                raise TypeError(text + "clients can call")
+        marks = {mark for f in _definitions(hub_class, name) for mark in vars(f)}
+        hidden = name.startswith("_") or "__kestrun_not_callable__" in marks
+        if hidden or hasattr(Hub, name) or not is_method:
+            if "__kestrun_checks__" in marks:
+                text = f"{where}: authorize is for methods that clients can call"
+                raise TypeError(text)
             continue
         if name in Hub.__annotations__:
-            raise TypeError(f"{hub_class.__name__}.{name} hides the hub's own {name}")
+            raise TypeError(f"{where} hides the hub's own {name}")
         method = HubMethod(hub_class, name, converters)
         other = methods.setdefault(normalize_name(method.name), method)
         if other is not method:
