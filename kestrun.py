@@ -3459,10 +3459,10 @@ def _collect_methods(
     """
     methods: dict[str, HubMethod] = {}
     hooks = {"on_connected": 1, "on_disconnected": 2, "on_invocation": 3}
-    for name, count in hooks.items():
-        _check_call(getattr(hub_class, name), f"{hub_class.__name__}.{name}", count)
     for name in dir(hub_class):
         where = f"{hub_class.__name__}.{name}"
+        if name in hooks:
+            _check_call(getattr(hub_class, name), where, hooks[name])
         member = inspect.getattr_static(hub_class, name)
         is_method = isinstance(member, (types.FunctionType, staticmethod, classmethod))
         marks = {mark for f in _definitions(hub_class, name) for mark in vars(f)}
@@ -3518,6 +3518,11 @@ class Converters:
         self._fallback = fallback
         #: The converters of types that may contain themselves, by type and `exact`.
         self._recursive: dict[tuple[Any, bool], Converter] = {}
+        #: The results of unions for lists and dicts in one conversion, by the ids of
+        #: union and value; NO_RESULT if no member fits. Each is kept with its value, so
+        #: that no other value gets that id. Without it, nested unions would take
+        #: exponential time.
+        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         """Return the converter for values of this annotation.
@@ -3541,21 +3546,26 @@ class Converters:
             return make(base)
         if hasattr(kind, "__value__"):  # `type Name = …`
             return self._for_recursive(kind, exact)
-        if kind is typing.Annotated:
+        if kind in (typing.Annotated, typing.Required, typing.NotRequired):
             return make(args[0])
         if kind is typing.Literal and args:
             return functools.partial(_to_literal, [(a, make(type(a))) for a in args])
         if kind in (typing.Union, types.UnionType) and args:
-            passes = (True,) if exact else (True, False)
-            return _union(args, [self.make(a, only) for only in passes for a in args])
+            return self._for_union(args, exact)
         if kind is tuple and args and args[-1] is not Ellipsis:
             return functools.partial(_to_tuple, [*map(make, args)])
         if kind in (list, set, frozenset, tuple):
             return functools.partial(_to_items, kind, make(args[0] if args else Any))
         if kind is dict and args:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
-        if isinstance(kind, type) and (convert := self._for_class(kind, exact)):
-            return convert
+        if isinstance(kind, type):
+            accepted = (_EXACT if exact else _ACCEPTED).get(kind)
+            if accepted is not None:
+                return functools.partial(_to_type, kind, accepted)
+            if issubclass(kind, Enum):
+                return functools.partial(_to_enum, kind, exact)
+            if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+                return self._for_recursive(kind, exact)
         if self._fallback is not None:
             return self._fallback
         raise TypeError(
@@ -3565,16 +3575,43 @@ class Converters:
             "date, time, timedelta, Decimal, UUID, NewType, Annotated"
         )
 
-    def _for_class(self, kind: Any, exact: bool) -> Converter | None:
-        if (accepted := {**_ACCEPTED, **_WRITTEN_AS}.get(kind)) is not None:
-            if exact:
-                accepted = {str: accepted[str]} if kind in _WRITTEN_AS else {}
-            return functools.partial(_to_type, kind, accepted)
-        if issubclass(kind, Enum):
-            return functools.partial(_to_enum, kind, exact)
-        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-            return self._for_recursive(kind, exact)
-        return None
+    def _for_union(self, members: tuple[Any, ...], exact: bool) -> Converter:
+        """Prefer the member of the value's exact type, else take the first that fits."""
+        passes = (True,) if exact else (True, False)
+        converters = [self.make(m, only) for only in passes for m in members]
+        if _unchanged in converters:  # a member takes any value
+            return _unchanged
+        names, memo = " or ".join(map(_type_text, members)), self._memo
+
+        def convert_once(value: Any) -> Any:
+            arrived, reason = type(value).__name__, ""
+            for converter in converters:
+                try:
+                    return converter(value)
+                except Exception as error:  # noqa: BLE001 (a dataclass is user code)
+                    text = _text_of(error)
+                    # An error inside the value says more than that its type differs.
+                    reason = reason if text.endswith(f", got {arrived}") else text
+            text = f"{names} expected, got {arrived}"
+            raise ValueError(f"{text} ({reason[:200]})" if reason else text)
+
+        def convert(value: Any) -> Any:
+            if not isinstance(value, (list, dict)):
+                return convert_once(value)
+            outermost, attempt = not memo, (id(convert), id(value))
+            try:
+                if attempt not in memo:
+                    memo[attempt] = value, NO_RESULT
+                    memo[attempt] = value, convert_once(value)
+                _, result = memo[attempt]
+            finally:
+                if outermost:
+                    memo.clear()
+            if result is NO_RESULT:
+                raise ValueError(f"{names} expected, got {type(value).__name__}")
+            return result
+
+        return convert
 
     def _for_recursive(self, kind: Any, exact: bool) -> Converter:
         """Return the converter of an alias or an object, which may contain itself."""
@@ -3582,30 +3619,24 @@ class Converters:
         if key not in known:
             known[key] = lambda value: self._for_recursive(kind, exact)(value)
             try:
-                if hasattr(kind, "__value__"):
-                    known[key] = self.make(kind.__value__, exact)
-                else:
-                    known[key] = self._for_object(kind, exact)
+                known[key] = self._for_parts(kind, exact)
             except Exception:
                 del known[key]  # or it would call itself when asked for again
                 raise
         return known[key]
 
-    def _for_object(self, kind: Any, exact: bool) -> Converter:
-        #: The members by normalized name: real name and converter.
-        fields: dict[str, tuple[str, Converter]] = {}
-        hints = typing.get_type_hints(kind, include_extras=True)
+    def _for_parts(self, kind: Any, exact: bool) -> Converter:
+        if hasattr(kind, "__value__"):
+            return self.make(kind.__value__, exact)
+        hints, spell = typing.get_type_hints(kind, include_extras=True), None
         if dataclasses.is_dataclass(kind):
             hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
-        for name, hint in hints.items():
-            while typing.get_origin(hint) in (typing.Required, typing.NotRequired):
-                (hint,) = typing.get_args(hint)
-            fields[normalize_name(name)] = name, self.make(hint, exact)
-        if (spell := self._options.member_name) and dataclasses.is_dataclass(kind):
-            fields |= {
-                normalize_name(spell(name, protocol)): fields[normalize_name(name)]
-                for name, protocol in itertools.product(hints, ("json", "messagepack"))
-            }
+            spell = self._options.member_name
+        members = {name: (name, self.make(hint, exact)) for name, hint in hints.items()}
+        fields = {normalize_name(name): member for name, member in members.items()}
+        if spell is not None:
+            for name, protocol in itertools.product(members, ("json", "messagepack")):
+                fields[normalize_name(spell(name, protocol))] = members[name]
         return functools.partial(_to_object, kind, fields)
 
 
@@ -3624,7 +3655,7 @@ def _decimal(value: str | float) -> Decimal:
 
 _DURATION = re.compile(
     r"([-+]?)P(?=.)(?:(\d+)W)?(?:(\d+)D)?"
-    r"(?:T(?=.)(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)?"
+    r"(?:T(?=.)(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)(?:\.(\d{1,6})\d*)?S)?)?"
 )
 
 
@@ -3632,31 +3663,32 @@ def _read_duration(text: str) -> timedelta:
     """Read an ISO 8601 duration of weeks, days, hours, minutes and seconds."""
     if (match := _DURATION.fullmatch(text)) is None:
         raise ValueError("a duration such as PT1H30M expected")
-    sign, *whole, seconds = match.groups("0")
-    weeks, days, hours, minutes = map(int, whole)
-    number, _, fraction = seconds.partition(".")
-    microseconds = int(fraction[:6].ljust(6, "0"))  # a float would lose some
-    duration = timedelta(days, int(number), microseconds, 0, minutes, hours, weeks)
+    sign, *numbers, fraction = match.groups("0")
+    weeks, days, hours, minutes, seconds = map(int, numbers)
+    microseconds = int(fraction.ljust(6, "0"))  # a float would lose some
+    duration = timedelta(days, seconds, microseconds, 0, minutes, hours, weeks)
     return -duration if sign == "-" else duration
 
 
-#: The types that values have when they arrive, each with the other types that are
-#: accepted for it: JavaScript has one kind of number, JSON no bytes and no dates.
-_ACCEPTED: dict[type, dict[type, Converter]] = {
-    **{kind: {} for kind in (type(None), bool, str, dict)},
-    int: {float: _whole},
-    float: {int: float},
-    bytes: {str: functools.partial(base64.b64decode, validate=True)},
-}
-
-#: Types that are written as text, at least in JSON, each with the types that are
-#: accepted for it.
-_WRITTEN_AS: dict[type, dict[type, Converter]] = {
+#: The types that values have when they arrive, and those that are written as text, at
+#: least in JSON; each with the other types that are no less exact.
+_EXACT: dict[type, dict[type, Converter]] = {
+    **{kind: {} for kind in (type(None), bool, int, float, str, bytes, dict)},
     datetime: {str: datetime.fromisoformat},
     uuid.UUID: {str: uuid.UUID},
     date: {str: date.fromisoformat},
     clock_time: {str: clock_time.fromisoformat},
     timedelta: {str: _read_duration},
+    Decimal: {str: _decimal},
+}
+
+#: The same with all types that are accepted: JavaScript has one kind of number, JSON
+#: no bytes.
+_ACCEPTED: dict[type, dict[type, Converter]] = {
+    **_EXACT,
+    int: {float: _whole},
+    float: {int: float},
+    bytes: {str: functools.partial(base64.b64decode, validate=True)},
     Decimal: {str: _decimal, int: Decimal, float: _decimal},
 }
 
@@ -3669,46 +3701,6 @@ def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
     if arrived in accepted:
         return accepted[arrived](value)
     raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
-
-
-#: The results of unions for lists and dicts in one conversion, by the ids of union and
-#: value; NO_RESULT if no member fits. Each is kept with its value, so that no other
-#: value gets that id. Without it, nested unions would take exponential time.
-_union_memo = contextvars.ContextVar[Any]("kestrun_union_memo", default=None)
-
-
-def _union(members: tuple[Any, ...], converters: list[Converter]) -> Converter:
-    """Return a converter to the member of the exact type, or to the first that fits."""
-    if _unchanged in converters:  # a member takes any value
-        return _unchanged
-    names = " or ".join(map(_type_text, members))
-
-    def convert(value: Any) -> Any:
-        results, attempt = _union_memo.get(), (id(convert), id(value))
-        arrived, reason = type(value).__name__, ""
-        if results is None:  # the outermost union
-            token = _union_memo.set({})
-            try:
-                return convert(value)
-            finally:
-                _union_memo.reset(token)
-        if attempt not in results or not isinstance(value, (list, dict)):
-            results[attempt] = value, NO_RESULT
-            for converter in converters:
-                try:
-                    results[attempt] = value, converter(value)
-                    break
-                except Exception as error:  # noqa: BLE001 (a dataclass is user code)
-                    text = _text_of(error)
-                    # An error inside the value says more than that its type differs.
-                    reason = reason if text.endswith(f", got {arrived}") else text
-        _, result = results[attempt]
-        if result is NO_RESULT:
-            text = f"{names} expected, got {arrived}"
-            raise ValueError(f"{text} ({reason[:200]})" if reason else text)
-        return result
-
-    return convert
 
 
 def _to_items(kind: type, convert: Converter, value: Any) -> Any:
