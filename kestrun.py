@@ -3362,9 +3362,8 @@ class HubMethod:
         #: For each upload stream its position among the arguments, the name of
         #: the parameter and the converter of its items.
         self.uploads: list[tuple[int, str, Converter]] = []
-        self._parameters: list[tuple[str, Converter]] = []
-        self._rest: list[tuple[str, Converter]] = []  # of *arguments
-        self._defaults: list[Any] = []
+        self._parameters: list[tuple[inspect.Parameter, Converter]] = []
+        self._rest: list[tuple[inspect.Parameter, Converter]] = []  # of *arguments
         #: What clients pass, with evaluated annotations.
         self.signature: list[inspect.Parameter] = []
         unwrapped, signature = inspect.unwrap(function), inspect.signature(function)
@@ -3386,7 +3385,7 @@ class HubMethod:
             self.result = _evaluate(signature.return_annotation, unwrapped)
         generates = inspect.isasyncgenfunction(unwrapped)
         self.streaming = generates or _item_type(self.result)[0]
-        self._required = sum(d is inspect.Parameter.empty for d in self._defaults)
+        self._required = sum(p.default is p.empty for p, _ in self._parameters)
         #: Whether a running call counts against the client's parallel calls.
         self.needs_slot = not (self.streaming or self.uploads)
 
@@ -3398,14 +3397,13 @@ class HubMethod:
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             return
         streams, annotation = _item_type(parameter.annotation)
-        entry = (parameter.name, converters.make(annotation))
+        convert = converters.make(annotation)
         if parameter.kind is parameter.VAR_POSITIONAL:
-            self._rest.append(entry)
+            self._rest.append((parameter, convert))
         elif streams:
-            self.uploads.append((len(self.signature), *entry))
+            self.uploads.append((len(self.signature), parameter.name, convert))
         else:
-            self._parameters.append(entry)
-            self._defaults.append(parameter.default)
+            self._parameters.append((parameter, convert))
         self.signature.append(parameter)
 
     def bind(self, values: list[Any]) -> list[Any]:
@@ -3417,19 +3415,19 @@ class HubMethod:
         """
         method, count, most = self.qualified_name, len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
-            names = ", ".join(name for name, _ in self._parameters)
+            names = ", ".join(parameter.name for parameter, _ in self._parameters)
             log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
             text = f"Invocation provides {count} argument(s) but target expects {most}."
             raise BindingError(text)
         parameters = self._parameters + self._rest * (count - most)
-        bound, name = [], ""
+        bound = []
         try:
-            for (name, convert), value in zip(parameters, values):
+            for (_, convert), value in zip(parameters, values):
                 bound.append(convert(value))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a converter may be user code
-            text = _text_of(error)
+            name, text = parameters[len(bound)][0].name, _text_of(error)
             shown = _one_line(text, 200)
             log.warning("%s: argument %r does not fit: %s", method, name, shown)
             raise BindingError(
@@ -3437,7 +3435,7 @@ class HubMethod:
                 "values match the types of the hub method being invoked. "
                 f"({name}: {text})"
             ) from error
-        return bound + self._defaults[count:]
+        return bound + [parameter.default for parameter, _ in self._parameters[count:]]
 
 
 def _definitions(hub_class: type[Hub], name: str) -> list[Callable[..., Any]]:
@@ -3507,29 +3505,26 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
+@dataclass(slots=True, eq=False)
 class Converters:
-    """Makes the converters of one hub, by its options `converter` and `member_name`.
+    """Makes the converters of one hub, by its options `converter` and `member_name`."""
 
-    fallback: the converter for types that have none; without it they raise TypeError.
-    """
-
-    def __init__(self, options: HubOptions, fallback: Converter | None = None) -> None:
-        self._options = options
-        self._fallback = fallback
-        #: The converters of types that may contain themselves, by type and `exact`.
-        self._recursive: dict[tuple[Any, bool], Converter] = {}
-        #: The results of unions for lists and dicts in one conversion, by the ids of
-        #: union and value; NO_RESULT if no member fits. Each is kept with its value, so
-        #: that no other value gets that id. Without it, nested unions would take
-        #: exponential time.
-        self._memo: dict[tuple[int, int], tuple[Any, Any]] = {}
+    _options: HubOptions
+    #: The converter for types that have none; without it they raise TypeError.
+    _fallback: Converter | None = None
+    #: The converters of types that may contain themselves, by type and `exact`.
+    _recursive: dict[tuple[Any, bool], Converter] = field(default_factory=dict)
+    #: The results of unions for lists and dicts in one conversion, by the ids of union
+    #: and value, with the value, which keeps its id; NO_RESULT if no member fits.
+    #: Without them, nested unions would take exponential time.
+    _results: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         """Return the converter for values of this annotation.
 
-        exact: accept only values that are of the annotated type as they arrive, so
-        an int is no float; types that are written as text accept text. Unions try
-        this first. Raises TypeError for an annotation whose values cannot be checked.
+        exact: accept only values that arrive as that type, or as text if the type is
+        written so; unions try this first. Raises TypeError for an annotation whose
+        values cannot be checked.
         """
         custom = self._options.converter
         if custom is not None and (convert := custom(annotation)) is not None:
@@ -3581,7 +3576,7 @@ class Converters:
         converters = [self.make(m, only) for only in passes for m in members]
         if _unchanged in converters:  # a member takes any value
             return _unchanged
-        names, memo = " or ".join(map(_type_text, members)), self._memo
+        names, results = " or ".join(map(_type_text, members)), self._results
 
         def convert_once(value: Any) -> Any:
             arrived, reason = type(value).__name__, ""
@@ -3598,18 +3593,17 @@ class Converters:
         def convert(value: Any) -> Any:
             if not isinstance(value, (list, dict)):
                 return convert_once(value)
-            outermost, attempt = not memo, (id(convert), id(value))
+            outermost, attempt = not results, (id(convert), id(value))
             try:
-                if attempt not in memo:
-                    memo[attempt] = value, NO_RESULT
-                    memo[attempt] = value, convert_once(value)
-                _, result = memo[attempt]
+                if attempt not in results:
+                    results[attempt] = value, NO_RESULT
+                    results[attempt] = value, convert_once(value)
+                if results[attempt][1] is NO_RESULT:
+                    raise ValueError(f"{names} expected, got {type(value).__name__}")
+                return results[attempt][1]
             finally:
                 if outermost:
-                    memo.clear()
-            if result is NO_RESULT:
-                raise ValueError(f"{names} expected, got {type(value).__name__}")
-            return result
+                    results.clear()
 
         return convert
 
@@ -3793,7 +3787,7 @@ def describe(
     _check_hub_class(hub_class)
     found: list[Any] = []  # every annotation, from a `converter` that returns None
     options = dataclasses.replace(options, converter=found.append)
-    converters = Converters(options, fallback=_unchanged)
+    converters = Converters(options, _unchanged)
     methods = _collect_methods(hub_class, converters).values()
     for method in methods:
         converters.make(_item_type(method.result)[1])
