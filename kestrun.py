@@ -3554,9 +3554,8 @@ class Converters:
         if kind is dict and args:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
         if isinstance(kind, type):
-            accepted = (_EXACT if exact else _ACCEPTED).get(kind)
-            if accepted is not None:
-                return functools.partial(_to_type, kind, accepted)
+            if kind in _ACCEPTED:
+                return functools.partial(_to_type, kind, exact)
             if issubclass(kind, Enum):
                 return functools.partial(_to_enum, kind, exact)
             if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
@@ -3665,45 +3664,41 @@ def _read_duration(text: str) -> timedelta:
 
 
 #: The types that values have when they arrive, and those that are written as text, at
-#: least in JSON; each with the other types that are no less exact.
-_EXACT: dict[type, dict[type, Converter]] = {
-    **{kind: {} for kind in (type(None), bool, int, float, str, bytes, dict)},
+#: least in JSON; each with the other types that are accepted for it: JavaScript has
+#: one kind of number, JSON no bytes.
+_ACCEPTED: dict[type, dict[type, Converter]] = {
+    **{kind: {} for kind in (type(None), bool, str, list, dict)},
+    int: {float: _whole},
+    float: {int: float},
+    bytes: {str: functools.partial(base64.b64decode, validate=True)},
     datetime: {str: datetime.fromisoformat},
     uuid.UUID: {str: uuid.UUID},
     date: {str: date.fromisoformat},
     clock_time: {str: clock_time.fromisoformat},
     timedelta: {str: _read_duration},
-    Decimal: {str: _decimal},
-}
-
-#: The same with all types that are accepted: JavaScript has one kind of number, JSON
-#: no bytes.
-_ACCEPTED: dict[type, dict[type, Converter]] = {
-    **_EXACT,
-    int: {float: _whole},
-    float: {int: float},
-    bytes: {str: functools.partial(base64.b64decode, validate=True)},
     Decimal: {str: _decimal, int: Decimal, float: _decimal},
 }
 
 
-def _to_type(kind: type, accepted: dict[type, Converter], value: Any) -> Any:
+def _to_type(kind: type, exact: bool, value: Any) -> Any:
     """Return a value of that type, or convert one of another accepted type."""
     arrived = type(value)
     if arrived is kind:  # so a bool is no int
         return value
-    if arrived in accepted:
-        return accepted[arrived](value)
-    raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
+    convert = _ACCEPTED[kind].get(arrived)
+    # Text is as exact as a type that is written so; but MessagePack has bytes.
+    if convert is None or exact and (arrived is not str or kind is bytes):
+        raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
+    return convert(value)
 
 
 def _to_items(kind: type, convert: Converter, value: Any) -> Any:
     """Read a list, or another collection, which arrives as a list."""
-    return kind([convert(item) for item in _to_type(list, {}, value)])
+    return kind([convert(item) for item in _to_type(list, True, value)])
 
 
 def _to_tuple(converters: list[Converter], value: Any) -> tuple[Any, ...]:
-    items = _to_type(list, {}, value)
+    items = _to_type(list, True, value)
     if len(items) != len(converters):
         raise ValueError(f"a list of {len(converters)} expected, got {len(items)}")
     return tuple(convert(item) for convert, item in zip(converters, items, strict=True))
@@ -3724,7 +3719,7 @@ def _to_dict(convert_key: Converter, convert: Converter, value: Any) -> dict[Any
         except ValueError:  # JSON writes a key that is a number as text
             return convert_key(_loads(key))
 
-    items = _to_type(dict, {}, value).items()
+    items = _to_type(dict, True, value).items()
     return {convert_any_key(key): convert(item) for key, item in items}
 
 
@@ -3746,7 +3741,7 @@ def _to_enum(kind: type[Enum], exact: bool, value: Any) -> Enum:
 def _to_object(kind: Any, fields: dict[str, tuple[str, Converter]], value: Any) -> Any:
     """Read a dataclass or a TypedDict from an object; unknown members are skipped."""
     members = {}
-    for key, item in _to_type(dict, {}, value).items():
+    for key, item in _to_type(dict, True, value).items():
         if not isinstance(key, str) or normalize_name(key) not in fields:
             continue
         name, convert = fields[normalize_name(key)]
