@@ -3409,9 +3409,8 @@ class HubMethod:
     def bind(self, values: list[Any]) -> list[Any]:
         """Check and convert the arguments of one call.
 
-        Returns them, and the defaults of those left out, without the upload streams,
-        which the caller inserts at their positions. Raises BindingError; the log then
-        names the parameter.
+        Returns them with the defaults of those left out, but without the upload
+        streams, which the caller inserts at their positions. Raises BindingError.
         """
         method, count, most = self.qualified_name, len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
@@ -3445,15 +3444,11 @@ def _definitions(hub_class: type[Hub], name: str) -> list[Callable[..., Any]]:
     return [function for function in functions if inspect.isfunction(function)]
 
 
-def _collect_methods(
-    hub_class: type[Hub], converters: Converters
-) -> dict[str, HubMethod]:
+def _hub_methods(hub_class: type[Hub], converters: Converters) -> dict[str, HubMethod]:
     """Return the methods that clients may call, by normalized name.
 
     Those are the public methods that the class or a base other than Hub defines,
-    also static and class methods. Raises TypeError for two methods whose names are
-    the same to clients, for a method that hides an attribute of Hub, for `authorize`
-    on what clients cannot call, and for a hook with the wrong parameters.
+    also static and class methods. Raises TypeError for a mistake in the class.
     """
     methods: dict[str, HubMethod] = {}
     hooks = {"on_connected": 1, "on_disconnected": 2, "on_invocation": 3}
@@ -3512,8 +3507,8 @@ class Converters:
     _options: HubOptions
     #: The converter for types that have none; without it they raise TypeError.
     _fallback: Converter | None = None
-    #: The converters of types that may contain themselves, by type and `exact`.
-    _recursive: dict[tuple[Any, bool], Converter] = field(default_factory=dict)
+    #: The converters of aliases, enums and object types, by type and `exact`.
+    named: dict[tuple[Any, bool], Converter] = field(default_factory=dict)
     #: The results of unions for lists and dicts in one conversion, by the ids of union
     #: and value, with the value, which keeps its id; NO_RESULT if no member fits.
     #: Without them, nested unions would take exponential time.
@@ -3537,10 +3532,6 @@ class Converters:
         kind, args = typing.get_origin(annotation), typing.get_args(annotation)
         kind = type(None) if annotation is None else kind or annotation
         make = functools.partial(self.make, exact=exact)
-        if (base := getattr(kind, "__supertype__", None)) is not None:  # a NewType
-            return make(base)
-        if hasattr(kind, "__value__"):  # `type Name = …`
-            return self._for_recursive(kind, exact)
         if kind in (typing.Annotated, typing.Required, typing.NotRequired):
             return make(args[0])
         if kind is typing.Literal and args:
@@ -3553,13 +3544,14 @@ class Converters:
             return functools.partial(_to_items, kind, make(args[0] if args else Any))
         if kind is dict and args:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
+        if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):  # an alias
+            return self._for_named(kind, exact)
         if isinstance(kind, type):
             if kind in _ACCEPTED:
                 return functools.partial(_to_type, kind, exact)
-            if issubclass(kind, Enum):
-                return functools.partial(_to_enum, kind, exact)
-            if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-                return self._for_recursive(kind, exact)
+            is_object = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+            if is_object or issubclass(kind, Enum):
+                return self._for_named(kind, exact)
         if self._fallback is not None:
             return self._fallback
         raise TypeError(
@@ -3606,21 +3598,25 @@ class Converters:
 
         return convert
 
-    def _for_recursive(self, kind: Any, exact: bool) -> Converter:
-        """Return the converter of an alias or an object, which may contain itself."""
-        known, key = self._recursive, (kind, exact)
+    def _for_named(self, kind: Any, exact: bool) -> Converter:
+        """Return the converter of a type that may contain itself."""
+        known, key = self.named, (kind, exact)
         if key not in known:
-            known[key] = lambda value: self._for_recursive(kind, exact)(value)
+            known[key] = lambda value: self._for_named(kind, exact)(value)
             try:
-                known[key] = self._for_parts(kind, exact)
+                known[key] = self._make_named(kind, exact)
             except Exception:
                 del known[key]  # or it would call itself when asked for again
                 raise
         return known[key]
 
-    def _for_parts(self, kind: Any, exact: bool) -> Converter:
-        if hasattr(kind, "__value__"):
+    def _make_named(self, kind: Any, exact: bool) -> Converter:
+        if hasattr(kind, "__supertype__"):
+            return self.make(kind.__supertype__, exact)
+        if hasattr(kind, "__value__"):  # `type Name = …`
             return self.make(kind.__value__, exact)
+        if issubclass(kind, Enum):
+            return functools.partial(_to_enum, kind, exact)
         hints, spell = typing.get_type_hints(kind, include_extras=True), None
         if dataclasses.is_dataclass(kind):
             hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
@@ -3780,14 +3776,12 @@ def describe(
     for a type without a converter, and for two types of the same name.
     """
     _check_hub_class(hub_class)
-    found: list[Any] = []  # every annotation, from a `converter` that returns None
-    options = dataclasses.replace(options, converter=found.append)
-    converters = Converters(options, _unchanged)
-    methods = _collect_methods(hub_class, converters).values()
+    converters = Converters(dataclasses.replace(options, converter=None), _unchanged)
+    methods = _hub_methods(hub_class, converters).values()
     for method in methods:
         converters.make(_item_type(method.result)[1])
-    kinds = {k: parts for k in found if (parts := _describe_type(k, options))}
-    described = {kind.__name__: parts for kind, parts in kinds.items()}
+    kinds = {kind for kind, _ in converters.named}
+    described = {kind.__name__: _describe_type(kind, options) for kind in kinds}
     if len(described) < len(kinds):
         raise TypeError(f"{hub_class.__name__}: two of its types have the same name")
     return {
@@ -3799,18 +3793,17 @@ def describe(
 
 def _describe_method(method: HubMethod) -> dict[str, Any]:
     """Describe the parameters of a method, its result, and who may call it."""
-    parameters = [
-        {
-            "name": parameter.name,
-            "type": _type_text(parameter.annotation),
-            "optional": parameter.default is not parameter.empty,
-            "repeated": parameter.kind is parameter.VAR_POSITIONAL,
-        }
-        for parameter in method.signature
-    ]
     return {
         "name": method.name,
-        "parameters": parameters,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "type": _type_text(parameter.annotation),
+                "optional": parameter.default is not parameter.empty,
+                "repeated": parameter.kind is parameter.VAR_POSITIONAL,
+            }
+            for parameter in method.signature
+        ],
         "result": _type_text(method.result),
         "stream": method.streaming,
         "authorize": [getattr(c, "__qualname__", repr(c)) for c in method.checks],
@@ -3818,15 +3811,13 @@ def _describe_method(method: HubMethod) -> dict[str, Any]:
 
 
 def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
-    """Describe an enum, an object type, or another name of a type; else return {}."""
+    """Describe another name of a type, an enum, or a type of objects."""
     if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
-    if isinstance(kind, type) and issubclass(kind, Enum):
+    if issubclass(kind, Enum):
         write = _json_writer(Writer(options, "json").to_plain)
         return {"values": json.loads(write({**kind.__members__}))}
-    if not (typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)):
-        return {}
     hints = typing.get_type_hints(kind)
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
@@ -3888,7 +3879,7 @@ class MappedHub:
         self._factory: Callable[[], Hub] = factory or hub_class
         self.options = options
         converters = Converters(options)
-        self.methods = _collect_methods(hub_class, converters)
+        self.methods = _hub_methods(hub_class, converters)
         self.shared = Shared(options)
         self.registry = Registry(_load_protocols(options))
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
