@@ -3359,8 +3359,7 @@ class HubMethod:
         takes_hub = inspect.isfunction(inspect.getattr_static(hub_class, name))
         #: Takes the hub first, also for a static or class method.
         self.function = function if takes_hub else lambda hub, *args: function(*args)
-        #: For each upload stream its position among the arguments, the name of
-        #: the parameter and the converter of its items.
+        #: Of each upload stream: its position, its name, the converter of its items.
         self.uploads: list[tuple[int, str, Converter]] = []
         self._parameters: list[tuple[inspect.Parameter, Converter]] = []
         self._rest: list[tuple[inspect.Parameter, Converter]] = []  # of *arguments
@@ -3471,8 +3470,8 @@ def _hub_methods(hub_class: type[Hub], converters: Converters) -> dict[str, HubM
         other = methods.setdefault(normalize_name(method.name), method)
         if other is not method:
             raise TypeError(
-                f"{method.qualified_name} and {other.qualified_name} are the same name "
-                'for clients; rename one with @hub_method("OtherName")'
+                f"{where} and {other.qualified_name} are the same name for clients; "
+                'rename one with @hub_method("OtherName")'
             )
     return methods
 
@@ -3524,8 +3523,7 @@ class Converters:
         custom = self._options.converter
         if custom is not None and (convert := custom(annotation)) is not None:
             if not callable(convert):
-                text = f"HubOptions.converter returned {convert!r}, not a function"
-                raise TypeError(text)
+                raise TypeError(f"converter returned {convert!r}, not a function")
             return convert
         if annotation is Any or annotation is object:
             return _unchanged
@@ -3753,7 +3751,7 @@ def _to_object(kind: Any, fields: dict[str, tuple[str, Converter]], value: Any) 
 
 def _type_text(annotation: Any) -> str:
     """Spell a type as Python source does, without modules."""
-    if annotation is type(None) or annotation is None:
+    if annotation is type(None):
         return "None"
     text = inspect.formatannotation(annotation)
     modules_or_literal = r"""('[^']*'|"[^"]*")|\b(?:[\w<>]+\.)+(?=\w)"""
