@@ -119,7 +119,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
 from decimal import Decimal
-from enum import Enum, Flag
+from enum import Enum, EnumType, Flag
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_to_bytes
@@ -3548,7 +3548,7 @@ class Converters:
             if kind in _ACCEPTED:
                 return functools.partial(_to_type, kind, exact)
             is_object = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
-            if is_object or issubclass(kind, Enum):
+            if is_object or isinstance(kind, EnumType):
                 return self._for_named(kind, exact)
         if self._fallback is not None:
             return self._fallback
@@ -3674,7 +3674,7 @@ _ACCEPTED: dict[type, dict[type, Converter]] = {
 }
 
 
-def _to_type(kind: type, exact: bool, value: Any) -> Any:
+def _to_type(kind: Any, exact: bool, value: Any) -> Any:
     """Return a value of that type, or convert one of another accepted type."""
     arrived = type(value)
     if arrived is kind:  # so a bool is no int
