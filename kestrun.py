@@ -4017,9 +4017,6 @@ class Call:
     #: Bytes of the message.
     size: int
     task: asyncio.Task[None] | None = None
-    #: Resolved when the calls before it have begun; None if it does not wait for them.
-    at_head: asyncio.Future[None] | None = None
-    holds_slot: bool = False
     cancelled: bool = False
     #: Client results that its code waits for.
     awaited_results: int = 0
@@ -4138,8 +4135,8 @@ class Call:
         """Complete the call with an error; log it unless the call was cancelled."""
         if isinstance(error, KeyboardInterrupt):
             raise error
-        cancelled = isinstance(error, asyncio.CancelledError)
-        if cancelled and self.task is not None and self.task.cancelling():
+        cancelled = self.task.cancelling() if self.task else self.cancelled
+        if cancelled and isinstance(error, asyncio.CancelledError):
             if self.invocation.streaming:  # its caller expects no reason
                 self._calls.reply(self.invocation, NO_RESULT)
                 return
@@ -4154,9 +4151,14 @@ class Call:
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     def cancel(self) -> None:
-        """Cancel a call that runs or waits; it is still answered."""
-        if self.task is not None and not self.cancelled:
-            self.cancelled = True
+        """Cancel a call that runs or waits, once; it is still answered."""
+        if self.cancelled:
+            return
+        self.cancelled = True
+        if self.task is None:
+            self._fail(asyncio.CancelledError())
+            self._calls.forget(self)
+        else:
             # In the next iteration: a task that is cancelled before its first step
             # would skip its `finally`.
             asyncio.get_running_loop().call_soon(self.task.cancel)
@@ -4188,12 +4190,14 @@ class Calls:
         #: The connection's context variables. Each call runs in a copy of its own.
         self._variables = contextvars.copy_context()
         limit = mapped.options.maximum_parallel_invocations_per_client
-        self._free_slots = _or_infinite(limit)
-        #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks.
-        self._waiting: list[Call] = []
+        self._slots = limit or sys.maxsize
+        #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks,
+        #: which queue for the lock.
+        self._waiting: dict[Call, None] = {}
+        self._beginning = asyncio.Lock()
         self._running: set[Call] = set()
-        #: Running calls that wait to get their slot back. New calls wait for them.
-        self._resuming = 0
+        #: The calls that hold a slot; behind them those that wait to get it back.
+        self._slot_holders: dict[Call, None] = {}
         #: The upload streams that are open, by stream id.
         self.uploads: dict[str, UploadStream] = {}
 
@@ -4216,7 +4220,7 @@ class Calls:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self.connection.inbox.hold(size)
-            self._waiting.append(call)
+            self._waiting[call] = None
             if len(self._waiting) <= _TASKS_AHEAD:
                 self._create_task(call, NO_RESULT, context)
         elif (result := context.run(call.start)) is not NO_RESULT:
@@ -4277,13 +4281,11 @@ class Calls:
     def cancel(self, invocation_id: str) -> None:
         """Cancel a call, running or waiting; ignore an unknown id."""
         if (call := self._find(invocation_id)) is not None:
-            if call.task is None:
-                self._create_task(call, NO_RESULT, self._variables.copy())
             call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
-        no_slot = call.method.needs_slot and self._free_slots <= self._resuming
+        no_slot = call.method.needs_slot and len(self._slot_holders) >= self._slots
         if no_slot or len(self._running) >= _MAX_RUNNING:
             return False
         connection, outbox = self.connection, self.connection.outbox
@@ -4293,11 +4295,7 @@ class Calls:
 
     async def wait_to_begin(self, call: Call) -> None:
         """Wait until earlier calls have begun and there is a slot, time and room."""
-        waiting = self._waiting
-        try:
-            if waiting[0] is not call:
-                call.at_head = _new_future()
-                await call.at_head
+        async with self._beginning:
             if time.perf_counter() > self.mapped.shared.flusher.deadline():
                 await asyncio.sleep(0)  # let others run
             while not self._may_begin(call):
@@ -4305,20 +4303,24 @@ class Calls:
                     # Calls that run may wait for answers that cannot be read.
                     raise HubException("The client has too many calls at once.")
                 await self.connection.changed()
+            self._stop_waiting(call)
             self._take_slot(call)
-        finally:
-            waiting.remove(call)
-            for following in waiting[_TASKS_AHEAD - 1 : _TASKS_AHEAD]:
-                if following.task is None:
-                    self._create_task(following, NO_RESULT, self._variables.copy())
-            at_head = waiting[0].at_head if waiting else None
-            if at_head is not None and not at_head.done():
-                at_head.set_result(None)
-            self.connection.release(call.size)
-            self.connection.wake()
+
+    def _stop_waiting(self, call: Call) -> None:
+        """Remove a call from those that wait; the next one gets a task."""
+        del self._waiting[call]
+        self.connection.release(call.size)
+        self.connection.wake()
+        for following in itertools.islice(
+            self._waiting, _TASKS_AHEAD - 1, _TASKS_AHEAD
+        ):
+            if following.task is None:
+                self._create_task(following, NO_RESULT, self._variables.copy())
 
     def forget(self, call: Call) -> None:
         """Forget a call that has ended; its slot is free for another."""
+        if call in self._waiting:
+            self._stop_waiting(call)
         self._running.discard(call)
         if call.task is not None:
             self.mapped.tasks.discard(call.task)
@@ -4330,48 +4332,31 @@ class Calls:
         """Count a call as running; take a slot if it needs one."""
         self._running.add(call)
         if call.method.needs_slot:
-            call.holds_slot = True
-            self._free_slots -= 1
+            self._slot_holders[call] = None
 
     def release_slot(self, call: Call) -> None:
-        if call.holds_slot:
-            call.holds_slot = False
-            self._free_slots += 1
+        self._slot_holders.pop(call, None)
         self.connection.wake()
 
     async def resume(self, call: Call) -> None:
-        """Wait for a free slot and take it, if the call needs one."""
+        """Take a slot again if the call needs one, and wait until it is free."""
         late: asyncio.CancelledError | None = None
-        self._resuming += 1
-        try:
-            while self._wants_slot_back(call) and self._free_slots <= 0:
-                try:
-                    await self.connection.changed()
-                except asyncio.CancelledError as error:  # its own timeout, perhaps
-                    if call.cancelled:
-                        raise
-                    late = error
-            if self._wants_slot_back(call):
-                self._take_slot(call)
-            if late is not None:
-                raise late
-        finally:
-            self._resuming -= 1
-            self.connection.wake()
-
-    def _wants_slot_back(self, call: Call) -> bool:
-        """Return True for a call that released its slot and wants to go on."""
-        goes_on = call in self._running and not call.awaited_results
-        return goes_on and call.method.needs_slot and not call.holds_slot
+        if call in self._running and not call.awaited_results:
+            self._take_slot(call)
+        while call in list(self._slot_holders)[self._slots :]:
+            try:
+                await self.connection.changed()
+            except asyncio.CancelledError as error:  # its own timeout, perhaps
+                if call.cancelled:
+                    raise
+                late = error
+        if late is not None:
+            raise late
 
     def cancel_waiting(self) -> None:
-        """Cancel the calls that have not begun; forget those without a task."""
-        for call in self._waiting:
+        """Cancel the calls that have not begun."""
+        for call in list(self._waiting):
             call.cancel()
-            if call.task is None:
-                self.connection.release(call.size)
-                call.close_uploads()
-        self._waiting[:] = [call for call in self._waiting if call.task is not None]
 
     async def finish(self, end: End) -> None:
         """Close streams and fail uploads; return once no call waits any more."""
@@ -4657,14 +4642,14 @@ class HubConnection:
 
     def shut_down(self) -> None:
         """End the connection because the server stops; cancel the calls that wait."""
-        if self._connection.on_data is not None:
-            self._calls.cancel_waiting()
         if self._connection.state == OPENING:
             response = _handshake_response("Handshake was canceled.")
             self._connection.send(response, sequenced=False)
             self._connection.close(End())
-        else:
-            self._close(End(), Close(allow_reconnect=True))
+            return
+        self._close(End(), Close(allow_reconnect=True))
+        if self._connection.on_data is not None:
+            self._calls.cancel_waiting()
 
     def check_timeouts(self, now: float) -> None:
         """Send a due ping or ack, and disconnect a silent client.
