@@ -5277,6 +5277,9 @@ def map_hub(
 # server encodes it decodes, and the other way round. WebSockets only, without
 # negotiation.
 
+#: Calls of one target that are kept until `receive` asks for them: the newest.
+_MAX_RECEIVED = 1000
+
 
 class HubClient:
     """A client's connection to a hub, made by `connect`."""
@@ -5284,18 +5287,16 @@ class HubClient:
     def __init__(
         self, websocket: aiohttp.ClientWebSocketResponse[Any], protocol: HubProtocol
     ) -> None:
-        self._websocket = websocket
-        self._protocol = protocol
-        self._inbox = Inbox(math.inf)
+        self._websocket, self._protocol = websocket, protocol
+        self._inbox, self._ids = Inbox(math.inf), map(str, itertools.count(1))
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: What has arrived: arguments by target, answers by invocation id.
-        self._received: defaultdict[str, deque[list[Any]]] = defaultdict(deque)
+        self._received = defaultdict[str, deque[Any]](lambda: deque((), _MAX_RECEIVED))
         self._answers: dict[str, deque[StreamItem | Completion]] = {}
         self._arrival = asyncio.Event()
         #: Why the connection has ended, once it has.
-        self._end: str | None = None
-        self._ids = map(str, itertools.count(1))
+        self._end = ""
 
     async def __aenter__(self) -> typing.Self:
         request = _dumps({"protocol": self._protocol.name, "version": 1})
@@ -5305,13 +5306,12 @@ class HubClient:
                 await self._read()
         try:
             response = _json_object(record)
-            error = response.get("error")
-            if "protocol" in response:
-                error = "This is no hub: it sends back what it gets."
         except ProtocolError as problem:
-            error = f"This is no hub: {problem}"
-        if error is not None:
-            raise HubException(error)
+            response = {"error": f"This is no hub: {problem}"}
+        if "protocol" in response:
+            response = {"error": "This is no hub: it sends back what it gets."}
+        if response.get("error") is not None:
+            raise HubException(response["error"])
         self._start(self._run())
         return self
 
@@ -5329,7 +5329,8 @@ class HubClient:
     async def receive(self, target: str, timeout: float = 5) -> list[Any]:
         """Return the arguments of the next call of `target`, in order of arrival.
 
-        Raises TimeoutError after `timeout` seconds, ConnectionError once disconnected.
+        The newest 1,000 are kept for it. Raises TimeoutError after `timeout` seconds,
+        ConnectionError once disconnected.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -5342,6 +5343,14 @@ class HubClient:
         """Call a method of the hub without waiting for it."""
         await self._call(Invocation(target, list(arguments)))
 
+    @typing.overload
+    async def invoke(self, target: str, *arguments: Any, returns: type[T]) -> T: ...
+
+    @typing.overload
+    async def invoke(
+        self, target: str, *arguments: Any, returns: types.UnionType = ...
+    ) -> Any: ...
+
     async def invoke(self, target: str, *arguments: Any, returns: Any = Any) -> Any:
         """Call a method of the hub and return its result.
 
@@ -5352,25 +5361,22 @@ class HubClient:
         the connection ends.
         """
         convert = Converters(HubOptions()).make(returns)
-        answers = self._answers_of(target, arguments, streaming=False)
-        async with contextlib.aclosing(answers):
+        call = Invocation(target, list(arguments))
+        async with contextlib.aclosing(self._answers_of(call)) as answers:
             return convert(await anext(answers, None))
 
     def stream(self, target: str, *arguments: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of a stream; leaving the loop early cancels it."""
-        return self._answers_of(target, arguments, streaming=True)
+        return self._answers_of(Invocation(target, list(arguments), streaming=True))
 
-    async def _answers_of(
-        self, target: str, arguments: tuple[Any, ...], streaming: bool
-    ) -> AsyncGenerator[Any, None]:
-        """Call a method; yield the items of its stream, or its result if any."""
-        id, answer = next(self._ids), None
-        waiting = self._answers[id] = deque()
-        uploads: list[asyncio.Task[None]] = []
+    async def _answers_of(self, call: Invocation) -> AsyncGenerator[Any, None]:
+        """Send a call; yield the items of its stream, or its result if any."""
+        id = call.invocation_id = next(self._ids)
+        answers = self._answers[id] = deque()
+        answer, uploads = None, list[asyncio.Task[None]]()
         try:
-            call = Invocation(target, list(arguments), id, streaming=streaming)
             uploads = await self._call(call)
-            while isinstance(answer := await self._next(waiting), StreamItem):
+            while isinstance(answer := await self._next(answers), StreamItem):
                 yield answer.item
             if answer.error is not None:
                 raise HubException(answer.error)
@@ -5387,7 +5393,7 @@ class HubClient:
     async def _next(self, waiting: deque[T]) -> T:
         """Return what arrived first. Raises ConnectionError at the end."""
         while not waiting:
-            if self._end is not None:
+            if self._end:
                 raise ConnectionError(self._end)
             await self._arrival.wait()
         return waiting.popleft()
@@ -5418,7 +5424,7 @@ class HubClient:
         return task
 
     async def _write(self, message: Message) -> None:
-        if self._end is not None:
+        if self._end:
             raise ConnectionError(self._end)
         data, binary = self._protocol.encode(message), self._protocol.binary
         kind = aiohttp.WSMsgType.BINARY if binary else aiohttp.WSMsgType.TEXT

@@ -6747,6 +6747,17 @@ async def test_the_client_calls_streams_uploads_and_receives(serve, by, protocol
         await until(lambda: hub.log == [sent])
 
 
+async def test_the_client_keeps_the_newest_1000_calls_of_a_target(serve) -> None:
+    async with connected(serve) as (_, connection):
+        await connection.invoke("TellAll", *"a" * 500, *"b" * 1000)
+        notes = [await connection.receive("Note") for _ in range(1000)]
+        assert notes == [["b", 1]] * 1000
+        with pytest.raises(TimeoutError):
+            await connection.receive("Note", timeout=0.01)
+        assert await connection.receive("Welcome") == ["you"]
+        assert [n async for n in connection.stream("Counter", 1500)] == [*range(1500)]
+
+
 @both_protocols
 async def test_the_clients_handlers_answer_the_server(serve, protocol, caplog) -> None:
     async def later(number: int) -> Point:
@@ -9807,16 +9818,20 @@ async def check() -> None:
         async with kestrun.connect(client, "/chat", protocol="json") as connection:
             connection.on("Count", lambda: 1)
             number: int = await connection.invoke("Say", "hello")
+            number += await connection.invoke("Say", "hello", returns=int)
+            maybe = await connection.invoke("Maybe", returns=int | None)
+            number += maybe or 0
             async for item in connection.stream("Count", number):
                 print(item, await connection.receive("Note"))
 """
 WRONGLY_TYPED = """
-async def wrong(hub: ChatHub) -> None:
+async def wrong(hub: ChatHub, client: kestrun.HubClient) -> None:
     app = web.Application()
     kestrun.map_hub(app, "/a", ChatHub, pol_timeout=20)
     kestrun.map_hub(app, "/b", ChatHub, poll_timeout="soon")
     kestrun.map_hub(app, "/c", int)
     text: str = await hub.clients.caller.invoke("Count", returns=int)
+    text = await client.invoke("Count", returns=int)
     kestrun.Operations().start(len)
 """
 CHECKERS = {
@@ -9849,7 +9864,7 @@ async def test_a_typed_hub_passes_type_checkers_and_mistakes_do_not(
     assert all("note:" in f or "wrong.py" in f for f in faults), output
     first = len(TYPED.splitlines()) + 4
     found = {int(n) for n in re.findall(r"wrong\.py:(\d+):.*error", output)}
-    assert found == {*range(first, first + 5)}, output
+    assert found == {*range(first, first + 6)}, output
 
 
 async def test_the_readmes_run_command_starts_the_server(tmp_path: Path) -> None:
