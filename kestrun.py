@@ -4021,26 +4021,23 @@ class Call:
     #: Client results that its code waits for.
     awaited_results: int = 0
     #: The client's streams among the arguments.
-    _uploads: tuple[UploadStream, ...] = ()
+    _uploads: dict[str, UploadStream] = field(default_factory=dict)
 
     def open_uploads(self) -> None:
         """Open the client's streams when the call is read, so that items find them."""
-        calls, method = self._calls, self.method
-        pairs = zip(self.invocation.stream_ids, method.uploads, strict=True)
-        for stream_id, (position, name, convert) in pairs:
+        ids, method = self.invocation.stream_ids, self.method
+        for id, (position, name, convert) in zip(ids, method.uploads, strict=True):
             name = f"{method.qualified_name}: an item of {name!r}"
-            stream = UploadStream(name, convert, calls.connection)
-            calls.uploads[stream_id] = stream
-            self._uploads += (stream,)
+            stream = UploadStream(name, convert, self._calls.connection)
+            self._uploads[id] = self._calls.uploads[id] = stream
             self.invocation.arguments.insert(position, stream)
 
     def close_uploads(self) -> None:
         """Discard the upload streams of a call that has ended."""
-        ids = self.invocation.stream_ids
-        for stream_id, stream in zip(ids, self._uploads, strict=True):
+        for id, stream in self._uploads.items():
             stream.discard()
-            if self._calls.uploads.get(stream_id) is stream:
-                del self._calls.uploads[stream_id]
+            if self._calls.uploads.get(id) is stream:
+                del self._calls.uploads[id]
 
     def start(self) -> Any:
         """Call the method; return what to await, or NO_RESULT if it is answered."""
@@ -4202,18 +4199,13 @@ class Calls:
         self.uploads: dict[str, UploadStream] = {}
 
     def add(self, invocation: Invocation, size: int) -> None:
-        """Check a call in the order of ASP.NET Core, then begin or queue it."""
-        target, context = invocation.target, self._variables.copy()
-        try:
-            if (method := self.mapped.methods.get(normalize_name(target))) is None:
-                raise HubException("Method does not exist.")
-            invocation.arguments = context.run(method.bind, invocation.arguments)
-        except (HubException, BindingError) as error:
-            text = f"Failed to invoke '{target}' due to an error on the server."
-            self._refuse(invocation, error_text(text, error, self.mapped.options))
-            return
-        if (problem := self._call_error(invocation, method)) is not None:
-            self._refuse(invocation, problem)
+        """Begin or queue a call, or answer it without calling its method."""
+        method = self.mapped.methods.get(normalize_name(invocation.target))
+        context = self._variables.copy()
+        problem = context.run(self._bind, invocation, method)
+        if method is None or problem:
+            log.info("connection %s: %s", self.connection, _one_line(problem, 200))
+            self.reply(invocation, NO_RESULT, problem)
             return
         call = Call(self, invocation, method, size)
         if method.uploads:
@@ -4237,18 +4229,24 @@ class Calls:
             call.task = task
             self.mapped.tasks.add(task)
 
-    def _call_error(self, invocation: Invocation, method: HubMethod) -> str | None:
-        """Return the error of a call that does not suit its method; None if it does."""
+    def _bind(self, invocation: Invocation, method: HubMethod | None) -> str:
+        """Convert a call's arguments; return its first error as ASP.NET Core does."""
         target, streaming = invocation.target, invocation.streaming
-        if method.needs_slot and not (streaming or invocation.stream_ids):
-            return None  # the usual call
-        ids, expected = invocation.stream_ids, len(method.uploads)
+        ids, options = invocation.stream_ids, self.mapped.options
+        try:
+            if method is None:
+                raise HubException("Method does not exist.")
+            invocation.arguments = method.bind(invocation.arguments)
+        except (HubException, BindingError) as error:
+            text = f"Failed to invoke '{target}' due to an error on the server."
+            return error_text(text, error, options)
+        if method.needs_slot and not (streaming or ids):
+            return ""  # the usual call
         if streaming != method.streaming:
             return _WRONG_KIND.format(_KINDS[not streaming], target, _KINDS[streaming])
         if streaming and self._find(invocation.invocation_id) is not None:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
-        options = self.mapped.options
-        limit = options.maximum_streams_per_client
+        limit, expected = options.maximum_streams_per_client, len(method.uploads)
         streams = streaming + sum(call.invocation.streaming for call in self._all())
         if max(streams, len(ids) + len(self.uploads)) > _or_infinite(limit):
             text = f"A client can have at most {limit} streams at the same time."
@@ -4257,13 +4255,8 @@ class Calls:
         elif used := [i for n, i in enumerate(ids) if i in {*self.uploads, *ids[:n]}]:
             text = f"Stream ID '{used[0]}' is already in use."
         else:
-            return None
+            return ""
         return error_text(_FAILED_INVOKING.format(target), HubException(text), options)
-
-    def _refuse(self, invocation: Invocation, text: str) -> None:
-        """Answer a call without calling its method."""
-        log.info("connection %s: %s", self.connection, _one_line(text, 200))
-        self.reply(invocation, NO_RESULT, text)
 
     def reply(self, message: Invocation, result: Any, error: str | None = None) -> None:
         """Complete a call, if it has an id. Raises what `encode` raises."""
