@@ -4368,41 +4368,6 @@ class Calls:
             await self.connection.changed()
 
 
-@dataclass(slots=True, eq=False)
-class KeepAlive:
-    """Sends due pings and acks, and detects a silent client."""
-
-    _connection: Connection
-    #: Whether the client has sent something since the last check, and a ping ever.
-    active: bool = False
-    pinged: bool = False
-    _last_received: float = field(default_factory=time.monotonic)
-    _last_ping: float = field(default_factory=time.monotonic)
-
-    def timed_out(self, now: float) -> bool:
-        """Return True if the client should have sent something by now."""
-        connection = self._connection
-        # What it sent may not have been read yet, or it has no socket to send on.
-        if self.active or not connection.can_read() or connection.transport is None:
-            self.active, self._last_received = False, now
-        limit = connection.shared.options.client_timeout_interval
-        return self.pinged and now - self._last_received > _or_infinite(limit)
-
-    def send_due(self, now: float) -> None:
-        """Send a ping and an acknowledgement if it is time for them."""
-        connection, reconnect = self._connection, self._connection.reconnect
-        if connection.transport is None or connection.backlog() > _HIGH_WATER:
-            return  # the client cannot take them now
-        encode = connection.protocol.encode
-        interval = _or_infinite(connection.shared.options.keep_alive_interval)
-        polls = connection.transport_name == LONG_POLLING  # which keep it alive
-        if now - self._last_ping >= interval and not polls:
-            self._last_ping = now
-            connection.send(encode(Ping()), sequenced=False)
-        if reconnect is not None and (ack := reconnect.take_ack()) is not None:
-            connection.send(encode(ack), sequenced=False)
-
-
 # The handshake (HubProtocol.md, Handshake)
 
 
@@ -4470,12 +4435,15 @@ class HubConnection:
     ) -> None:
         self._mapped = mapped
         self._connection = connection
-        self._context = HubCallerContext(connection, request, self.abort)
-        self._keep_alive = KeepAlive(connection)
+        abort = functools.partial(self._close, End(), Close())
+        self._context = HubCallerContext(connection, request, abort)
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
         self._begun = self._counted_at = time.monotonic()
+        #: Whether the client has sent something since the last check, and a ping ever.
+        self._active = self._pinged = False
+        self._last_received = self._last_ping = self._begun
         self._calls: Calls
 
     async def run(self) -> None:
@@ -4549,7 +4517,7 @@ class HubConnection:
         try:
             for message, size in protocol.decode(inbox, self._size_limit):
                 shared.messages_in += 1
-                self._keep_alive.active = True
+                self._active = True
                 reconnect = connection.reconnect
                 new = reconnect is None or reconnect.accept(message)
                 if new and (rate is None or self._in_rate(message, rate, paused)):
@@ -4605,7 +4573,7 @@ class HubConnection:
             case CancelInvocation(invocation_id):
                 calls.cancel(invocation_id)
             case Ping():
-                self._keep_alive.pinged = True
+                self._pinged = True
             case Close(error):
                 self._connection.inbox.clear()  # ignore what follows it
                 failure = None if error is None else HubException(error)
@@ -4628,10 +4596,6 @@ class HubConnection:
         connection = self._connection
         connection.send(connection.protocol.encode(message), sequenced=False)
         connection.close(end)
-
-    def abort(self) -> None:
-        """End the connection for user code (`context.abort`)."""
-        self._close(End(), Close())
 
     def shut_down(self) -> None:
         """End the connection because the server stops; cancel the calls that wait."""
@@ -4656,14 +4620,30 @@ class HubConnection:
             mapped.remove(connection, now - self._begun)
         if connection.state != OPEN:
             return
-        if self._keep_alive.timed_out(now):
+        # What it sent may not have been read yet, or it has no socket to send on.
+        if self._active or not connection.can_read() or connection.transport is None:
+            self._active, self._last_received = False, now
+        limit = _or_infinite(mapped.options.client_timeout_interval)
+        if self._pinged and now - self._last_received > limit:
             text = "Client hasn't sent a message/ping within the configured "
             error = OperationCanceledException(f"{text}ClientTimeoutInterval.")
             mapped.shared.drops["client timeout"] += 1
             log.info("connection %s timed out", connection)
             self._fail(error)
-        else:
-            self._keep_alive.send_due(now)
+        elif connection.transport is not None and connection.backlog() <= _HIGH_WATER:
+            self._keep_alive(now)
+
+    def _keep_alive(self, now: float) -> None:
+        """Send a ping and an acknowledgement if it is time for them."""
+        connection, reconnect = self._connection, self._connection.reconnect
+        encode = connection.protocol.encode
+        interval = _or_infinite(self._mapped.options.keep_alive_interval)
+        polls = connection.transport_name == LONG_POLLING  # which keep it alive
+        if now - self._last_ping >= interval and not polls:
+            self._last_ping = now
+            connection.send(encode(Ping()), sequenced=False)
+        if reconnect is not None and (ack := reconnect.take_ack()) is not None:
+            connection.send(encode(ack), sequenced=False)
 
 
 # ----------------------------------------------------------------- endpoint
