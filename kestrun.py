@@ -3879,6 +3879,8 @@ class MappedHub:
         converters = Converters(options)
         self.methods = _hub_methods(hub_class, converters)
         self.shared = Shared(options)
+        #: Calls of one client that may run at the same time.
+        self.slots = options.maximum_parallel_invocations_per_client or sys.maxsize
         self.registry = Registry(_load_protocols(options))
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
         self.registry.make_converter = converters.make
@@ -3913,7 +3915,7 @@ class MappedHub:
     def _abort_user(self, user_id: str) -> int:
         """Abort the connections that a user has in this process; count them."""
         ids = list(self.registry.find("user", user_id))
-        return sum(self._abort(connection_id) or False for connection_id in ids)
+        return sum(self._abort(id) or False for id in ids)
 
     def make_hub(self, context: HubCallerContext) -> Hub:
         hub = self._factory()
@@ -4177,26 +4179,24 @@ class Call:
                 await self._calls.resume(self)
 
 
+@dataclass(slots=True, eq=False)
 class Calls:
     """The calls of one client: those that wait, those that run, their uploads."""
 
-    def __init__(self, mapped: MappedHub, connection: Connection, hub: Hub) -> None:
-        self.mapped = mapped
-        self.connection = connection
-        self.hub = hub
-        #: The connection's context variables. Each call runs in a copy of its own.
-        self._variables = contextvars.copy_context()
-        limit = mapped.options.maximum_parallel_invocations_per_client
-        self._slots = limit or sys.maxsize
-        #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks,
-        #: which queue for the lock.
-        self._waiting: dict[Call, None] = {}
-        self._beginning = asyncio.Lock()
-        self._running: set[Call] = set()
-        #: The calls that hold a slot; behind them those that wait to get it back.
-        self._slot_holders: dict[Call, None] = {}
-        #: The upload streams that are open, by stream id.
-        self.uploads: dict[str, UploadStream] = {}
+    mapped: MappedHub
+    connection: Connection
+    hub: Hub
+    #: The connection's context variables. Each call runs in a copy of its own.
+    _variables: Context = field(default_factory=contextvars.copy_context)
+    #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks,
+    #: which queue for the lock.
+    _waiting: dict[Call, None] = field(default_factory=dict)
+    _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _running: set[Call] = field(default_factory=set)
+    #: The calls that hold a slot; behind them those that wait to get it back.
+    _slots: dict[Call, None] = field(default_factory=dict)
+    #: The upload streams that are open, by stream id.
+    uploads: dict[str, UploadStream] = field(default_factory=dict)
 
     def add(self, invocation: Invocation, size: int) -> None:
         """Begin or queue a call, or answer it without calling its method."""
@@ -4278,7 +4278,7 @@ class Calls:
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
-        no_slot = call.method.needs_slot and len(self._slot_holders) >= self._slots
+        no_slot = call.method.needs_slot and len(self._slots) >= self.mapped.slots
         if no_slot or len(self._running) >= _MAX_RUNNING:
             return False
         connection, outbox = self.connection, self.connection.outbox
@@ -4325,10 +4325,10 @@ class Calls:
         """Count a call as running; take a slot if it needs one."""
         self._running.add(call)
         if call.method.needs_slot:
-            self._slot_holders[call] = None
+            self._slots[call] = None
 
     def release_slot(self, call: Call) -> None:
-        self._slot_holders.pop(call, None)
+        self._slots.pop(call, None)
         self.connection.wake()
 
     async def resume(self, call: Call) -> None:
@@ -4336,7 +4336,7 @@ class Calls:
         late: asyncio.CancelledError | None = None
         if call in self._running and not call.awaited_results:
             self._take_slot(call)
-        while call in list(self._slot_holders)[self._slots :]:
+        while call in list(self._slots)[self.mapped.slots :]:
             try:
                 await self.connection.changed()
             except asyncio.CancelledError as error:  # its own timeout, perhaps
@@ -4519,8 +4519,9 @@ class HubConnection:
                 shared.messages_in += 1
                 self._active = True
                 reconnect = connection.reconnect
-                new = reconnect is None or reconnect.accept(message)
-                if new and (rate is None or self._in_rate(message, rate, paused)):
+                if reconnect is None or reconnect.accept(message):
+                    if rate is not None:
+                        self._check_rate(message, rate, paused)
                     self._dispatch(message, size)
                 if connection.state >= CLOSING and not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
@@ -4530,31 +4531,27 @@ class HubConnection:
                     if not inbox.full:  # else `Connection.release` goes on
                         shared.flusher.run_later(connection.feed)
                     return
-        except ProtocolError as error:
+        except (ProtocolError, HubException) as error:
             log.warning("connection %s: %s", connection, _one_line(str(error), 200))
             inbox.clear()
             self._fail(error)
 
-    def _in_rate(self, message: Message | None, rate: float, paused: bool) -> bool:
-        """Count a message, unless it answers the server; return False above the rate.
+    def _check_rate(self, message: Message | None, rate: float, paused: bool) -> None:
+        """Count a message, unless it answers the server. HubException above the rate.
 
-        Then the client is disconnected. paused: reading was paused before, so any
-        number of messages may have waited.
+        paused: reading was paused before, so any number of messages may have waited.
         """
         acks = isinstance(message, Ack) and self._connection.reconnect is not None
         if acks or self._mapped.registry.results.awaits(self._connection, message):
-            return True
+            return
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
         earned = (now - self._counted_at) * rate
         self._credit, self._counted_at = min(most, self._credit + earned) - 1, now
-        if self._credit >= 0:
-            return True
-        self._mapped.shared.drops["rate limit"] += 1
-        log.warning("connection %s: too many messages", self._connection)
-        text = f"The client sent more than {rate:g} messages a second."
-        self._fail(HubException(text))
-        return False
+        if self._credit < 0:
+            self._mapped.shared.drops["rate limit"] += 1
+            text = f"The client sent more than {rate:g} messages a second."
+            raise HubException(text)
 
     def _dispatch(self, message: Message | None, size: int) -> None:
         """Act on one message; this is the whole protocol."""
