@@ -3856,8 +3856,8 @@ class OperationCanceledException(Exception):
     """Something timed out or was cancelled; clients see this name, which is .NET's."""
 
 
-class Unauthorized(HubException):
-    """A check of `authorize` refused a call."""
+class Refusal(HubException):
+    """An error that clients see as it is, without a sentence before it."""
 
 
 class MappedHub:
@@ -4066,7 +4066,10 @@ class Call:
         hub, method, message = self._calls.hub, self.method, self.invocation
         for check in method.checks:
             if not await _result_of(check(hub.context)):
-                raise Unauthorized("the user is unauthorized")
+                text = (
+                    f"Failed to invoke '{message.target}' because user is unauthorized"
+                )
+                raise Refusal(text)
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
@@ -4087,13 +4090,11 @@ class Call:
                     return
             if hasattr(result, "__await__"):
                 result = await result
-            if self.method.streaming and not hasattr(result, "__aiter__"):
-                target = self.invocation.target
-                text = f"The value returned by the streaming method '{target}' is not "
-                text += "a ChannelReader<> or IAsyncEnumerable<>."
-                self._calls.reply(self.invocation, NO_RESULT, text)
-                return
             if self.method.streaming:
+                if not hasattr(result, "__aiter__"):
+                    method = f"the streaming method '{self.invocation.target}'"
+                    text = "is not a ChannelReader<> or IAsyncEnumerable<>."
+                    raise Refusal(f"The value returned by {method} {text}")
                 problem = "An error occurred on the server while streaming results."
                 await self._send_items(result)
                 result = NO_RESULT
@@ -4142,11 +4143,10 @@ class Call:
             error = OperationCanceledException("The invocation was canceled.")
         else:
             _log_failure(self.method.qualified_name, self._calls.connection, error)
-        target = self.invocation.target
-        text = f"Failed to invoke '{target}' because user is unauthorized"
-        if not isinstance(error, Unauthorized):
-            problem = problem or _FAILED_INVOKING.format(target)
-            text = error_text(problem, error, self._calls.mapped.options)
+        problem = problem or _FAILED_INVOKING.format(self.invocation.target)
+        text = error_text(problem, error, self._calls.mapped.options)
+        if isinstance(error, Refusal):
+            text = str(error)
         self._calls.reply(self.invocation, NO_RESULT, text)
 
     def cancel(self) -> None:
@@ -4164,11 +4164,7 @@ class Call:
 
     @contextlib.asynccontextmanager
     async def awaiting_result(self) -> AsyncIterator[None]:
-        """Release the slot while user code waits for a client result.
-
-        The first of several results releases it; after the last one the call
-        waits for a slot before it goes on.
-        """
+        """Release the slot until user code waits for no more client results."""
         self.awaited_results += 1
         self._calls.release_slot(self)
         try:
@@ -4244,7 +4240,7 @@ class Calls:
             return ""  # the usual call
         if streaming != method.streaming:
             return _WRONG_KIND.format(_KINDS[not streaming], target, _KINDS[streaming])
-        if streaming and self._find(invocation.invocation_id) is not None:
+        if streaming and self.find(invocation.invocation_id) is not None:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
         limit, expected = options.maximum_streams_per_client, len(method.uploads)
         streams = streaming + sum(call.invocation.streaming for call in self._all())
@@ -4268,23 +4264,16 @@ class Calls:
     def _all(self) -> Iterator[Call]:
         return itertools.chain(self._running, self._waiting)
 
-    def _find(self, id: str | None) -> Call | None:
+    def find(self, id: str | None) -> Call | None:
         return next((c for c in self._all() if c.invocation.invocation_id == id), None)
-
-    def cancel(self, invocation_id: str) -> None:
-        """Cancel a call, running or waiting; ignore an unknown id."""
-        if (call := self._find(invocation_id)) is not None:
-            call.cancel()
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
         no_slot = call.method.needs_slot and len(self._slots) >= self.mapped.slots
         if no_slot or len(self._running) >= _MAX_RUNNING:
             return False
-        connection, outbox = self.connection, self.connection.outbox
-        if connection.state >= CLOSING:
-            return connection.ended.result().normal
-        return outbox.size <= outbox.high_water
+        outbox = self.connection.outbox
+        return outbox.size <= outbox.high_water and self.connection.accepts_messages()
 
     async def wait_to_begin(self, call: Call) -> None:
         """Wait until earlier calls have begun and there is a slot, time and room."""
@@ -4473,9 +4462,8 @@ class HubConnection:
     def _create_hub(self) -> None:
         """Make and register the hub."""
         mapped, connection = self._mapped, self._connection
-        hub = mapped.make_hub(self._context)
+        self._calls = Calls(mapped, connection, mapped.make_hub(self._context))
         mapped.add(connection, self._context)
-        self._calls = Calls(mapped, connection, hub)
 
     async def _accept(self) -> None:
         """Let the hub accept the client, once other processes reach it."""
@@ -4568,7 +4556,8 @@ class HubConnection:
                 client = self._connection.connection_id, self._connection.protocol
                 self._mapped.registry.results.complete(*client, message)
             case CancelInvocation(invocation_id):
-                calls.cancel(invocation_id)
+                if (call := calls.find(invocation_id)) is not None:
+                    call.cancel()
             case Ping():
                 self._pinged = True
             case Close(error):
@@ -4589,18 +4578,16 @@ class HubConnection:
         self._close(End(failure), Close(text, allow_reconnect))
 
     def _close(self, end: End, message: Close) -> None:
-        """End the connection with a last message."""
+        """End the connection with a last message, or its handshake."""
         connection = self._connection
-        connection.send(connection.protocol.encode(message), sequenced=False)
+        data = connection.protocol.encode(message)
+        if connection.state == OPENING:
+            data = _handshake_response("Handshake was canceled.")
+        connection.send(data, sequenced=False)
         connection.close(end)
 
     def shut_down(self) -> None:
         """End the connection because the server stops; cancel the calls that wait."""
-        if self._connection.state == OPENING:
-            response = _handshake_response("Handshake was canceled.")
-            self._connection.send(response, sequenced=False)
-            self._connection.close(End())
-            return
         self._close(End(), Close(allow_reconnect=True))
         if self._connection.on_data is not None:
             self._calls.cancel_waiting()
@@ -4622,11 +4609,10 @@ class HubConnection:
             self._active, self._last_received = False, now
         limit = _or_infinite(mapped.options.client_timeout_interval)
         if self._pinged and now - self._last_received > limit:
-            text = "Client hasn't sent a message/ping within the configured "
-            error = OperationCanceledException(f"{text}ClientTimeoutInterval.")
             mapped.shared.drops["client timeout"] += 1
             log.info("connection %s timed out", connection)
-            self._fail(error)
+            text = "Client hasn't sent a message/ping within the configured "
+            self._fail(OperationCanceledException(f"{text}ClientTimeoutInterval."))
         elif connection.transport is not None and connection.backlog() <= _HIGH_WATER:
             self._keep_alive(now)
 
