@@ -4186,7 +4186,7 @@ class Calls:
     _variables: Context = field(default_factory=contextvars.copy_context)
     #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks,
     #: which queue for the lock.
-    _waiting: dict[Call, None] = field(default_factory=dict)
+    _waiting: deque[Call] = field(default_factory=deque)
     _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
     _running: set[Call] = field(default_factory=set)
     #: The calls that hold a slot; behind them those that wait to get it back.
@@ -4208,7 +4208,7 @@ class Calls:
             call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self.connection.inbox.hold(size)
-            self._waiting[call] = None
+            self._waiting.append(call)
             if len(self._waiting) <= _TASKS_AHEAD:
                 self._create_task(call, NO_RESULT, context)
         elif (result := context.run(call.start)) is not NO_RESULT:
@@ -4290,7 +4290,7 @@ class Calls:
 
     def _stop_waiting(self, call: Call) -> None:
         """Remove a call from those that wait; the next one gets a task."""
-        del self._waiting[call]
+        self._waiting.remove(call)
         self.connection.release(call.size)
         self.connection.wake()
         for following in itertools.islice(
@@ -4301,7 +4301,7 @@ class Calls:
 
     def forget(self, call: Call) -> None:
         """Forget a call that has ended; its slot is free for another."""
-        if call in self._waiting:
+        if call not in self._running:
             self._stop_waiting(call)
         self._running.discard(call)
         if call.task is not None:
