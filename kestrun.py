@@ -3943,7 +3943,7 @@ class MappedHub:
 
 
 @dataclass(slots=True, eq=False)
-class UploadStream:
+class UploadStream(AsyncIterator[Any]):
     """The items that a client streams to a method; `async for` reads them."""
 
     _name: str
@@ -3984,9 +3984,6 @@ class UploadStream:
         self.end()
         while self._items:
             self._connection.release(self._items.popleft()[1])
-
-    def __aiter__(self) -> UploadStream:
-        return self
 
     async def __anext__(self) -> Any:
         while not self._items:
@@ -5233,9 +5230,6 @@ def map_hub(
 # server encodes it decodes, and the other way round. WebSockets only, without
 # negotiation.
 
-#: Calls of one target that are kept until `receive` asks for them: the newest.
-_MAX_RECEIVED = 1000
-
 
 class HubClient:
     """A client's connection to a hub, made by `connect`."""
@@ -5248,7 +5242,7 @@ class HubClient:
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: What has arrived: arguments by target, answers by invocation id.
-        self._received = defaultdict[str, deque[Any]](lambda: deque((), _MAX_RECEIVED))
+        self._received = defaultdict[str, deque[Any]](lambda: deque(maxlen=1000))
         self._answers: dict[str, deque[StreamItem | Completion]] = {}
         self._arrival = asyncio.Event()
         #: Why the connection has ended, once it has.
