@@ -5705,9 +5705,9 @@ class Operations:
 
 # ----------------------------------------------------------------- schedule
 #
-# Jobs on the wall clock. One task sleeps until the next job is due; each run is
-# a task of its own, so a slow job delays no other. A due time that passes while
-# the loop is busy or the machine sleeps runs late, once for all that were missed.
+# Jobs on the wall clock. For each, one task sleeps until it is due; each run is a
+# task of its own, so a slow job delays no other. A due time that passes while the
+# loop is busy or the machine sleeps runs late, once for all that were missed.
 
 #: The fields of a cron expression: lowest and highest value, words for 0, 1, 2, …
 _CRON_FIELDS = {
@@ -5803,6 +5803,8 @@ class _Job:
     suspended: bool = False
     runs: int = 0
     failures: int = 0
+    #: What waits for the due times, and the last run.
+    timer: asyncio.Task[None] | None = None
     task: asyncio.Task[None] | None = None
 
     @property
@@ -5815,14 +5817,13 @@ class _Job:
 
     def plan(self, now: float) -> None:
         """Set the next due time; never one that already ran, if the clock is set back."""
-        self.next = math.inf if self.suspended else self.due_after(now)
+        self.next = self.due_after(now)
         if self.next == self.due:
             self.next = self.due_after(self.next)
 
     def start(self, now: float) -> None:
         """Start a run, however late, unless the last one still runs."""
         self.due = self.next
-        self.plan(now)
         if self.running:
             log.warning("job %s skipped a run: the last one still runs", self.name)
             return
@@ -5855,10 +5856,7 @@ class Schedule:
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep
     _jobs: dict[str, _Job] = field(default_factory=dict, init=False)
-    _task: asyncio.Task[None] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
-    #: The time of the last check, to detect that the clock was set back.
-    _seen: float = field(default=-math.inf, init=False)
 
     def every(self, seconds: float, *, name: str = "") -> Callable[[F], F]:
         """Run the decorated function at every multiple of `seconds`.
@@ -5897,7 +5895,8 @@ class Schedule:
             self._jobs[job.name] = job
             with contextlib.suppress(RuntimeError):  # no loop yet: start() comes later
                 asyncio.get_running_loop()
-                self._restart()
+                if not self._closed:
+                    self.start()
             return function
 
         return decorate
@@ -5914,38 +5913,35 @@ class Schedule:
     def suspend(self, name: str) -> None:
         """Do not run a job until `resume`. Raises KeyError for an unknown name."""
         self._jobs[name].suspended = True
-        self._jobs[name].next = math.inf
 
     def resume(self, name: str) -> None:
         """Run a suspended job at its next due time. Raises KeyError."""
         job = self._jobs[name]
         job.suspended = False
         job.plan(self.clock())
-        if self._task is not None:
-            self._restart()
 
     def cancel(self, name: str) -> None:
         """Remove a job, and cancel its run if there is one. Raises KeyError."""
         job = self._jobs.pop(name)
-        if job.task is not None:
-            job.task.cancel()
+        for task in filter(None, (job.timer, job.task)):
+            task.cancel()
 
     def start(self) -> None:
         """Begin to run jobs, from now on. Needs a running event loop."""
         self._closed = False
-        if self._task is None:
-            for job in self._jobs.values():
+        for job in self._jobs.values():
+            if job.timer is None or job.timer.done():
                 job.plan(self.clock())
-            self._restart()
+                job.timer = asyncio.create_task(self._serve(job))
 
     async def close(self) -> None:
         """Stop, and cancel the jobs that run."""
-        tasks = [self._task, *(job.task for job in self._jobs.values())]
-        running = {task for task in tasks if task is not None}
-        self._task, self._closed = None, True
-        for task in running - {asyncio.current_task()}:
+        self._closed = True
+        jobs = self._jobs.values()
+        tasks = {task for job in jobs for task in (job.timer, job.task) if task}
+        for task in tasks - {asyncio.current_task()}:
             task.cancel()
-        await _end_tasks(running)
+        await _end_tasks(tasks)
 
     async def context(self, app: object) -> AsyncIterator[None]:
         """Run with an aiohttp application (for `app.cleanup_ctx`)."""
@@ -5953,27 +5949,15 @@ class Schedule:
         yield
         await self.close()
 
-    def _restart(self) -> None:
-        """Recalculate the sleep: a job may now be due earlier."""
-        if self._closed:
-            return
-        if self._task is not None:
-            self._task.cancel()
-        self._task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        """Start each job when it is due, and sleep until the next one is."""
+    async def _serve(self, job: _Job) -> None:
+        """Start a job whenever it is due."""
         while True:
             now = self.clock()
-            for job in list(self._jobs.values()):
-                if now < self._seen:  # the clock was set back
-                    job.plan(now)
-                if job.next <= now:
-                    job.start(now)
-            self._seen = now
-            nearest = min((job.next for job in self._jobs.values()), default=math.inf)
+            if job.next <= now and not job.suspended:
+                job.start(now)
+            job.plan(now)  # each time: the clock may have been set back
             # Never for long: the clock may be set during this sleep.
-            await self.sleep(max(0.0, min(nearest - self.clock(), 30.0)))
+            await self.sleep(max(0.0, min(job.next - self.clock(), 30.0)))
 
 
 # --------------------------------------------------------------------- page
