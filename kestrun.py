@@ -5493,8 +5493,6 @@ class Operation:
     error: BaseException | None = None
     #: Whether `cancel` was called; the work may go on for a while.
     cancel_requested: bool = False
-    #: The monotonic time at which it is forgotten, once it is final.
-    expires_at: float = math.inf
     _task: asyncio.Task[None] = field(init=False)
 
     def __repr__(self) -> str:
@@ -5503,7 +5501,6 @@ class Operation:
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as JSON values: times and the error as text."""
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
-        del fields["expires_at"]
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
         fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
@@ -5533,7 +5530,6 @@ class Progress:
 
     _operation: Operation
     _announce: Callable[[Operation], Awaitable[None]]
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _thread: threading.Thread = field(default_factory=threading.current_thread)
 
     def from_thread(self, percent: float, status: str = "") -> None:
@@ -5546,8 +5542,8 @@ class Progress:
             raise RuntimeError("use `await progress(…)` outside of threads")
         if self._operation.cancel_requested or self._operation.final:
             raise asyncio.CancelledError
-        report = self(percent, status)
-        asyncio.run_coroutine_threadsafe(report, self._loop).result()
+        report, loop = self(percent, status), self._operation._task.get_loop()
+        asyncio.run_coroutine_threadsafe(report, loop).result()
 
     async def __call__(self, percent: float, status: str = "") -> None:
         """Report progress; return after `on_change` has returned.
@@ -5621,16 +5617,17 @@ class Operations:
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
         operation._task = asyncio.create_task(self._run(operation, work, arguments))
-        self._kept()[operation.id] = operation
+        self._operations[operation.id] = operation
+        self._forget_surplus()
         return operation
 
     def get(self, id: str) -> Operation | None:
         """Return an operation, or None if it is unknown or forgotten."""
-        return self._kept().get(id)
+        return self._operations.get(id)
 
     def list(self) -> list[Operation]:
         """Return the operations that are kept, newest first."""
-        return list(self._kept().values())[::-1]
+        return list(self._operations.values())[::-1]
 
     def cancel(self, id: str) -> bool:
         """Cancel an operation. Return False if it is unknown or final already."""
@@ -5683,7 +5680,9 @@ class Operations:
             operation.state, operation.error = FAULTED, error
             log.exception("operation %r failed", operation.name)
         operation.completed_at = datetime.now(UTC)
-        operation.expires_at = time.monotonic() + self.retention
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.retention, self._operations.pop, operation.id, None)
+        self._forget_surplus()
         await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
@@ -5693,14 +5692,11 @@ class Operations:
         except (Exception, SystemExit):
             log.exception("on_change failed for operation %r", operation.name)
 
-    def _kept(self) -> dict[str, Operation]:
-        """Forget final operations that expired or are too many; return the others."""
-        now, surplus = time.monotonic(), len(self._operations) - self.limit
-        for operation in list(self._operations.values()):
-            if operation.final and (surplus > 0 or operation.expires_at <= now):
-                del self._operations[operation.id]
-                surplus -= 1
-        return self._operations
+    def _forget_surplus(self) -> None:
+        """Forget the oldest final operations if there are more than `limit`."""
+        final = [o.id for o in self._operations.values() if o.final]
+        for id in final[: max(0, len(self._operations) - self.limit)]:
+            del self._operations[id]
 
 
 # ----------------------------------------------------------------- schedule
