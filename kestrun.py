@@ -4666,11 +4666,32 @@ def access_token(request: Request) -> str | None:
     return request.query.get("access_token")
 
 
-def _check_origin(request: Request, allowed: Collection[str]) -> None:
-    """Raise HTTPForbidden for a page of another origin that is not allowed."""
-    origin = request.headers.get("Origin")
-    if origin is None:
-        return
+def _check_headers(
+    request: Request, allowed: Collection[str], reads: bool = False
+) -> None:
+    """Refuse compressed bodies, and what pages of origins not `allowed` have caused.
+
+    reads: the request only reads, so links of other sites may cause it.
+    Raises HTTP errors. Browsers send no Origin with images, links and prefetches;
+    other headers show where those come from. (Fetch Metadata Request Headers. Other
+    clients send none.)
+    """
+    headers = request.headers
+    origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site", "none")
+    if origin is not None:
+        _check_origin(request, origin, allowed)
+    names = ("Sec-Purpose", "Purpose", "X-Moz")
+    early = any("prefetch" in headers.get(name, "").lower() for name in names)
+    linked = origin is None and site.lower() not in ("same-origin", "none")
+    if (early or linked) and not reads:
+        text = "Pages of other sites may not do this, nor may it be done in advance."
+        raise web.HTTPForbidden(text=text)
+    encodings = headers.getall("Content-Encoding", ())  # aiohttp uses the last
+    if any(encoding.lower() != "identity" for encoding in encodings):  # maybe a bomb
+        raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
+
+
+def _check_origin(request: Request, origin: str, allowed: Collection[str]) -> None:
     if origin.lower() in map(str.lower, allowed):
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
@@ -4681,29 +4702,6 @@ def _check_origin(request: Request, allowed: Collection[str]) -> None:
         )
         log.warning("%s %s: %s", request.method, request.rel_url.raw_path, text)
         raise web.HTTPForbidden(text=text)
-
-
-def _check_site(request: Request, allowed: Collection[str]) -> None:
-    """Raise HTTPForbidden for a request that a page of another site has caused.
-
-    Browsers send no Origin with images, links and prefetches; other headers show where
-    those come from. (Fetch Metadata Request Headers. Other clients send none.)
-    """
-    _check_origin(request, allowed)
-    headers = request.headers
-    names = ("Sec-Purpose", "Purpose", "X-Moz")
-    if any("prefetch" in headers.get(name, "").lower() for name in names):
-        raise web.HTTPForbidden(text="This cannot be fetched in advance.")
-    site = headers.get("Sec-Fetch-Site", "none").lower()
-    if "Origin" not in headers and site not in ("same-origin", "none"):
-        raise web.HTTPForbidden(text="Pages of other sites may not do this.")
-
-
-def _check_encoding(request: Request) -> None:
-    """Raise HTTPUnsupportedMediaType for a compressed body, which could be a bomb."""
-    encodings = request.headers.getall("Content-Encoding", ())  # aiohttp uses the last
-    if any(encoding.lower() != "identity" for encoding in encodings):
-        raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
 
 
 async def _add_cors(request: Request, response: StreamResponse) -> None:
@@ -5013,7 +5011,6 @@ class Endpoint:
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
         user_id = await self._check_request(request, "POST")
-        _check_encoding(request)
         answer = self._negotiate(_query(request), user_id)
         return web.json_response(answer, dumps=_dumps)
 
@@ -5035,11 +5032,11 @@ class Endpoint:
             raise
 
     async def _check_request(self, request: Request, *methods: str) -> str | None:
-        """Check origin and method, and return the user id; answer a CORS preflight.
+        """Check headers and method, and return the user id; answer a CORS preflight.
 
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
-        _check_site(request, self._options.allowed_origins)
+        _check_headers(request, self._options.allowed_origins)
         if request.method == "OPTIONS" and _CORS_ORIGIN in request:
             raise web.HTTPNoContent
         if request.method not in methods:
@@ -5123,7 +5120,6 @@ class Endpoint:
         if connection.transport_name == WEBSOCKETS:
             text = "POST requests are not allowed for WebSocket connections."
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
-        _check_encoding(request)
         inbox = connection.inbox
         if inbox.posts >= _MAX_POSTS:
             raise web.HTTPTooManyRequests(text="", headers={"Retry-After": "1"})
@@ -6936,7 +6932,6 @@ def _only_reads(request: Request) -> bool:
 
 async def _read_body(request: Request) -> None:
     """Read the body of a request that needs none. Raises HTTP errors for a bad one."""
-    _check_encoding(request)
     try:
         async with asyncio.timeout(10):
             await request.read()
@@ -7067,8 +7062,7 @@ class Demo:
         try:
             _check_host(request, self.hosts)
             is_api = resource in self.api_resources
-            check = _check_origin if _only_reads(request) else _check_site
-            check(request, self.origins)
+            _check_headers(request, self.origins, _only_reads(request))
             if request.method == "OPTIONS" and _CORS_ORIGIN in request:
                 return Response(status=204)
             if is_api:
