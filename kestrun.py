@@ -4646,13 +4646,6 @@ _CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
 #: Seconds, in Retry-After, when the server is full.
 _RETRY_AFTER = 5
 
-#: Seconds for which an unused token is valid at most.
-_LONGEST_LIFETIME = 3600.0
-
-#: What each transport can carry.
-_FORMATS = {name: ["Text", "Binary"] for name in TRANSPORTS}
-_FORMATS[SERVER_SENT_EVENTS] = ["Text"]
-
 
 def access_token(request: Request) -> str | None:
     """Return the token of a request, for use in `authenticate`; None without one.
@@ -4718,6 +4711,7 @@ async def _add_cors(request: Request, response: StreamResponse) -> None:
         headers["Access-Control-Allow-Headers"] = asked or "x-requested-with"
 
 
+@dataclass(repr=False)
 class Tokens:
     """Connection tokens, which every process with the same key can check.
 
@@ -4726,11 +4720,9 @@ class Tokens:
     also the connection id, and a signature (16) for one hub and one user.
     """
 
+    _key: bytes
+    _path: str
     _CONTENT = struct.Struct("!16sQ??")
-
-    def __init__(self, key: bytes, path: str) -> None:
-        self._key = key
-        self._path = path.encode()
 
     def create(
         self, user_id: str | None, lifetime: float, version: int, stateful: bool
@@ -4742,21 +4734,18 @@ class Tokens:
         token = content + self._sign(content, user_id)
         return base64.urlsafe_b64encode(token).decode()
 
-    def read(self, token: str, user_id: str | None) -> tuple[str, bool, float] | None:
+    def read(self, token: str, user_id: str | None) -> tuple[str, bool, float]:
         """Return a token's connection id, whether it is stateful, and when it expires.
 
         The time is in seconds since 1970; a token that was used does not expire.
-        Returns None if the token is not of this hub and user.
+        Raises ValueError if the token is not of this hub and user.
         """
-        try:
-            data = base64.urlsafe_b64decode(token)
-        except ValueError:
-            return None
+        data = base64.urlsafe_b64decode(token)
         content, signature = data[:26], data[26:]
         canonical = base64.urlsafe_b64encode(data) == token.encode()
         genuine = secrets.compare_digest(signature, self._sign(content, user_id))
         if not (canonical and genuine):
-            return None
+            raise ValueError("the token has another signature")
         _, end, stateful, is_id = self._CONTENT.unpack(content)
         # In version 0 of negotiate there is one name for both purposes.
         hashed = base64.urlsafe_b64encode(_sign(self._key, b"id", content)).decode()
@@ -4765,7 +4754,7 @@ class Tokens:
 
     def _sign(self, content: bytes, user_id: str | None) -> bytes:
         user = b"" if user_id is None else b"=" + user_id.encode(errors="surrogatepass")
-        return _sign(self._key, b"token", content, self._path, user)
+        return _sign(self._key, b"token", content, self._path.encode(), user)
 
 
 def _apply_timeouts(connection: Connection, now: float) -> None:
@@ -4812,11 +4801,9 @@ class ConnectionManager:
         """Return a new token and its connection id. Raises HTTP errors."""
         self._check_room(len(self._unused))
         timeout = _or_infinite(self._mapped.options.disconnect_timeout)
-        lifetime = min(timeout, _LONGEST_LIFETIME)
+        lifetime = min(timeout, 3600.0)  # or unused tokens could pile up
         token = self._tokens.create(user_id, lifetime, version, stateful)
-        content = self._tokens.read(token, user_id)
-        assert content is not None
-        connection_id, _, expires_at = content
+        connection_id, _, expires_at = self._tokens.read(token, user_id)
         self._unused[connection_id] = expires_at
         return token, connection_id
 
@@ -4843,12 +4830,6 @@ class ConnectionManager:
         self._mapped.registry.backplane.subscribe(f"connection:{id}")
         return connection
 
-    def check_transport(self, transport: str) -> None:
-        """Raise HTTPNotFound for a transport that is off."""
-        if transport not in self._mapped.options.transports:
-            text = f"{transport} transport not supported by this end point type"
-            raise web.HTTPNotFound(text=text)
-
     def _release(self, connection: Connection) -> None:
         """Show other processes that a connection ends; make room once it is closed."""
         self._open_connections -= connection.state == CLOSED
@@ -4860,38 +4841,41 @@ class ConnectionManager:
     ) -> Connection:
         """Return the connection that a request names. Raises HTTP errors.
 
+        transport: the one that a GET asks for; "" for other methods.
         The first request with a token makes its connection; some clients POST the
         handshake before they poll. A WebSocket needs no token.
         """
-        token = _query(request).get("id")
-        if not token:
-            if transport == WEBSOCKETS:
-                self.check_transport(transport)
-                return self.create(user_id, _new_id(), _new_id())
+        connection = None
+        if token := _query(request).get("id"):
+            connection = self._connections.get(token)
+            connection = connection or await self._open(token, user_id)
+            if connection is None:
+                log.warning(
+                    "%s with an unknown token: it has expired, is from before a "
+                    "restart, or from another process. Several processes need a common "
+                    "backplane, and a proxy that sends all requests of a connection to "
+                    "one of them.",
+                    request.method,
+                )
+            if connection is None or connection.state == CLOSED:
+                raise web.HTTPNotFound(text="No Connection with that ID")
+            if connection.user_id != user_id:
+                log.warning("connection %s: used by another user", connection)
+                text = "The user associated with this connection changed."
+                raise web.HTTPForbidden(text=text)
+        elif transport != WEBSOCKETS:
             raise web.HTTPBadRequest(text="Connection ID required")
-        connection = self._connections.get(token)
-        if connection is None:
-            connection = await self._open(token, user_id)
-        if connection is None:
-            log.warning(
-                "%s with an unknown token: it has expired, is from before a restart, "
-                "or from another process. Several processes need a common backplane, "
-                "and a proxy that sends all requests of a connection to one of them.",
-                request.method,
-            )
-        if connection is None or connection.state == CLOSED:
-            raise web.HTTPNotFound(text="No Connection with that ID")
-        if connection.user_id != user_id:
-            log.warning("connection %s: used by another user", connection)
-            text = "The user associated with this connection changed."
-            raise web.HTTPForbidden(text=text)
-        return connection
+        if transport and transport not in self._mapped.options.transports:
+            text = f"{transport} transport not supported by this end point type"
+            raise web.HTTPNotFound(text=text)
+        return connection or self.create(user_id, _new_id(), _new_id())
 
     async def _open(self, token: str, user_id: str | None) -> Connection | None:
         """Create a token's connection; None if it is invalid, expired or used."""
-        if (content := self._tokens.read(token, user_id)) is None:
+        try:
+            connection_id, stateful, expires_at = self._tokens.read(token, user_id)
+        except ValueError:
             return None
-        connection_id, stateful, expires_at = content
         if expires_at < time.time() or connection_id in self._used:
             return None
         backplane = self._mapped.registry.backplane
@@ -4922,12 +4906,7 @@ class ConnectionManager:
         hub_connection = HubConnection(self._mapped, connection, request)
         task = asyncio.create_task(hub_connection.run())
         self._running[task] = hub_connection
-        task.add_done_callback(self._after_run)
-
-    def _after_run(self, task: asyncio.Task[None]) -> None:
-        del self._running[task]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a connection failed", exc_info=error)
+        task.add_done_callback(self._running.pop)
 
     async def start(self, app: web.Application) -> None:
         """Start the heartbeat; aiohttp calls this when the application starts."""
@@ -5072,9 +5051,11 @@ class Endpoint:
         answer["connectionId"] = connection_id
         if version:  # version 0 has one name for both purposes
             answer["connectionToken"] = token
+        both = ["Text", "Binary"]
+        carried = {WEBSOCKETS: both, SERVER_SENT_EVENTS: ["Text"], LONG_POLLING: both}
         answer["availableTransports"] = [
             {"transport": name, "transferFormats": formats}
-            for name, formats in _FORMATS.items()
+            for name, formats in carried.items()
             if name in self._options.transports
         ]
         return answer
@@ -5097,7 +5078,6 @@ class Endpoint:
 
         A second transport is refused, except polls and stateful reconnects.
         """
-        self.manager.check_transport(transport)
         first = not connection.transport_name
         if first:
             connection.transport_name = transport
