@@ -4809,10 +4809,8 @@ class ConnectionManager:
     def _check_room(self, tokens: int = 0) -> None:
         """Raise HTTPServiceUnavailable if there are too many connections, or tokens."""
         limit = _or_infinite(self._mapped.options.maximum_connections)
-        if self._heartbeat is None:
-            raise web.HTTPServiceUnavailable(text="The server is shutting down.")
-        if max(self._open_connections, tokens) >= limit:
-            text = "The server has too many connections. Try again later."
+        if self._heartbeat is None or max(self._open_connections, tokens) >= limit:
+            text = "Too many connections, or the server is shutting down: try later."
             headers = {"Retry-After": str(_RETRY_AFTER)}
             raise web.HTTPServiceUnavailable(text=text, headers=headers)
 
@@ -5838,7 +5836,7 @@ class Schedule:
             due = count * seconds
             return due if due > moment else (count + 1) * seconds
 
-        return self._register(name, f"every {seconds:g} s", after)
+        return functools.partial(self._register, name, f"every {seconds:g} s", after)
 
     def cron(self, expression: str, *, name: str = "") -> Callable[[F], F]:
         """Run the decorated function when six fields match the local time.
@@ -5848,23 +5846,20 @@ class Schedule:
         Raises ValueError that names the wrong field, or for a name in use, and
         TypeError if `expression` is no string.
         """
-        return self._register(name, expression, _parse_cron(expression))
+        after = _parse_cron(expression)
+        return functools.partial(self._register, name, expression, after)
 
-    def _register(self, name: str, schedule: str, after: DueAfter) -> Callable[[F], F]:
-        def decorate(function: F) -> F:
-            job_name = name or getattr(function, "__name__", "job")
-            job = _Job(job_name, function, schedule, after)
-            if job.name in self._jobs:
-                raise ValueError(f"job name {job.name!r} is in use; choose another")
-            job.plan(self.clock())
-            self._jobs[job.name] = job
-            with contextlib.suppress(RuntimeError):  # no loop yet: start() comes later
-                asyncio.get_running_loop()
-                if not self._closed:
-                    self.start()
-            return function
-
-        return decorate
+    def _register(self, name: str, schedule: str, after: DueAfter, function: F) -> F:
+        name = name or getattr(function, "__name__", "job")
+        if name in self._jobs:
+            raise ValueError(f"job name {name!r} is in use; choose another")
+        job = self._jobs[name] = _Job(name, function, schedule, after)
+        job.plan(self.clock())
+        with contextlib.suppress(RuntimeError):  # no loop yet: start() comes later
+            asyncio.get_running_loop()
+            if not self._closed:
+                self.start()
+        return function
 
     def report(self) -> list[dict[str, Any]]:
         """Describe every job: name, schedule, state, last and next run, counts.
