@@ -4643,8 +4643,8 @@ _MAX_POSTS = 64
 #: and for everything together.
 _CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
 
-#: Seconds, in Retry-After, when the server is full.
-_RETRY_AFTER = 5
+#: The header of an answer when the server is full.
+_RETRY_LATER = {"Retry-After": "5"}
 
 
 def access_token(request: Request) -> str | None:
@@ -4795,8 +4795,7 @@ class ConnectionManager:
     ) -> tuple[str, str]:
         """Return a new token and its connection id. Raises HTTP errors."""
         self._check_room(len(self._unused))
-        timeout = _or_infinite(self._mapped.options.disconnect_timeout)
-        lifetime = min(timeout, 3600.0)  # or unused tokens could pile up
+        lifetime = min(3600.0, _or_infinite(self._mapped.options.disconnect_timeout))
         token = self._tokens.create(user_id, lifetime, version, stateful)
         connection_id, _, expires_at = self._tokens.read(token, user_id)
         self._unused[connection_id] = expires_at
@@ -4811,8 +4810,7 @@ class ConnectionManager:
         limit = _or_infinite(self._mapped.options.maximum_connections)
         if self._heartbeat is None or max(self._open_connections, tokens) >= limit:
             text = "Too many connections, or the server is shutting down: try later."
-            headers = {"Retry-After": str(_RETRY_AFTER)}
-            raise web.HTTPServiceUnavailable(text=text, headers=headers)
+            raise web.HTTPServiceUnavailable(text=text, headers=_RETRY_LATER)
 
     def create(self, user_id: str | None, token: str, id: str) -> Connection:
         """Make a connection with this token and this connection id."""
@@ -5056,13 +5054,12 @@ class Endpoint:
     @staticmethod
     def _transport_of(request: Request) -> str:
         """Return the transport that a GET asks for."""
-        transport = LONG_POLLING
+        if "text/event-stream" in request.headers.get("Accept", "").lower():
+            return SERVER_SENT_EVENTS
         with contextlib.suppress(ValueError):  # from a key that is not ASCII
             if web.WebSocketResponse().can_prepare(request):
-                transport = WEBSOCKETS
-        if "text/event-stream" in request.headers.get("Accept", "").lower():
-            transport = SERVER_SENT_EVENTS
-        return transport
+                return WEBSOCKETS
+        return LONG_POLLING
 
     def _get(
         self, request: Request, connection: Connection, transport: str
@@ -5583,7 +5580,8 @@ class Operations:
             raise TooManyOperations(f"{self.running} operations are already running")
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
-        operation._task = asyncio.create_task(self._run(operation, work, arguments))
+        call = functools.partial(work, Progress(operation, self._announce), *arguments)
+        operation._task = asyncio.create_task(self._run(operation, call))
         self._operations[operation.id] = operation
         self._forget_surplus()
         return operation
@@ -5629,17 +5627,14 @@ class Operations:
             self.cancel(operation.id)
         await _end_tasks([operation._task for operation in operations])
 
-    async def _run(
-        self, operation: Operation, work: Work, arguments: tuple[Any, ...]
-    ) -> None:
+    async def _run(self, operation: Operation, call: Callable[[], Any]) -> None:
         """Take an operation through its states and announce each once."""
         try:
             if operation.cancel_requested:  # before the first step
                 raise asyncio.CancelledError
             operation.state, operation.started_at = RUNNING, datetime.now(UTC)
             await self._announce(operation)
-            progress = Progress(operation, self._announce)
-            operation.result = await work(progress, *arguments)
+            operation.result = await call()
             operation.state, operation.progress = COMPLETED, 100
         except asyncio.CancelledError as error:
             operation.state, operation.error = CANCELED, error
@@ -7113,8 +7108,7 @@ class Demo:
             operation = self.operations.start(work, name="LongOperation")
         except RuntimeError:
             text = "No more operations can be started now. Try again later."
-            headers = {"Retry-After": str(_RETRY_AFTER)}
-            raise web.HTTPTooManyRequests(text=text, headers=headers) from None
+            raise web.HTTPTooManyRequests(text=text, headers=_RETRY_LATER) from None
         log.info("operation %s of %d s started", operation.id, seconds)
         return _success(f"Started an operation of {seconds} s", TaskId=operation.id)
 
