@@ -4669,23 +4669,11 @@ def _check_headers(
     other headers show where those come from. (Fetch Metadata Request Headers. Other
     clients send none.)
     """
-    headers = request.headers
-    origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site", "none")
-    if origin is not None:
-        _check_origin(request, origin, allowed)
-    names = ("Sec-Purpose", "Purpose", "X-Moz")
-    early = any("prefetch" in headers.get(name, "").lower() for name in names)
-    linked = origin is None and site.lower() not in ("same-origin", "none")
-    if (early or linked) and not reads:
-        text = "Pages of other sites may not do this, nor may it be done in advance."
-        raise web.HTTPForbidden(text=text)
-    encodings = headers.getall("Content-Encoding", ())  # aiohttp uses the last
-    if any(encoding.lower() != "identity" for encoding in encodings):  # maybe a bomb
-        raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
-
-
-def _check_origin(request: Request, origin: str, allowed: Collection[str]) -> None:
-    if origin.lower() in map(str.lower, allowed):
+    headers, linked = request.headers, False
+    if (origin := headers.get("Origin")) is None:
+        site = headers.get("Sec-Fetch-Site", "none").lower()
+        linked = site not in ("same-origin", "none")
+    elif origin.lower() in map(str.lower, allowed):
         request[_CORS_ORIGIN] = origin
     elif origin.lower().partition("://")[2] != request.host.lower():
         sides = _one_line(f"Origin: {origin}, Host: {request.host}", 500)
@@ -4695,6 +4683,14 @@ def _check_origin(request: Request, origin: str, allowed: Collection[str]) -> No
         )
         log.warning("%s %s: %s", request.method, request.rel_url.raw_path, text)
         raise web.HTTPForbidden(text=text)
+    names = ("Sec-Purpose", "Purpose", "X-Moz")
+    early = any("prefetch" in headers.get(name, "").lower() for name in names)
+    if (early or linked) and not reads:
+        text = "Pages of other sites may not do this, nor may it be done in advance."
+        raise web.HTTPForbidden(text=text)
+    encodings = headers.getall("Content-Encoding", ())  # aiohttp uses the last
+    if any(encoding.lower() != "identity" for encoding in encodings):  # maybe a bomb
+        raise web.HTTPUnsupportedMediaType(text="The body must not be compressed.")
 
 
 async def _add_cors(request: Request, response: StreamResponse) -> None:
@@ -5038,8 +5034,7 @@ class Endpoint:
         stateful = stateful and self._options.allow_stateful_reconnects
         token, connection_id = self.manager.negotiate(user_id, version, stateful)
         answer: dict[str, Any] = {"useStatefulReconnect": True} if stateful else {}
-        answer["negotiateVersion"] = version
-        answer["connectionId"] = connection_id
+        answer |= {"negotiateVersion": version, "connectionId": connection_id}
         if version:  # version 0 has one name for both purposes
             answer["connectionToken"] = token
         both = ["Text", "Binary"]
