@@ -6795,7 +6795,6 @@ _SECURITY_HEADERS = {
     "Server": "kestrun",
 }
 
-Names = Collection[str]
 Handler = Callable[[Request], Awaitable[StreamResponse]]
 
 
@@ -6881,13 +6880,6 @@ def _check_host(request: Request, allowed: Collection[str] | None) -> None:
             raise web.HTTPMisdirectedRequest(text=text)
 
 
-def _only_reads(request: Request) -> bool:
-    """Return False for a request that does something; /api/ps/ broadcasts by GET."""
-    resource = request.match_info.route.resource  # the demo may be below another path
-    broadcasts = resource is not None and "/api/ps/" in resource.canonical
-    return request.method in ("GET", "HEAD") and not broadcasts
-
-
 async def _read_body(request: Request) -> None:
     """Read the body of a request that needs none. Raises HTTP errors for a bad one."""
     try:
@@ -6902,14 +6894,14 @@ async def _add_security_headers(request: Request, response: StreamResponse) -> N
 
 
 def _content_security_policy(page: str) -> str:
-    """Allow a page its own script and style, by their hashes, and its server."""
+    """Allow a page its one script and style, by their hashes, and its server."""
     rules = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
     rules += "form-action 'self'; frame-ancestors 'none'"
-    for tag, more in (("script", " 'self'"), ("style", "")):  # 'self': kestrun.js
-        texts = re.findall(f"<{tag}\\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (hashlib.sha256(text.encode()).digest() for text in texts)
-        hashes = (f" 'sha256-{base64.b64encode(d).decode()}'" for d in digests)
-        rules += f"; {tag}-src{''.join(hashes)}{more}"
+    pattern = r"<(script|style)\b[^>]*>(.*?)</\1>"
+    for tag, text in re.findall(pattern, page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        more = " 'self'" if tag == "script" else ""  # kestrun.js
+        rules += f"; {tag}-src 'sha256-{digest}'{more}"
     return rules
 
 
@@ -6930,7 +6922,7 @@ class KestrunHub(Hub):
     async def stats(self) -> AsyncGenerator[dict[str, Any], None]:
         """Stream the numbers of the server once a second, and your groups' sizes."""
         while True:
-            numbers = await self.app[_MONITOR].numbers()
+            numbers = await self.app[_DEMO].numbers()
             yours = {
                 name: numbers["Groups"].get(name) or len(self.groups.members(name))
                 for name in self.groups.of(self.context.connection_id)
@@ -6967,40 +6959,33 @@ def _status(operation: Operation) -> dict[str, Any]:
     }
 
 
-def _json_error(request: Request, error: web.HTTPException) -> Response:
-    """Answer an exception of aiohttp in JSON, with its status and headers."""
-    message, extra = error.text, {}
+def _in_json(request: Request, error: web.HTTPException) -> web.HTTPException:
+    """Make JSON of the text of an error."""
+    message = error.text
     if isinstance(error, web.HTTPMethodNotAllowed):
         message = f"Use {' or '.join(sorted(error.allowed_methods))} for this path."
     elif error is request.match_info.http_exception:
         message = "There is nothing at this path: check it."
-    elif "taskId" in request.match_info:
-        extra = {"TaskId": request.match_info["taskId"]}
-    headers = {k: v for k, v in error.headers.items() if not k.startswith("Content-")}
-    body = {"Success": False, "Message": message, **extra}
-    return web.json_response(body, status=error.status, headers=headers)
+    error.text = json.dumps({"Success": False, "Message": message})
+    error.content_type = "application/json"
+    return error
 
 
-class Demo:
-    """The sample: its jobs, its operations and its routes."""
+class Guard:
+    """Decides who may use the demo, and answers errors in JSON."""
 
-    def __init__(self, token: str | None, origins: Names, hosts: Names | None) -> None:
+    def __init__(
+        self, token: str | None, origins: Collection[str], hosts: Collection[str] | None
+    ) -> None:
         if token is not None and (not token or token != token.strip()):
             raise ValueError("token must not be empty or begin or end with a space")
         if isinstance(hosts, str) or not all(map(_host_name, hosts or ())):
             raise ValueError("allowed_hosts: names such as 'example.com'")
-        self.started = time.monotonic()
         self.token = (token or "").encode(errors="surrogateescape")
         self.origins = origins
         self.hosts = None if hosts is None else {_host_name(host) for host in hosts}
-        self.hub: HubContext
-        self.operations: Operations
-        #: The hub's resources, whose errors are not JSON, and those of the API.
-        self.hub_resources: Collection[web.AbstractResource | None]
-        self.api_resources: Collection[web.AbstractResource | None]
-        self.schedule = Schedule()
-        self.schedule.every(30, name="heartbeat")(self._send_heartbeat)
-        self.schedule.cron("0 * * * * *", name="admin_status")(self._send_admin_status)
+        #: The resources of the API, which need the token.
+        self.api: Collection[web.AbstractResource | None] = ()
 
     async def authenticate(self, request: Request) -> None:
         """Check the token, if there is one. Raises HTTPUnauthorized."""
@@ -7011,45 +6996,71 @@ class Demo:
             raise web.HTTPUnauthorized(text=text, headers=headers)
 
     @web.middleware
-    async def guard(self, request: Request, handler: Handler) -> StreamResponse:
+    async def handle(self, request: Request, handler: Handler) -> StreamResponse:
         """Check a request, and answer errors in JSON. The hub does both by itself."""
-        resource = request.match_info.route.resource
-        if resource in self.hub_resources:
+        if isinstance(getattr(request.match_info.handler, "__self__", None), Endpoint):
             _check_host(request, self.hosts)
             return await handler(request)
         try:
             _check_host(request, self.hosts)
-            is_api = resource in self.api_resources
-            _check_headers(request, self.origins, _only_reads(request))
+            resource = request.match_info.route.resource
+            # The demo may be below another path, and broadcasts by GET.
+            sends = resource is not None and "/api/ps/" in resource.canonical
+            reads = request.method in ("GET", "HEAD") and not sends
+            _check_headers(request, self.origins, reads)
             if request.method == "OPTIONS" and _CORS_ORIGIN in request:
                 return Response(status=204)
-            if is_api:
+            if resource in self.api:
                 await self.authenticate(request)
                 await _read_body(request)
                 for part in map(unquote_to_bytes, request.rel_url.raw_parts):
                     _check_name(part.decode(errors="surrogateescape"))
             return await handler(request)
         except web.HTTPException as error:
-            return _json_error(request, error)
+            refusal = error
         except HubException as error:
-            return _json_error(request, web.HTTPBadRequest(text=str(error)))
+            refusal = web.HTTPBadRequest(text=str(error))
         except ConnectionError as error:  # another process cannot be asked
-            text = f"Try again later. {error}"
-            return _json_error(request, web.HTTPServiceUnavailable(text=text))
+            refusal = web.HTTPServiceUnavailable(text=f"Try again later. {error}")
         except Exception:
             log.exception("%s %s failed", request.method, request.rel_url.raw_path)
             text = "An error occurred on the server; see its log. Try again later."
-            return _json_error(request, web.HTTPInternalServerError(text=text))
+            refusal = web.HTTPInternalServerError(text=text)
+        raise _in_json(request, refusal)
+
+
+class Demo:
+    """The sample: its operations, its jobs, its routes and its numbers."""
+
+    hub: HubContext
+    operations: Operations
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.schedule = Schedule()
+        self.schedule.every(30, name="heartbeat")(self._send_heartbeat)
+        self.schedule.cron("0 * * * * *", name="admin_status")(self._send_admin_status)
+        #: By how many seconds timers were late during the last second.
+        self._delays = deque([0.0], maxlen=20)
+        #: The newest numbers of all processes, and the lock for collecting them.
+        self._numbers: dict[str, Any] = {"Uptime": -math.inf}
+        self._collecting = asyncio.Lock()
+
+    async def context(self, app: object) -> AsyncIterator[None]:
+        """Take operations and measure the lag while an application runs."""
+        id = self.hub.everywhere.process_id
+        self.operations = Operations(on_change=self._announce, prefix=id and f"{id}.")
+        task = asyncio.create_task(self._measure_lag())
+        yield
+        await _end_tasks([task], (0, 1))
 
     def list_api(self) -> list[web.RouteDef]:
         """List the routes of the API. HEAD is not allowed where GET sends something."""
-        join = functools.partial(self.send_group_request, "join")
-        leave = functools.partial(self.send_group_request, "leave")
         return [
             web.get("/api/ps/log/{level}", self.send_log, allow_head=False),
             web.get("/api/ps/event", self.send_event, allow_head=False),
-            web.post("/api/group/join/{groupName}", join),
-            web.post("/api/group/leave/{groupName}", leave),
+            web.post("/api/group/join/{groupName}", self.send_group_request),
+            web.post("/api/group/leave/{groupName}", self.send_group_request),
             web.post("/api/group/broadcast/{groupName}", self.send_to_group),
             web.post("/api/operation/start", self.start_operation),
             web.get("/api/operation/status/{taskId}", self.handle_operation),
@@ -7074,9 +7085,9 @@ class Demo:
         await broadcast_event(self.hub, "PowerShellEvent", data)
         return Response(text="Broadcasted custom event")
 
-    async def send_group_request(self, verb: str, request: Request) -> Response:
+    async def send_group_request(self, request: Request) -> Response:
         """Ask everyone to join or leave a group."""
-        group = request.match_info["groupName"]
+        verb, group = request.rel_url.parts[-2:]
         data = _payload(f"Please {verb} the group {group}", GroupName=group)
         await broadcast_event(self.hub, f"Group{verb.title()}Request", data)
         return _success(f"Everyone was asked to {verb} {group}", GroupName=group)
@@ -7114,7 +7125,8 @@ class Demo:
         owner, everywhere = id.rpartition(".")[0], self.hub.everywhere
         answer = await everywhere.ask_process(owner, "operation", verb, id)
         if answer is None:
-            raise web.HTTPNotFound(text="There is no operation with this id.")
+            text = "There is no operation with this id."
+            answer = 404, {"Success": False, "Message": text, "TaskId": id}
         status, body = answer
         return web.json_response(body, status=status)
 
@@ -7126,12 +7138,12 @@ class Demo:
         if verb == "show":
             return 200, _status(operation)
         if verb == "cancel":
-            if done := self.operations.cancel(id):
-                await operation.wait()
-            text = f"The operation is {operation.state}{'' if done else ' already.'}"
+            done = self.operations.cancel(id)
+            await operation.wait()
+            text = f"The operation is {operation.state}{'' if done else ' already'}."
         else:
             done = self.operations.remove(id)
-            text = "It was removed" if done else "It still runs. Cancel it first."
+            text = "It was removed." if done else "It still runs. Cancel it first."
         return 200 if done else 409, {"Success": done, "Message": text, "TaskId": id}
 
     async def list_operations(self, request: Request) -> Response:
@@ -7156,11 +7168,6 @@ class Demo:
                 health["Status"] = "Degraded"  # the clients of this process are served
         return web.json_response(health)
 
-    async def open_operations(self, app: web.Application) -> None:
-        process_id = self.hub.everywhere.process_id
-        prefix = f"{process_id}." if process_id else ""
-        self.operations = Operations(on_change=self._announce, prefix=prefix)
-
     async def _announce(self, operation: Operation) -> None:
         """Broadcast the progress and the end of an operation."""
         text = operation.status or operation.state
@@ -7175,15 +7182,12 @@ class Demo:
 
     async def _send_heartbeat(self) -> None:
         """Send a heartbeat to this process's clients; the others do the same."""
-        try:
-            clients = await self.hub.everywhere.count()
-        except ConnectionError:
-            clients = len(self.hub.connections)
+        numbers = await self.numbers()
         data = {
             "Type": "Heartbeat",
             "ServerTime": _stamp(),
-            "Uptime": round(time.monotonic() - self.started, 1),
-            "ConnectedClients": clients,
+            "Uptime": numbers["Uptime"],
+            "ConnectedClients": numbers["Clients"],
             "Message": "Server is running",
         }
         event = {"eventName": "ServerHeartbeat", "data": data, "timestamp": _stamp()}
@@ -7198,23 +7202,6 @@ class Demo:
         update = _payload("Admin status update", Type="AdminUpdate", SystemInfo=system)
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 
-
-class Monitor:
-    """Collects the demo's numbers, at most once a second for all that watch."""
-
-    def __init__(self, demo: Demo) -> None:
-        self._demo = demo
-        #: By how many seconds timers were late during the last second.
-        self._delays: deque[float] = deque([0.0], maxlen=20)
-        self._newest: asyncio.Task[dict[str, Any]] | None = None
-        self._taken = -math.inf
-
-    async def context(self, app: object) -> AsyncIterator[None]:
-        """Measure the event loop's lag while an application runs (`cleanup_ctx`)."""
-        task = asyncio.create_task(self._measure_lag())
-        yield
-        await _end_tasks([t for t in (task, self._newest) if t is not None], (0, 1))
-
     async def _measure_lag(self) -> None:
         while True:
             due = time.monotonic() + 0.05
@@ -7223,11 +7210,11 @@ class Monitor:
 
     def count(self) -> dict[str, Any]:
         """Count what belongs to this process."""
-        hub, stats = self._demo.hub, self._demo.hub.stats()
+        hub, stats = self.hub, self.hub.stats()
         # The largest 100 of 10,000 groups, because there may be any number.
         names = hub.groups.names()[:10_000]
         sizes = {name: len(hub.groups.members(name)) for name in names}
-        states = Counter(operation.state for operation in self._demo.operations.list())
+        states = Counter(operation.state for operation in self.operations.list())
         return {
             "Clients": stats["connections"],
             "MessagesIn": stats["messages_in"],
@@ -7239,55 +7226,46 @@ class Monitor:
             "LoopLag": round(1000 * max(self._delays), 1),
         }
 
-    async def _add_up(self) -> dict[str, Any]:
-        """Add up the counts of all processes; take the largest lag."""
-        try:
-            counts = await self._demo.hub.everywhere.ask("stats")
-        except ConnectionError:
-            counts = [self.count()]
-        total: dict[str, Any] = {
-            "Uptime": round(time.monotonic() - self._demo.started, 1),
-            "Timestamp": _stamp(),
-            "Processes": len(counts),
-            "LoopLag": max(count.pop("LoopLag") for count in counts),
-        }
-        for name, value in counts[0].items():
-            values = [count[name] for count in counts]
-            if isinstance(value, dict):
-                total[name] = dict(sum(map(Counter, values), Counter[str]()))
-            else:
-                total[name] = sum(values)
-        return total
-
     async def numbers(self) -> dict[str, Any]:
-        """Return the numbers of all processes, collected less than a second ago."""
-        if self._newest is None or time.monotonic() - self._taken > 0.9:
-            self._taken = time.monotonic()
-            self._newest = asyncio.create_task(self._add_up())
-        return await asyncio.shield(self._newest)
+        """Add up the counts of all processes, once a second for all that watch."""
+        async with self._collecting:
+            uptime = round(time.monotonic() - self.started, 1)
+            if uptime - self._numbers["Uptime"] < 0.85:
+                return self._numbers
+            try:
+                counts = await self.hub.everywhere.ask("stats")
+            except ConnectionError:
+                counts = [self.count()]
+            total = {"Uptime": uptime, "Timestamp": _stamp(), "Processes": len(counts)}
+            total["LoopLag"] = max(count.pop("LoopLag") for count in counts)
+            for name, value in counts[0].items():
+                values = [count[name] for count in counts]
+                if isinstance(value, dict):
+                    total[name] = dict(sum(map(Counter, values), Counter[str]()))
+                else:
+                    total[name] = sum(values)
+            self._numbers = total
+            return total
 
 
-#: Where the demo keeps its Monitor, for its hub.
-_MONITOR: web.AppKey[Monitor] = web.AppKey("kestrun_monitor", Monitor)
+#: Where the demo keeps itself, for its hub.
+_DEMO: web.AppKey[Demo] = web.AppKey("kestrun_demo", Demo)
 
 #: Served if the file exists. kestrun.py needs no other file.
 _MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
 
 
 def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
-    """Serve a page that finds the hub's path in its meta tag."""
+    """Serve a page, which finds the hub's path in its meta tag, or a script."""
     relative = html.escape(hub_path.lstrip("/"))
     page = page.replace('content="hubs/kestrun"', f'content="{relative}"')
     headers = {"Content-Security-Policy": _content_security_policy(page)}
+    kind = "text/javascript" if path.endswith(".js") else "text/html"
 
     async def show(request: Request) -> Response:
-        return Response(text=page, content_type="text/html", headers=headers)
+        return Response(text=page, content_type=kind, headers=headers)
 
     return web.get(path, show)
-
-
-async def _show_client(request: Request) -> Response:
-    return Response(text=CLIENT_JS, content_type="text/javascript")
 
 
 def create_app(
@@ -7313,23 +7291,21 @@ def create_app(
         clients can use WebSockets only, and cannot resume a lost one.
     Raises ValueError for a path, origin, host or token that cannot be used.
     """
-    demo = Demo(token, allowed_origins, allowed_hosts)
-    app = web.Application(middlewares=[demo.guard], client_max_size=65_536)
+    guard, demo = Guard(token, allowed_origins, allowed_hosts), Demo()
+    app = web.Application(middlewares=[guard.handle], client_max_size=65_536)
     app.on_response_prepare.append(_add_security_headers)
-    app.on_startup.append(demo.open_operations)
     # Before the hub's own: clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
-    monitor = app[_MONITOR] = Monitor(demo)
-    demo.api_resources = {route.resource for route in app.add_routes(demo.list_api())}
+    guard.api = {route.resource for route in app.add_routes(demo.list_api())}
     page = PAGE
     text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
     if '<meta name="hub"' in text:  # it is not another project's
         page = page.replace('href="monitor" hidden', 'href="monitor"')
         app.add_routes([_page_route("/monitor", text, hub_path)])
     app.add_routes([_page_route("/", page, hub_path)])
-    app.router.add_get("/kestrun.js", _show_client)
+    app.add_routes([_page_route("/kestrun.js", CLIENT_JS, hub_path)])
     app.router.add_get("/healthz", demo.show_health)
-    own_resources = set(app.router.resources())
+    app[_DEMO] = demo
     demo.hub = app[HUB] = map_hub(
         app,
         hub_path,
@@ -7339,14 +7315,13 @@ def create_app(
         allow_stateful_reconnects=sticky,
         maximum_groups_per_client=100,
         allowed_origins=allowed_origins,
-        authenticate=demo.authenticate,
+        authenticate=guard.authenticate,
     )
-    demo.hub_resources = set(app.router.resources()) - own_resources
     everywhere = demo.hub.everywhere
     everywhere.handle("operation", demo.act_on_operation)
     everywhere.handle("operations", lambda: [*map(_status, demo.operations.list())])
-    everywhere.handle("stats", monitor.count)
-    app.cleanup_ctx.extend([demo.schedule.context, monitor.context])
+    everywhere.handle("stats", demo.count)
+    app.cleanup_ctx.extend([demo.context, demo.schedule.context])
     return app
 
 
