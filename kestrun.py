@@ -7334,6 +7334,14 @@ def create_app(
 class _OneLine(logging.Formatter):
     """One line for each event, whatever its message contains; then a traceback."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        match record.exc_info:
+            case (_, aiohttp.http.HttpProcessingError(code=code), _):
+                # Without its text, which may contain a token.
+                record.msg, record.args = f"refused a malformed request: {code}", ()
+                record.levelname, record.exc_info = "WARNING", None
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         return _one_line(super().formatMessage(record))
 
@@ -7349,19 +7357,8 @@ class _AccessLog(AbstractAccessLogger):
         self.logger.info("%s %s %s -> %d in %.0f ms", *fields)
 
 
-def _shorten_bad_request(record: logging.LogRecord) -> bool:
-    """Remove the text of a malformed request from the log: it may contain a token."""
-    match record.exc_info:
-        case (_, aiohttp.http.HttpProcessingError(code=code), _):
-            record.msg, record.args = f"refused a malformed request: {code}", ()
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
-            record.exc_info = None
-    return True
-
-
 def _set_up_logging(level: str) -> None:
     logging.addLevelName(LEVELS["Trace"], "TRACE")
-    logging.getLogger("aiohttp.server").addFilter(_shorten_bad_request)
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)-8s %(name)s: %(message)s"))
     logging.basicConfig(level=LEVELS[level], handlers=[handler])
