@@ -7402,17 +7402,14 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def _stop_event() -> asyncio.Event:
     """Return an event that SIGINT or SIGTERM sets; the next one ends the process."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def take() -> None:
-        stop.set()
-        for number in numbers:
-            loop.remove_signal_handler(number)
+    def take(*_: object) -> None:
+        loop.call_soon_threadsafe(stop.set)
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    with contextlib.suppress(NotImplementedError):  # Windows
-        for number in numbers:
-            loop.add_signal_handler(number, take)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, take)
     return stop
 
 
