@@ -7437,15 +7437,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
         # Or aiohttp would decompress the rest of a refused body, however large it is.
         auto_decompress=False,
     )
-    stop = _stop_event()
-    loop = asyncio.get_running_loop()
-    if arguments.worker:  # its input ends with the process that started it
-
-        def orphaned() -> None:
-            loop.remove_reader(sys.stdin.fileno())
-            stop.set()
-
-        loop.add_reader(sys.stdin.fileno(), orphaned)
+    stop, loop = _stop_event(), asyncio.get_running_loop()
     await runner.setup()
     try:
         bound = await _bind(arguments, shared=bool(arguments.worker))
@@ -7459,7 +7451,11 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(f"page  {address}/", flush=True)
             print(f"hub   {address}{arguments.hub_path}", flush=True)
+        if arguments.worker:  # its input ends with the process that started it
+            loop.add_reader(sys.stdin.fileno(), stop.set)
         await stop.wait()
+        if arguments.worker:
+            loop.remove_reader(sys.stdin.fileno())
         log.info("shutting down")
         # Still listening: the next long poll of a client fetches its Close message.
         await app.shutdown()
@@ -7475,10 +7471,9 @@ async def _keep_worker(command: list[str]) -> None:
         try:
             status = await worker.wait()
         finally:
-            assert worker.stdin is not None
-            worker.stdin.close()  # a signal could be its second: Ctrl-C is for all
+            # Close its input: a signal could be its second, as Ctrl-C is for all.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(worker.wait(), _SHUTDOWN_TIMEOUT + 2)
+                await asyncio.wait_for(worker.communicate(b""), _SHUTDOWN_TIMEOUT + 2)
             if worker.returncode is None:
                 worker.kill()
         log.warning("worker %d ended with status %d", worker.pid, status)
