@@ -7378,8 +7378,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--allow-host", action="append", default=[], metavar="NAME", help=text)
     text = "token that hub and API require (environment KESTRUN_TOKEN)"
     add("--token", default=os.environ.get("KESTRUN_TOKEN"), help=text)
-    text = "listen on a public --host without a token"
-    add("--insecure", action="store_true", help=text)
+    add("--insecure", action="store_true", help="allow a public --host without a token")
     text = "least important level to log (%(default)s)"
     add("--log-level", type=str.title, choices=LEVELS, default="Information", help=text)
     text = "Redis that connects several processes (environment KESTRUN_REDIS)"
@@ -7392,8 +7391,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "print a hub's methods and types as JSON (default: the demo's), then exit"
     demo = "kestrun:KestrunHub"
     add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
-    text = "connect to a hub, print the round-trip time of a call, then exit"
-    add("--probe", metavar="URL", help=text)
+    add("--probe", metavar="URL", help="print the round-trip time of a call, then exit")
     add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
     return parser.parse_args(argv)
@@ -7491,7 +7489,7 @@ async def _run_workers(
     server = await _bind(arguments, shared=True)
     port = str(server.sockets[0].getsockname()[1])
     command = [sys.executable, os.path.abspath(__file__), *argv, "--port", port]
-    async with asyncio.TaskGroup() as group:
+    async with server, asyncio.TaskGroup() as group:
         keepers = [
             group.create_task(_keep_worker([*command, "--worker", str(number)]))
             for number in range(1, arguments.workers + 1)
@@ -7499,32 +7497,21 @@ async def _run_workers(
         await stop.wait()
         for keeper in keepers:
             keeper.cancel()
-    server.close()
 
 
-def _make_backplane(arguments: argparse.Namespace) -> RedisBackplane | None:
-    """Make the backplane of the options, if any. Raises ValueError for bad options."""
-    if arguments.workers < 1:
-        raise ValueError("--workers must be at least 1")
-    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
-        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
-    if arguments.redis:
-        return RedisBackplane(arguments.redis, secret=arguments.secret)
-    if arguments.workers > 1:
-        raise ValueError("--workers needs --redis, which connects the workers")
-    return None
-
-
-def _allowed_hosts(arguments: argparse.Namespace) -> Collection[str] | None:
-    """Return `allowed_hosts`. Raises ValueError for a public host without a token."""
-    if _is_loopback(arguments.host):
-        return arguments.allow_host  # type: ignore[no-any-return]
-    if not (arguments.token or arguments.insecure):
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that cannot be used together, or here."""
+    if not (_is_loopback(arguments.host) or arguments.token or arguments.insecure):
         raise ValueError(
             f"--host {arguments.host} can be reached from other machines: give "
             "--token, or --insecure to let anybody in"
         )
-    return arguments.allow_host or None
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
+    if arguments.workers > 1 and not arguments.redis:
+        raise ValueError("--workers needs --redis, which connects the workers")
 
 
 def _print_description(name: str) -> None:
@@ -7584,47 +7571,52 @@ async def _probe(url: str, token: str | None) -> None:
     print(f"{shown} answers in {trip:.1f} ms")
 
 
+def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
+    """Run the demo, or its workers, until SIGINT or SIGTERM."""
+    _check_arguments(arguments)
+    backplane: RedisBackplane | None = None
+    if arguments.redis:
+        backplane = RedisBackplane(arguments.redis, secret=arguments.secret)
+    public = not _is_loopback(arguments.host)
+    app = create_app(
+        hub_path=arguments.hub_path,
+        allowed_origins=arguments.allow_origin,
+        allowed_hosts=arguments.allow_host or (None if public else ()),
+        token=arguments.token,
+        backplane=backplane,
+        sticky=not arguments.worker,
+    )
+    new_loop = None
+    if arguments.uvloop:
+        try:
+            new_loop = importlib.import_module("uvloop").new_event_loop
+        except ImportError:
+            raise ValueError("--uvloop needs a package: pip install uvloop") from None
+    if backplane is not None and arguments.workers > 1 and not arguments.worker:
+        work = _run_workers(backplane, arguments, argv)
+    else:
+        work = _serve(app, arguments)
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line; return its exit status."""
-    arguments = _parse_arguments(argv)
+    arguments, prefix = _parse_arguments(argv), ""
     _set_up_logging(arguments.log_level)
     try:
         if arguments.describe is not None:
             _print_description(arguments.describe)
-            return 0
-        if arguments.probe is not None:
+        elif arguments.probe is not None:
             asyncio.run(_probe(arguments.probe, arguments.token))
-            return 0
-        backplane = _make_backplane(arguments)
-        app = create_app(
-            hub_path=arguments.hub_path,
-            allowed_origins=arguments.allow_origin,
-            allowed_hosts=_allowed_hosts(arguments),
-            token=arguments.token,
-            backplane=backplane,
-            sticky=not arguments.worker,
-        )
-        new_loop = None
-        if arguments.uvloop:
-            try:
-                new_loop = importlib.import_module("uvloop").new_event_loop
-            except ImportError:
-                text = "--uvloop needs a package: pip install uvloop"
-                raise ValueError(text) from None
-        if backplane is not None and arguments.workers > 1 and not arguments.worker:
-            argv = sys.argv[1:] if argv is None else argv
-            work = _run_workers(backplane, arguments, argv)
         else:
-            work = _serve(app, arguments)
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(work)
+            prefix = "kestrun cannot start: "
+            _run(arguments, sys.argv[1:] if argv is None else argv)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        starts = arguments.describe is arguments.probe is None
-        prefix = "kestrun cannot start: " if starts else ""
         print(f"{prefix}{error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # where signals cannot be handled
-        return 0
+    except KeyboardInterrupt:  # before `_stop_event` is made
+        pass
     return 0
 
 
