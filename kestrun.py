@@ -6945,14 +6945,13 @@ def _success(message: str, **fields: Any) -> Response:
 
 def _status(operation: Operation) -> dict[str, Any]:
     """Describe an operation as the status and list routes do."""
-    started, ended = operation.started_at, operation.completed_at
     return {
         "OperationId": operation.id,
         "TaskId": operation.id,
         "Name": operation.name,
         "State": operation.state,
-        "StartedAt": started and _stamp(started),
-        "CompletedAt": ended and _stamp(ended),
+        "StartedAt": operation.started_at and _stamp(operation.started_at),
+        "CompletedAt": operation.completed_at and _stamp(operation.completed_at),
         "Progress": operation.progress,
         "Status": operation.status,
         "Message": f"{operation.name} is {operation.state} at {operation.progress} %.",
@@ -7120,30 +7119,28 @@ class Demo:
 
     async def handle_operation(self, request: Request) -> Response:
         """Show, cancel or remove an operation of any process, which its id names."""
-        verbs = {"POST": "cancel", "DELETE": "remove"}
-        verb, id = verbs.get(request.method, "show"), request.match_info["taskId"]
-        owner, everywhere = id.rpartition(".")[0], self.hub.everywhere
-        answer = await everywhere.ask_process(owner, "operation", verb, id)
+        id, ask = request.match_info["taskId"], self.hub.everywhere.ask_process
+        answer = await ask(id.rpartition(".")[0], "operation", request.method, id)
         if answer is None:
             text = "There is no operation with this id."
             answer = 404, {"Success": False, "Message": text, "TaskId": id}
         status, body = answer
         return web.json_response(body, status=status)
 
-    async def act_on_operation(self, verb: str, id: str) -> tuple[int, Any] | None:
+    async def act_on_operation(self, method: str, id: str) -> tuple[int, Any] | None:
         """Do it in this process; return None if the operation is not here."""
         operation = self.operations.get(id)
         if operation is None:
             return None
-        if verb == "show":
-            return 200, _status(operation)
-        if verb == "cancel":
+        if method == "POST":
             done = self.operations.cancel(id)
             await operation.wait()
             text = f"The operation is {operation.state}{'' if done else ' already'}."
-        else:
+        elif method == "DELETE":
             done = self.operations.remove(id)
             text = "It was removed." if done else "It still runs. Cancel it first."
+        else:
+            return 200, _status(operation)
         return 200 if done else 409, {"Success": done, "Message": text, "TaskId": id}
 
     async def list_operations(self, request: Request) -> Response:
@@ -7297,13 +7294,12 @@ def create_app(
     # Before the hub's own: clients still receive how operations end.
     app.on_shutdown.append(lambda app: demo.operations.close())
     guard.api = {route.resource for route in app.add_routes(demo.list_api())}
-    page = PAGE
-    text = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
-    if '<meta name="hub"' in text:  # it is not another project's
-        page = page.replace('href="monitor" hidden', 'href="monitor"')
-        app.add_routes([_page_route("/monitor", text, hub_path)])
-    app.add_routes([_page_route("/", page, hub_path)])
-    app.add_routes([_page_route("/kestrun.js", CLIENT_JS, hub_path)])
+    pages = {"/": PAGE, "/kestrun.js": CLIENT_JS}
+    monitor = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
+    if '<meta name="hub"' in monitor:  # it is not another project's
+        page = PAGE.replace('href="monitor" hidden', 'href="monitor"')
+        pages |= {"/": page, "/monitor": monitor}
+    app.add_routes(_page_route(path, text, hub_path) for path, text in pages.items())
     app.router.add_get("/healthz", demo.show_health)
     app[_DEMO] = demo
     demo.hub = app[HUB] = map_hub(
