@@ -7475,9 +7475,13 @@ async def _keep_worker(command: list[str]) -> None:
 
 
 async def _run_workers(
-    backplane: RedisBackplane, arguments: argparse.Namespace, argv: list[str]
+    backplane: RedisBackplane | None, arguments: argparse.Namespace, argv: list[str]
 ) -> None:
     """Run `--workers` processes that share one port, until SIGINT or SIGTERM."""
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    if backplane is None:
+        raise ValueError("--workers needs --redis, which connects the workers")
     async for _ in backplane.context(None):
         pass  # Redis can be used
     stop = _stop_event()
@@ -7493,21 +7497,6 @@ async def _run_workers(
         await stop.wait()
         for keeper in keepers:
             keeper.cancel()
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for options that cannot be used together, or here."""
-    if not (_is_loopback(arguments.host) or arguments.token or arguments.insecure):
-        raise ValueError(
-            f"--host {arguments.host} can be reached from other machines: give "
-            "--token, or --insecure to let anybody in"
-        )
-    if arguments.workers < 1:
-        raise ValueError("--workers must be at least 1")
-    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
-        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
-    if arguments.workers > 1 and not arguments.redis:
-        raise ValueError("--workers needs --redis, which connects the workers")
 
 
 def _print_description(name: str) -> None:
@@ -7569,11 +7558,17 @@ async def _probe(url: str, token: str | None) -> None:
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     """Run the demo, or its workers, until SIGINT or SIGTERM."""
-    _check_arguments(arguments)
+    public = not _is_loopback(arguments.host)
+    if public and not (arguments.token or arguments.insecure):
+        raise ValueError(
+            f"--host {arguments.host} can be reached from other machines: give "
+            "--token, or --insecure to let anybody in"
+        )
+    if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
     backplane: RedisBackplane | None = None
     if arguments.redis:
         backplane = RedisBackplane(arguments.redis, secret=arguments.secret)
-    public = not _is_loopback(arguments.host)
     app = create_app(
         hub_path=arguments.hub_path,
         allowed_origins=arguments.allow_origin,
@@ -7588,10 +7583,10 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
             new_loop = importlib.import_module("uvloop").new_event_loop
         except ImportError:
             raise ValueError("--uvloop needs a package: pip install uvloop") from None
-    if backplane is not None and arguments.workers > 1 and not arguments.worker:
-        work = _run_workers(backplane, arguments, argv)
-    else:
+    if arguments.workers == 1 or arguments.worker:
         work = _serve(app, arguments)
+    else:
+        work = _run_workers(backplane, arguments, argv)
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(work)
 
