@@ -6784,10 +6784,7 @@ HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
 LEVELS = {"Trace": 5, "Verbose": 5, "Debug": 10, "Information": 20}
 LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
 
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:@/\[\]*\s]+?)\.?(?::[0-9]*)?")
-
-#: Sent with every answer. Browsers must not guess content types, send referrers, or
-#: show this site in a frame.
+#: Sent with every answer: no guessed content types, no referrers, no frames.
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -6807,8 +6804,7 @@ def _stamp(moment: datetime | None = None) -> str:
 async def broadcast_log(hub: HubContext, level: str, message: str) -> None:
     """Send `ReceiveLog` to everyone: {level, message, timestamp}.
 
-    level: one of the eight names in LEVELS, in any case. Raises ValueError for
-        another.
+    level: a name in LEVELS, in any case. Raises ValueError for another.
     """
     level = level.title()
     if level not in LEVELS:
@@ -6849,7 +6845,8 @@ def _check_name(text: str) -> str:
 
 def _host_name(host: str) -> str:
     """Return a host name without port and final dot; "" if it is none."""
-    found = _HOST.fullmatch(host.strip().lower())
+    pattern = r"(\[[0-9a-f:.]+\]|[^:@/\[\]*\s]+?)\.?(?::[0-9]*)?"
+    found = re.fullmatch(pattern, host.strip().lower())
     return found[1] if found else ""
 
 
@@ -7248,9 +7245,6 @@ class Demo:
 #: Where the demo keeps itself, for its hub.
 _DEMO: web.AppKey[Demo] = web.AppKey("kestrun_demo", Demo)
 
-#: Served if the file exists. kestrun.py needs no other file.
-_MONITOR_PAGE = Path(__file__).parent / "static" / "monitor.html"
-
 
 def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
     """Serve a page, which finds the hub's path in its meta tag, or a script."""
@@ -7295,7 +7289,8 @@ def create_app(
     app.on_shutdown.append(lambda app: demo.operations.close())
     guard.api = {route.resource for route in app.add_routes(demo.list_api())}
     pages = {"/": PAGE, "/kestrun.js": CLIENT_JS}
-    monitor = _MONITOR_PAGE.read_text("utf-8") if _MONITOR_PAGE.is_file() else ""
+    file = Path(__file__).parent / "static" / "monitor.html"  # it may be missing
+    monitor = file.read_text("utf-8") if file.is_file() else ""
     if '<meta name="hub"' in monitor:  # it is not another project's
         page = PAGE.replace('href="monitor" hidden', 'href="monitor"')
         pages |= {"/": page, "/monitor": monitor}
