@@ -6955,16 +6955,16 @@ def _status(operation: Operation) -> dict[str, Any]:
     }
 
 
-def _in_json(request: Request, error: web.HTTPException) -> web.HTTPException:
-    """Make JSON of the text of an error."""
+def _json_error(request: Request, error: web.HTTPException) -> Response:
+    """Answer an exception of aiohttp in JSON, with its status and headers."""
     message = error.text
     if isinstance(error, web.HTTPMethodNotAllowed):
         message = f"Use {' or '.join(sorted(error.allowed_methods))} for this path."
     elif error is request.match_info.http_exception:
         message = "There is nothing at this path: check it."
-    error.text = json.dumps({"Success": False, "Message": message})
-    error.content_type = "application/json"
-    return error
+    body = {"Success": False, "Message": message}
+    error.headers.pop("Content-Type", None)
+    return web.json_response(body, status=error.status, headers=error.headers)
 
 
 class Guard:
@@ -7022,7 +7022,7 @@ class Guard:
             log.exception("%s %s failed", request.method, request.rel_url.raw_path)
             text = "An error occurred on the server; see its log. Try again later."
             refusal = web.HTTPInternalServerError(text=text)
-        raise _in_json(request, refusal)
+        return _json_error(request, refusal)
 
 
 class Demo:
