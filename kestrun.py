@@ -7402,13 +7402,13 @@ def _stop_event() -> asyncio.Event:
     return stop
 
 
-async def _bind(arguments: argparse.Namespace, shared: bool) -> asyncio.Server:
-    """Bind the address without listening yet. shared: by several processes."""
+async def _bind(arguments: argparse.Namespace) -> asyncio.Server:
+    """Bind the address, which workers share, without listening yet."""
     return await asyncio.get_running_loop().create_server(
         asyncio.Protocol,
         arguments.host,
         arguments.port,
-        reuse_port=shared or None,
+        reuse_port=arguments.workers > 1,
         start_serving=False,
     )
 
@@ -7429,7 +7429,7 @@ async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:
     stop, loop = _stop_event(), asyncio.get_running_loop()
     await runner.setup()
     try:
-        bound = await _bind(arguments, shared=bool(arguments.worker))
+        bound = await _bind(arguments)
         for listener in [bound_socket.dup() for bound_socket in bound.sockets]:
             # Accept one by one: asyncio logs each that lacks a file descriptor.
             await web.SockSite(runner, listener, backlog=1).start()
@@ -7481,7 +7481,7 @@ async def _run_workers(
         pass  # Redis can be used
     stop = _stop_event()
     # Bound here without listening, so that the port is known and stays ours.
-    server = await _bind(arguments, shared=True)
+    server = await _bind(arguments)
     port = str(server.sockets[0].getsockname()[1])
     command = [sys.executable, os.path.abspath(__file__), *argv, "--port", port]
     async with server, asyncio.TaskGroup() as group:
