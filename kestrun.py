@@ -7100,11 +7100,10 @@ class Demo:
         if not 1 <= seconds <= 3600:
             raise web.HTTPBadRequest(text="seconds must be an integer from 1 to 3600.")
 
-        async def work(progress: Progress) -> int:
+        async def work(progress: Progress) -> None:
             for step in range(1, seconds + 1):
                 await asyncio.sleep(1)
                 await progress(step * 100 / seconds, f"Step {step} of {seconds}")
-            return seconds
 
         try:
             operation = self.operations.start(work, name="LongOperation")
@@ -7382,7 +7381,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "print a hub's methods and types as JSON (default: the demo's), then exit"
     demo = "kestrun:KestrunHub"
     add("--describe", nargs="?", const=demo, metavar="MODULE:HUB", help=text)
-    add("--probe", metavar="URL", help="print the round-trip time of a call, then exit")
+    add("--probe", metavar="URL", help="connect to a hub, time a call, then exit")
     add("--uvloop", action="store_true", help="run on uvloop, if it is installed")
     add("--version", action="version", version=f"kestrun {__version__}")
     return parser.parse_args(argv)
