@@ -5929,7 +5929,7 @@ CLIENT_JS = r"""// A SignalR client in plain JavaScript:
 // over Server-Sent Events and POST. Out of scope: long polling, upload streams,
 // MessagePack, stateful reconnect.
 
-const INVOCATION = 1, STREAM_ITEM = 2, COMPLETION = 3, STREAM_INVOCATION = 4;
+const INVOCATION = 1, COMPLETION = 3, STREAM_INVOCATION = 4;
 const CANCEL_INVOCATION = 5, PING = 6, CLOSE = 7, END = "\x1e";
 const PING_INTERVAL = 10_000, SERVER_TIMEOUT = 30_000;  // milliseconds
 const RETRY_DELAYS = [0, 2, 10, 30];                    // seconds; the last one repeats
@@ -5940,10 +5940,9 @@ export class HubConnection {
   onstate = () => {};       // called with the new state and { reason, delay }
   onmessage = () => {};     // called with "sent" or "received" and each hub message
   #handlers = new Map();    // what `on` registered: name in lower case -> function
-  #pending = new Map();     // invocation id -> { resolve, reject, item }
+  #pending = new Map();     // invocation id -> function that takes items and completion
   #failures = 0;            // transports that did not open; the next one is tried
-  #link = null;             // the transport: a WebSocket, or what looks like one
-  #attempt = 0;             // counts; what comes of older attempts is ignored
+  #link = null;             // this attempt's transport; what comes of others is ignored
   #timer = 0;               // of the server's silence, or until the next attempt
   #retries = 0;             // since a connection lasted long enough to send a ping
   #lastId = 0;
@@ -5978,60 +5977,56 @@ export class HubConnection {
 
   /** Call a method of the hub; return its result, or throw its error. */
   async invoke(target, ...args) {
-    const answer = Promise.withResolvers();
-    this.#call(INVOCATION, target, args, answer);
-    return answer.promise;
+    return (await this.#call(INVOCATION, target, args).next()).value;
   }
 
   /** Yield the items of a stream: `for await (const n of c.stream("Counter", 3))`. */
-  async *stream(target, ...args) {
-    const items = [];
-    let wake, ended = false, failure = null;
-    const end = (error) => { ended = true; failure = error; wake?.(); };
-    const item = (value) => { items.push(value); wake?.(); };
-    const answer = { item, resolve: () => end(null), reject: end };
-    const invocationId = this.#call(STREAM_INVOCATION, target, args, answer);
-    try {
-      while (items.length || !ended) {
-        if (items.length) yield items.shift();
-        else await new Promise((resolve) => { wake = resolve; });
-      }
-      if (failure) throw failure;
-    } finally {             // also when the reader leaves the loop
-      if (!ended) this.#send({ type: CANCEL_INVOCATION, invocationId });
-    }
+  stream(target, ...args) {
+    return this.#call(STREAM_INVOCATION, target, args);
   }
 
-  #call(type, target, args, answer) {
+  async *#call(type, target, args) {   // yields items, returns the result
     if (this.state !== "Connected") throw new Error("There is no connection.");
-    const invocationId = String(++this.#lastId);
-    this.#pending.set(invocationId, answer);
+    const invocationId = String(++this.#lastId), answers = [];
+    let wake;
+    this.#pending.set(invocationId, (answer) => { answers.push(answer); wake?.(); });
     this.#send({ type, invocationId, target, arguments: args });
-    return invocationId;
+    try {
+      while (true) {
+        if (!answers.length) await new Promise((resolve) => { wake = resolve; });
+        const { type, item, result, error } = answers.shift();
+        if (error) throw new Error(error);
+        if (type === COMPLETION) return result;
+        yield item;
+      }
+    } finally {             // also when the reader leaves the loop
+      if (this.#pending.delete(invocationId)) {
+        this.#send({ type: CANCEL_INVOCATION, invocationId });
+      }
+    }
   }
 
   // Connecting: negotiate, open a transport, shake hands.
 
   async #connect() {
-    const attempt = ++this.#attempt;
+    const attempt = this.#link = { close() {} };   // until there is a transport
     this.#setState(this.state === "Reconnecting" ? "Reconnecting" : "Connecting");
     try {
       const url = `${this.url}/negotiate?negotiateVersion=1`;
       const negotiating = request("POST", url, { token: this.token() });
       negotiating.catch(() => { this.#failures = 0; });   // no fault of a transport
       const answer = await negotiating;
-      if (attempt !== this.#attempt) return;
-      if (answer.error) throw new Error(answer.error);
-      this.connectionId = answer.connectionId;
-      this.#open(answer.connectionToken, answer.availableTransports);
+      if (attempt === this.#link) this.#open(answer);
     } catch (error) {
-      if (attempt !== this.#attempt) return;
+      if (attempt !== this.#link) return;
       if (error.status === 401) return this.#setState("Unauthorized");
       this.#lost(error.message);
     }
   }
 
-  #open(connectionToken, available) {   // the token is a secret, unlike the id
+  #open({ error, connectionId, connectionToken, availableTransports: available }) {
+    if (error) throw new Error(error);
+    this.connectionId = connectionId;   // no secret, unlike the token
     const names = Object.keys(TRANSPORTS).filter((name) =>
       available.some(({ transport }) => transport === name));
     if (!names.length) throw new Error("The server offers no transport of this client.");
@@ -6050,13 +6045,6 @@ export class HubConnection {
     };
     this.#link = link;
     this.#expectData();
-  }
-
-  #finishHandshake(error) {
-    if (error) return this.#lost(error);
-    this.#failures -= 1;
-    this.#lastPing = Date.now();
-    this.#setState("Connected");
   }
 
   // Messages.
@@ -6085,19 +6073,20 @@ export class HubConnection {
 
   #dispatch(message) {
     const { type, invocationId, error, allowReconnect = false } = message;
-    if (this.state !== "Connected") this.#finishHandshake(error);
-    const pending = this.#pending.get(invocationId);
-    if (type === INVOCATION) this.#answer(message);
-    if (type === STREAM_ITEM) pending?.item?.(message.item);
-    if (type === COMPLETION) {
-      this.#pending.delete(invocationId);
-      if (error) pending?.reject(new Error(error)); else pending?.resolve(message.result);
+    if (this.state !== "Connected") {        // this is the handshake's answer
+      if (error) return this.#lost(error);
+      this.#failures -= 1;
+      this.#lastPing = Date.now();
+      return this.#setState("Connected");
     }
+    if (type === INVOCATION) return this.#answer(message);
+    this.#pending.get(invocationId)?.(message);
+    if (type === COMPLETION) this.#pending.delete(invocationId);
     if (type === CLOSE) this.#lost(error, allowReconnect);
   }
 
   async #answer({ invocationId, target, arguments: args }) {
-    const attempt = this.#attempt, answer = { type: COMPLETION, invocationId };
+    const link = this.#link, answer = { type: COMPLETION, invocationId };
     const handler = this.#handlers.get(target.toLowerCase());
     try {
       if (invocationId && !handler) throw new Error(`Nothing handles ${target}.`);
@@ -6106,7 +6095,7 @@ export class HubConnection {
       if (!invocationId) return reportError(error);   // to the console
       answer.error = error.message;
     }
-    if (invocationId && attempt === this.#attempt) this.#send(answer);
+    if (invocationId && link === this.#link) this.#send(answer);
   }
 
   // The end of a connection.
@@ -6127,12 +6116,11 @@ export class HubConnection {
   }
 
   #reset() {                // close the transport, ignore its events, fail pending calls
-    this.#attempt += 1;
     clearTimeout(this.#timer);
     this.#link?.close();
     this.#link = null;
-    const error = new Error("The connection was lost before the server answered.");
-    this.#pending.forEach(({ reject }) => reject(error));
+    const error = "The connection was lost before the server answered.";
+    this.#pending.forEach((take) => take({ type: COMPLETION, error }));
     this.#pending.clear();
   }
 
