@@ -6039,7 +6039,7 @@ export class HubConnection {
     const link = TRANSPORTS[name](`${this.url}?${query}`);
     link.onopen = () => this.#send({ protocol: "json", version: 1 });
     link.onmessage = ({ data }) => this.#receive(data);
-    link.onclose = () => {
+    link.onclose = link.onerror = () => {
       if (link === this.#link) this.#lost(this.state === "Connected"
         ? "The connection was lost." : `${name} did not reach the server.`);
     };
@@ -6141,8 +6141,7 @@ const TRANSPORTS = {
   ServerSentEvents(url) {               // events bring messages, POST takes them
     const source = new EventSource(url);
     let posted = Promise.resolve();     // one POST after another keeps the order
-    source.onerror = () => source.onclose();
-    const post = (body) => request("POST", url, { body }).catch(source.onerror);
+    const post = (body) => request("POST", url, { body }).catch(() => source.onerror());
     source.send = (text) => { posted = posted.then(() => post(text)); };
     return source;
   },
@@ -6194,29 +6193,28 @@ PAGE = r"""<!doctype html>
     background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
   .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
   header.row { gap: .75rem 2.5rem; }
-  .brand, #log-panel h2 { margin-right: auto; }
-  .brand svg { width: 2.75rem; fill: none; stroke: var(--feather); stroke-width: 2.2;
-    stroke-linecap: round; }
+  .brand, #log-panel h2, .short { margin-right: auto; }
+  .brand svg { width: 2.75rem; stroke-width: 4px; stroke-linecap: round; }
+  path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
-  h2 + p { margin-top: -.5rem; }
+  section > h2 + p { margin-top: -.5rem; }
   p, label, dt, summary, a, #detail, ::after { color: var(--muted); font-size: .875rem; }
   b, a { color: var(--ink); }
   pre, time, #frames li { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
   main, fieldset, section { display: grid; gap: 1rem; border: 0; align-content: start; }
-  section, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
+  section, #wire, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
     border-radius: .75rem; background: var(--panel); gap: .75rem; }
   #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
   #intro p { flex: 1 1 20rem; }
   #intro a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
-  label { display: grid; flex: 1 1 4rem; gap: .25rem; max-width: 27rem; }
-  form.row:has(label) { align-items: end; }
+  form.row { align-items: end; }
+  label { display: grid; gap: .25rem; }
+  label, input { flex: 1 1 4rem; width: 100%; max-width: 27rem; }
   input, button { min-height: 2.75rem; padding: .375rem .75rem; border-radius: .5rem;
     border: 1px solid var(--edge); background: var(--panel); color: var(--ink);
-    font: inherit; }
-  input { width: 100%; }
-  button { border-color: var(--line); background: var(--raised); font-size: .875rem;
-    cursor: pointer; }
+    font: inherit; font-size: .875rem; }
+  button { border-color: var(--line); background: var(--raised); cursor: pointer; }
   button:hover { border-color: var(--edge); }
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
@@ -6230,32 +6228,27 @@ PAGE = r"""<!doctype html>
   body:not([data-state="Connected"]) :is(dd, #groups) { opacity: .6; }
   dd, #state, .state { font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
-  dt.clients::before { color: var(--accent); }
+  .clients { --feather: var(--accent); }
   #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
-  #plot path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
-  #plot .clients { stroke: var(--accent); }
   #connection { flex: none; min-height: 2.875rem; }    /* with and without its button */
   #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
-  #token-hint { flex: 1 0 100%; }
   #groups li { padding: .125rem .75rem; border: 1px solid var(--edge);
     border-radius: 1rem; font-size: .875rem; }
   #groups [data-size]::after { content: " · " attr(data-size); }
-  #operations li { display: grid; gap: .375rem; padding: .75rem 0; font-size: .875rem; }
-  #operations :is(.short, p) { flex: 1 0 auto; max-width: 100%; }
-  #operations .row .row { margin-left: auto; }
+  #operations li { row-gap: .375rem; padding: .75rem 0; font-size: .875rem; }
+  #operations form { margin-left: auto; }
   :is(#operations, #log-panel .row) button { padding: 0 .5rem; }
   [data-ended] .cancel, #operations li:not([data-ended]) .remove,
   body:not(:has([data-ended])) #clear-finished { display: none; }
-  progress { width: 100%; accent-color: var(--feather); }
+  progress, #token-hint { flex: 1 0 100%; accent-color: var(--feather); }
 
   #log-panel { grid-template-rows: auto 1fr; }
   #scroll { overflow-y: auto; border-top: 1px solid var(--line); }
   #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
   :is(#log, #frames):not(:has(> :not([hidden])))::after { content: "No entries"; }
   #groups:empty::after { content: "This page is in no group."; }
-  #log li { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline;
-    padding: .3125rem 0; font-size: .9375rem; }
+  #log li { gap: 0 .75rem; align-items: baseline; padding: .3125rem 0; font-size: .9375rem; }
   :is(#log, #frames) li + li, #operations li { border-top: 1px solid var(--line); }
   #log strong { flex: 0 0 13.25rem; color: var(--accent); font-size: .8125rem; }
   #log span { flex: 1 1 15rem; }             /* below its heading if space is short */
@@ -6272,10 +6265,9 @@ PAGE = r"""<!doctype html>
     #log-panel { height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
       padding: .5rem 1rem; gap: .5rem; border-width: 1px 0 0; border-radius: 0; }
     #log-panel.folded { height: auto; }
-    .folded :is(label, #pause, #copy, #clear, #scroll),
+    .folded :is(#filter, #pause, #copy, #clear, #scroll),
     #log-panel:not(.folded) #newest { display: none; }
-    #newest { flex: 1; margin: 0; overflow: hidden; text-overflow: ellipsis;
-      white-space: nowrap; }
+    #newest { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
     #log-panel:not(.folded) h2 { position: absolute; clip-path: inset(50%); }
   }
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
@@ -6389,16 +6381,13 @@ await connection.invoke("JoinGroup", "Admins");</pre>
         <button id="clear-finished" formnovalidate>Clear finished</button>
       </form>
       <ul id="operations" aria-label="Operations, newest first"></ul>
-      <template id="operation"><li>
-        <div class="row"><b class="name">Operation</b> <span class="short"></span>
-          <span class="elapsed"></span> <output class="state"></output></div>
-        <progress max="100" value="0"></progress>
-        <form class="row">
-          <p class="message"></p>
-          <div class="row"><button name="status" class="status">Status</button>
-            <button name="cancel" class="cancel">Cancel</button>
-            <button name="remove" class="remove">Remove</button></div>
-        </form>
+      <template id="operation"><li class="row">
+        <b class="name">Operation</b> <span class="short"></span>
+        <span class="elapsed"></span> <output class="state"></output>
+        <progress max="100" value="0"></progress> <p class="message"></p>
+        <form class="row"><button name="status" class="status">Status</button>
+          <button name="cancel" class="cancel">Cancel</button>
+          <button name="remove" class="remove">Remove</button></form>
       </li></template>
       <details><summary>The code behind this</summary>
 <pre>connection.on("ReceiveEvent", ({ eventName, data }) => {
@@ -6414,20 +6403,17 @@ operation = operations.start(work, name="LongOperation")</pre>
       </details>
     </section>
 
-    <section>
-      <details id="wire"><summary><b>Hub messages as they travel</b></summary>
-        <p>Type 1 calls a function, 3 is an answer, 4 starts a stream, 6 is a ping that
-          keeps the connection open. Left out: the items of streams, type 2.</p>
-        <ol id="frames" tabindex="0" aria-label="Hub messages, newest last"></ol>
-      </details>
-    </section>
+    <details id="wire"><summary><b>Hub messages as they travel</b></summary>
+      <p>Type 1 calls a function, 3 is an answer, 4 starts a stream, 6 is a ping that
+        keeps the connection open. Left out: the items of streams, type 2.</p>
+      <ol id="frames" tabindex="0" aria-label="Hub messages, newest last"></ol>
+    </details>
   </fieldset>
 
   <section id="log-panel" class="folded" aria-labelledby="log-title">
     <div class="row">
       <h2 id="log-title">Log</h2> <p id="newest"></p>
-      <label><input id="filter" type="search" placeholder="Filter"
-        aria-label="Filter the log"></label>
+      <input id="filter" type="search" placeholder="Filter" aria-label="Filter the log">
       <button id="pause" form="actions">Pause</button>
       <button id="copy" form="actions" title="Copy as JSON lines">Copy</button>
       <button id="clear" form="actions">Clear</button>
@@ -6456,10 +6442,12 @@ function element(name, text, properties) {
 
 /** A list that keeps its newest entries and is drawn once a frame, however many come. */
 class Feed {
+  paused = false;
+  shows = (item) => true;   // or what a filter says
   #waiting = [];            // not drawn yet
 
   constructor(list, scroller, limit, draw) {   // draw(entry) returns a list item
-    Object.assign(this, { list, scroller, limit, draw, paused: false, filter: "" });
+    Object.assign(this, { list, scroller, limit, draw });
   }
 
   add(entry) {
@@ -6469,35 +6457,31 @@ class Feed {
   }
 
   update() {                // draws 20 at most, so that the page stays quick
-    const { scroller } = this, added = this.paused ? [] : this.#waiting.splice(0, 20);
+    const { list, scroller } = this, added = this.paused ? [] : this.#waiting.splice(0, 20);
     if (added.length && this.#waiting.length) requestAnimationFrame(() => this.update());
     const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 32;
-    this.list.append(...added.map(this.draw));
-    while (this.list.children.length > this.limit) this.list.firstChild.remove();
-    for (const item of this.list.children) {
-      item.hidden = !item.textContent.toLowerCase().includes(this.filter);
-    }
+    list.append(...added.map(this.draw));
+    while (list.children.length > this.limit) list.firstChild.remove();
+    for (const item of list.children) item.hidden = !this.shows(item);
     if (atEnd) scroller.scrollTop = scroller.scrollHeight;   // unless scrolled up
   }
 }
 
 const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   const { time, kind, text, action, group } = entry;
-  const item = element("li", "", { entry });
-  const shown = new Date(time).toTimeString().slice(0, 8);
+  const item = element("li", "", { className: "row", entry });
+  const clock = element("time", new Date(time).toTimeString().slice(0, 8), { dateTime: time });
   item.dataset.kind = kind;
-  byId("newest").textContent = text;          // all that a folded log shows
-  item.append(element("time", shown, { dateTime: time }), element("strong", kind),
-    element("span", text));
+  item.append(clock, element("strong", kind), element("span", text));
   const name = action?.toLowerCase();         // such as "join" in an invitation
   if (action) item.append(element("button", action, { name, value: group }));
+  byId("newest").textContent = text;          // all that a folded log shows
   return item;
 });
-const frames = new Feed(byId("frames"), byId("frames"), 100, ({ way, message }) =>
-  element("li", `${way} ${JSON.stringify(message)}`));
+const frames = new Feed(byId("frames"), byId("frames"), 100, (text) => element("li", text));
 
-function note(kind, text, { timestamp = Date.now(), ...more } = {}) {
-  log.add({ time: new Date(timestamp).toISOString(), kind, text, ...more });
+function note(kind, text, more) {
+  log.add({ time: new Date().toISOString(), kind, text, ...more });
 }
 
 /** Run an action and write its answer or its error to the log. */
@@ -6527,16 +6511,21 @@ function showState(state, { reason, delay }) {
   document.querySelectorAll("fieldset").forEach((set) => { set.disabled = !connected; });
   showDetail(connected ? `over ${transports[connection.transport]}` : "", delay);
   if (reason && !explained) note("Connection", reason);   // once, not for each attempt
-  explained = !connected && Boolean(explained || reason);
-  if (state === "Unauthorized") askForToken();
+  explained = !connected && (explained || reason);
+  if (state === "Unauthorized") {
+    byId("token-hint").textContent = token()
+      ? "The server did not accept this token. Check it and try again."
+      : "This server requires a token.";
+    byId("token-form").hidden = false;
+    byId("token").focus();
+  }
   if (connected) {
     note("Connection", previous === "Reconnecting" ? "Connected again." : "Connected.");
     if (document.activeElement === document.body) focused?.focus();
     // A new connection is in no group, so the page joins its groups again.
     for (const name of groups) perform(() => buttons.join(name));
-    perform(refreshOperations);
-    perform(() => echo(null));          // measures the round trip
-    perform(watchStats);
+    const measure = () => echo(null);   // the round trip
+    for (const action of [refreshOperations, measure, watchStats]) perform(action);
   }
 }
 
@@ -6544,14 +6533,6 @@ function showDetail(text, seconds = 0) {
   clearTimeout(countdown);
   byId("detail").textContent = seconds ? `Trying again in ${seconds} s` : text;
   if (seconds) countdown = setTimeout(() => showDetail("", seconds - 1), 1000);
-}
-
-function askForToken() {
-  byId("token-hint").textContent = token()
-    ? "The server did not accept this token. Check it and try again."
-    : "This server requires a token.";
-  byId("token-form").hidden = false;
-  byId("token").focus();
 }
 
 async function echo(message) {
@@ -6562,8 +6543,8 @@ async function echo(message) {
 
 // The header: the server's numbers, which it sends once a second.
 
-const history = [];         // of the last minute: { clients, rate }
 let stats = null;           // the newest of them
+const history = { clients: [], rate: [] };   // of the last minute
 
 async function watchStats() {
   try {
@@ -6576,23 +6557,22 @@ async function watchStats() {
 function showStats(item) {
   const before = stats ?? item, seconds = item.Uptime - before.Uptime;
   const count = (s) => s.MessagesIn + s.MessagesOut;
-  const rate = seconds > 0 ? Math.max(0, count(item) - count(before)) / seconds : 0;
   stats = item;
-  history.push({ clients: item.Clients, rate });
-  if (history.length > 60) history.shift();
-  byId("clients").textContent = item.Clients;
-  byId("rate").textContent = Math.round(rate);
+  plot("clients", item.Clients);
+  plot("rate", seconds > 0 ? Math.max(0, count(item) - count(before)) / seconds : 0);
   byId("uptime").textContent = duration(item.Uptime);
-  for (const name of ["clients", "rate"]) {
-    const most = Math.max(1, ...history.map((point) => point[name]));
-    const points = history.map((point, index) =>
-      `${60 - history.length + index} ${19 - 18 * point[name] / most}`);
-    document.querySelector(`#plot .${name}`).setAttribute("d", `M${points.join("L")}`);
-  }
   showGroups();
   rows().forEach(showElapsed);
-  const total = (s) => Object.values(s.Operations).reduce((sum, n) => sum + n, 0);
-  if (total(item) !== total(before)) perform(refreshOperations);   // others' too
+  const states = (s) => JSON.stringify(s.Operations);   // of others' operations, too
+  if (states(item) !== states(before)) perform(refreshOperations);
+}
+
+function plot(name, value) {
+  const values = history[name] = [...history[name].slice(-59), value];
+  const left = 60 - values.length, scale = 18 / Math.max(1, ...values);
+  const points = values.map((v, index) => `${left + index} ${19 - scale * v}`);
+  document.querySelector(`#plot .${name}`).setAttribute("d", `M${points.join("L")}`);
+  byId(name).textContent = Math.round(value);
 }
 
 function duration(seconds) {
@@ -6623,9 +6603,7 @@ const rows = () => Array.from(byId("operations").children);
 const short = (taskId) => taskId.slice(-4);
 const isFinal = (row) => "ended" in row.dataset;
 
-function operationRow(taskId) {
-  const known = rows().find((row) => row.dataset.taskId === taskId);
-  if (known) return known;
+function addRow(taskId) {
   const row = byId("operation").content.firstElementChild.cloneNode(true);
   row.dataset.taskId = taskId;
   row.querySelector(".short").textContent = short(taskId);
@@ -6639,17 +6617,19 @@ function operationRow(taskId) {
 
 /** Update the row of an operation; return its state in words. */
 function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
-  const row = operationRow(TaskId), message = more.Status || more.Message;
-  const running = ["NotStarted", "Running"].includes(State);
+  const row = rows().find(({ dataset }) => dataset.taskId === TaskId) ?? addRow(TaskId);
+  const message = more.Status || more.Message;
   if (more.Name) row.querySelector(".name").textContent = more.Name;
   if (more.StartedAt) row.dataset.started = more.StartedAt;
   if (!isFinal(row)) {          // else this answer is older than the operation's end
+    const running = ["NotStarted", "Running"].includes(State);
     if (!running) row.dataset.ended = more.CompletedAt ?? more.Timestamp;
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
     row.querySelector(".message").textContent = `${Progress} %, ${message}`;
   }
   showElapsed(row);
+  if (more.Success) row.scrollIntoView({ block: "nearest" });   // this page started it
   return `${short(TaskId)} · ${State}: ${Progress} %, ${message}`;
 }
 
@@ -6669,20 +6649,18 @@ async function refreshOperations() {
 // The tables: what the server calls, and what the buttons do.
 
 const methods = {
-  ReceiveLog: ({ level, message, timestamp }) =>
-    note(`Log · ${level}`, message, { timestamp }),
-  ReceiveEvent({ eventName, data, timestamp }) {
+  ReceiveLog: ({ level, message }) => note(`Log · ${level}`, message),
+  ReceiveEvent({ eventName, data }) {
     const [, action] = /^Group(Join|Leave)Request$/.exec(eventName) ?? [];
-    const { TaskId, GroupName, Message = JSON.stringify(data) } = data ?? {};
-    const text = TaskId ? showOperation(data) : Message;
-    note(`Event · ${eventName}`, text, { timestamp, action, group: GroupName });
+    const { TaskId, GroupName: group, Message = JSON.stringify(data) } = data ?? {};
+    note(`Event · ${eventName}`, TaskId ? showOperation(data) : Message, { action, group });
   },
-  ReceiveGroupMessage: ({ Message, Timestamp, Sender }) =>
-    note("Group message", `${Message} (from ${Sender})`, { timestamp: Timestamp }),
-  ReceiveAdminUpdate({ Message, SystemInfo, Timestamp }) {
+  ReceiveGroupMessage: ({ Message, Sender }) =>
+    note("Group message", `${Message} (from ${Sender})`),
+  ReceiveAdminUpdate({ Message, SystemInfo }) {
     const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
     const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
-    note("Admin update", `${Message} (${info})`, { timestamp: Timestamp });
+    note("Admin update", `${Message} (${info})`);
   },
   ReceiveEcho(message) {    // null: the page's own, to measure the round trip
     if (message !== null) note("Echo", message);
@@ -6722,8 +6700,8 @@ const buttons = {           // by name, or by id; each gets the button's value
   },
   clear: () => { log.list.replaceChildren(); byId("newest").textContent = ""; },
   async copy() {
-    const shown = Array.from(log.list.children).filter((item) => !item.hidden);
-    const lines = shown.map(({ entry }) => `${JSON.stringify(entry)}\n`);
+    const shown = log.list.querySelectorAll("li:not([hidden])");
+    const lines = Array.from(shown, ({ entry }) => `${JSON.stringify(entry)}\n`);
     if (!navigator.clipboard) throw new Error("Copying needs HTTPS or localhost.");
     await navigator.clipboard.writeText(lines.join(""));
     return `Copied ${lines.length} entries as JSON lines`;
@@ -6741,16 +6719,15 @@ document.addEventListener("submit", (event) => {
   const { name, id, value } = event.submitter;
   perform(() => buttons[name || id](value));
 });
-byId("filter").addEventListener("input", ({ target }) => {
-  log.filter = target.value.toLowerCase();
-  log.update();
-});
+log.shows = ({ textContent }) =>
+  textContent.toLowerCase().includes(byId("filter").value.toLowerCase());
+byId("filter").oninput = () => log.update();
 for (const [name, react] of Object.entries(methods)) {
   connection.on(name, (...args) => perform(() => react(...args)));
 }
 connection.onstate = showState;
 connection.onmessage = (way, message) => {
-  if (byId("wire").open && message.type !== 2) frames.add({ way, message });
+  if (byId("wire").open && message.type !== 2) frames.add(`${way} ${JSON.stringify(message)}`);
 };
 connection.start();
 </script>
