@@ -6524,7 +6524,7 @@ function showState(state, { reason, delay }) {
     if (document.activeElement === document.body) focused?.focus();
     // A new connection is in no group, so the page joins its groups again.
     for (const name of groups) perform(() => buttons.join(name));
-    const measure = () => echo(null);   // the round trip
+    const measure = () => echo("");     // the round trip
     for (const action of [refreshOperations, measure, watchStats]) perform(action);
   }
 }
@@ -6662,9 +6662,7 @@ const methods = {
     const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
     note("Admin update", `${Message} (${info})`);
   },
-  ReceiveEcho(message) {    // null: the page's own, to measure the round trip
-    if (message !== null) note("Echo", message);
-  },
+  ReceiveEcho: (message) => message && note("Echo", message),   // empty: of `measure`
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
 };
