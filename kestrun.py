@@ -6238,7 +6238,7 @@ PAGE = r"""<!doctype html>
   #groups [data-size]::after { content: " · " attr(data-size); }
   #operations li { row-gap: .375rem; padding: .75rem 0; font-size: .875rem; }
   #operations form { margin-left: auto; }
-  :is(#operations, #log-panel .row) button { padding: 0 .5rem; }
+  :is(#operations, #log-panel > .row) button { padding: 0 .5rem; }
   [data-ended] .cancel, #operations li:not([data-ended]) .remove,
   body:not(:has([data-ended])) #clear-finished { display: none; }
   progress, #token-hint { flex: 1 0 100%; accent-color: var(--feather); }
