@@ -6662,7 +6662,7 @@ const methods = {
     const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
     note("Admin update", `${Message} (${info})`);
   },
-  ReceiveEcho: (message) => message && note("Echo", message),   // empty: of `measure`
+  ReceiveEcho: (text) => text && note("Echo", text),   // empty: it measured the round trip
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
 };
