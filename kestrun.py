@@ -1954,10 +1954,6 @@ class Backplane(Protocol):
         """
         return [], 0
 
-    def linked_for(self) -> float:
-        """Return the seconds since something between the processes may have been lost."""
-        return math.inf
-
 
 class NoBackplane(Backplane):
     """The backplane of a process that is alone."""
@@ -2038,65 +2034,56 @@ class PendingResults:
         Raises ConnectionError if there is no such client or it leaves, and TypeError
         or ValueError if the message cannot be written.
         """
-        backplane, (name,) = self._registry.backplane, address.names
+        registry, (name,) = self._registry, address.names
         result: asyncio.Future[Completion] = _new_future()
-        id = f"{backplane.process_id}s{next(self._numbers)}"
-        gone = self._send(address, dataclasses.replace(message, invocation_id=id))
+        id = f"{registry.backplane.process_id}s{next(self._numbers)}"
+        registry.publish(address, dataclasses.replace(message, invocation_id=id))
         self.expect(name, id, result)
+        connection = registry.connections.get(name)
+        if connection is None and not address.local:
+            if name not in self._watches:
+                self._watches[name] = asyncio.create_task(self._watch(name))
+        elif connection is None or connection.ended.done():
+            self.fail(name)
         try:
-            await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
+            # Shielded, it wakes one iteration later: after a cancellation read with it.
+            completion = await asyncio.shield(result)
         finally:
-            gone.cancel()
             self.forget(name, id)
             if not result.done():
-                backplane.tell(f"connection:{name}", "forget call", name, id)
-        if not result.done():
-            gone.result()  # raises if Redis was away
-            raise ConnectionError(f"Connection '{name[:_ID_LENGTH]}' does not exist.")
-        completion = result.result()
+                registry.backplane.tell(f"connection:{name}", "forget call", name, id)
         if completion.error is None and completion.result is NO_RESULT:
             completion.error = "Client didn't provide a result."
         return completion
 
-    def _send(self, address: Address, message: Invocation) -> asyncio.Future[Any]:
-        """Send the message; return a future that is done once the client is gone."""
-        registry, (name,) = self._registry, address.names
-        connection = registry.connections.get(name)
-        if connection is not None:
-            connection.send(connection.protocol.encode(message))
-            return asyncio.shield(connection.ended)
-        if address.local:  # and the client is not in this process
-            return asyncio.create_task(asyncio.sleep(0))
-        encoded = {p.name: p.encode(message) for p in registry.protocols.values()}
-        if name not in self._watches:  # first: the message may be lost at once
-            watching = self._watch(name, time.monotonic())
-            watch = self._watches[name] = asyncio.create_task(watching)
-            watch.add_done_callback(lambda t: t.cancelled() or t.exception())
-        registry.backplane.publish(address, message, encoded)
-        return asyncio.shield(self._watches[name])
+    async def _watch(self, name: str) -> None:
+        """Fail the calls to a client of another process that will get no result.
 
-    async def _watch(self, connection_id: str, begun: float) -> None:
-        """Return once a client of another process is gone, or no call waits for it.
-
-        begun: monotonic seconds. Raises ConnectionError if its process or this one
-        may have lost something since: the call or the result may be lost, too.
+        Its process lists what the client has not answered. It passes results on before
+        that, so a call that neither is in the list nor has its result is lost.
         """
-        backplane = self._registry.backplane
-        question = f"connection:{connection_id}", "linked for", connection_id
-        await asyncio.sleep(0)  # an eager task would begin before its call is known
-        try:
-            while connection_id in self._asked:
-                waited, answers, missing = time.monotonic() - begun, list[Any](), 1
-                with contextlib.suppress(ConnectionError):  # it may only be slow
-                    answers, missing = await backplane.ask(_ALL_TIMEOUT, *question)
-                known = [seconds for seconds in answers if seconds is not None]
-                if not (known or missing):
-                    return
-                if min([*known, backplane.linked_for()]) < waited:
-                    raise ConnectionError("Redis was away; the result may be lost.")
-                await asyncio.sleep(_WATCH_INTERVAL)
-        finally:
-            del self._watches[connection_id]
+        await asyncio.sleep(0)  # an eager task would begin before it is in `_watches`
+        question = f"connection:{name}", "unanswered", name
+        while name in self._asked:
+            ids = set(self._asked[name])
+            try:
+                unanswered = await self._registry.ask_elsewhere(*question)
+                if unanswered is None:
+                    self.fail(name)
+                    break
+                ids.difference_update(unanswered)
+            except ConnectionResetError:
+                pass  # nothing can come from Redis
+            except ConnectionError:
+                ids.clear()  # it may only be slow
+            self.fail(name, ids, "Redis was away; the result may be lost.")
+            await asyncio.sleep(_WATCH_INTERVAL)
+        del self._watches[name]
+
+    def unanswered(self, name: str) -> list[str] | None:
+        """List the calls that a client has not answered; None if it is not here."""
+        here = name in self._registry.connections
+        return list(self._asked.get(name, ())) if here else None
 
     def expect(
         self, name: str, id: str, result: asyncio.Future[Completion] | None = None
@@ -2105,14 +2092,24 @@ class PendingResults:
         self._waiting[id] = name, result
         self._asked.setdefault(name, set()).add(id)
 
-    def forget(self, name: str, *ids: str) -> None:
-        """Forget calls to a client, or without ids all of them."""
+    def forget(self, name: str, id: str) -> None:
+        """Forget a call to a client."""
         asked = self._asked.get(name, set())
-        for id in ids or tuple(asked):
-            self._waiting.pop(id, None)
-            asked.discard(id)
+        self._waiting.pop(id, None)
+        asked.discard(id)
         if not asked:
             self._asked.pop(name, None)
+
+    def fail(
+        self, name: str, ids: Collection[str] | None = None, problem: str = ""
+    ) -> None:
+        """Forget calls to a client, or without ids all: here they raise."""
+        text = problem or f"Connection '{name[:_ID_LENGTH]}' does not exist."
+        for id in tuple(self._asked.get(name, ()) if ids is None else ids):
+            _, result = self._waiting.get(id, ("", None))
+            self.forget(name, id)
+            if result is not None and not result.done():
+                result.set_exception(ConnectionError(text))
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
@@ -2135,7 +2132,8 @@ class PendingResults:
             raise ProtocolError(f"{text} invocation ID '{id}'.")
         self.forget(name, id)
         if result is not None:
-            result.set_result(completion)
+            if not result.done():  # else it is being cancelled
+                result.set_result(completion)
             return
         try:
             data = protocol.encode(completion)
@@ -2181,7 +2179,7 @@ class Registry:
             "leave": self._leave,
             "complete": self.results.complete_remote,
             "forget call": self.results.forget,
-            "linked for": self._linked_for,
+            "unanswered": self.results.unanswered,
         }
 
     def add(self, connection: Connection) -> None:
@@ -2193,7 +2191,7 @@ class Registry:
         """Forget a connection that was added, and its memberships."""
         connection_id = connection.connection_id
         del self.connections[connection_id]
-        self.results.forget(connection_id)
+        self.results.fail(connection_id)
         for name in self.groups_of.pop(connection_id, ()):
             self._exit("group", name, connection_id)
         if connection.user_id is not None:
@@ -2296,11 +2294,6 @@ class Registry:
     async def answer(self, question: str, *arguments: Any) -> Any:
         """Answer a question for this process."""
         return await _result_of(self.handlers[question](*arguments))
-
-    def _linked_for(self, connection_id: str) -> float | None:
-        """Return `linked_for` of a client's process; None if the client is not here."""
-        here = connection_id in self.connections
-        return self.backplane.linked_for() if here else None
 
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
@@ -2425,7 +2418,7 @@ class RedisLink:
             await connection.disconnect(nowait=True)
         for _, future in self._queue:
             if future is not None and not future.done():
-                future.set_exception(ConnectionError("Redis is not connected."))
+                future.set_exception(ConnectionResetError("Redis is not connected."))
         return sum(future is None for _, future in self._queue)
 
     # Commands
@@ -2577,8 +2570,6 @@ class RedisBackplane:
         self._wanted: set[bytes] = set()
         #: None while Redis is away.
         self.link: RedisLink | None = None
-        #: When the link was made or last dropped a message, in monotonic seconds.
-        self.intact_since = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
@@ -2652,7 +2643,7 @@ class RedisBackplane:
         await link.open(set(self._wanted))
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
-        self.link, self.intact_since = link, time.monotonic()
+        self.link = link
         self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
         return link
@@ -2691,9 +2682,12 @@ class RedisBackplane:
             self.link.want(channel, wanted)
 
     async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
-        """Send a command. Raises ConnectionError if Redis does not reply in time."""
+        """Send a command. Raises ConnectionError if Redis does not reply in time.
+
+        It is a ConnectionResetError if the link is lost.
+        """
         if self.link is None:
-            raise ConnectionError("Redis is not connected.")
+            raise ConnectionResetError("Redis is not connected.")
         try:
             async with asyncio.timeout(seconds):
                 return await self.link.submit(*command)
@@ -2707,7 +2701,6 @@ class RedisBackplane:
             packet = text.encode(errors="surrogatepass") + body
             if self.link.publish(channel, _sign(self.key, channel, packet) + packet):
                 return
-            self.intact_since = time.monotonic()
         self._counts["dropped"] += 1
 
     def _receive(self, channel: bytes, data: bytes) -> None:
@@ -2819,10 +2812,6 @@ class HubBackplane(Backplane):
         if missing:
             log.warning("backplane: %d processes did not answer %r", missing, question)
         return found, missing
-
-    def linked_for(self) -> float:
-        redis = self._redis
-        return 0.0 if redis.link is None else time.monotonic() - redis.intact_since
 
     def receive(
         self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
@@ -4820,6 +4809,7 @@ class ConnectionManager:
     def _release(self, connection: Connection) -> None:
         """Show other processes that a connection ends; make room once it is closed."""
         self._open_connections -= connection.state == CLOSED
+        self._mapped.registry.results.fail(connection.connection_id)
         channel = f"connection:{connection.connection_id}"
         self._mapped.registry.backplane.unsubscribe(channel)
 
