@@ -3207,25 +3207,30 @@ class Everywhere:
         return await self._registry.ask_elsewhere(channel, question, *arguments)
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class HubContext:
     """A hub seen from outside: from routes, operations and jobs."""
 
-    _registry: Registry
-    _shared: Shared
-    #: The receivers of messages.
-    clients: HubClients
-    #: Those of them that are connected to this process.
-    local: HubClients
-    #: Questions to all processes that serve the hub.
-    everywhere: Everywhere
-    _backplane: RedisBackplane | None
-    #: Groups of connections.
-    groups: GroupManager
-    #: The connections, by id; a live read-only mapping.
-    connections: Mapping[str, HubCallerContext]
-    #: The options this hub was mapped with.
-    options: HubOptions
+    def __init__(
+        self,
+        registry: Registry,
+        shared: Shared,
+        contexts: dict[str, HubCallerContext],
+        backplane: RedisBackplane | None,
+    ) -> None:
+        self._registry, self._shared, self._backplane = registry, shared, backplane
+        #: The receivers of messages.
+        self.clients = HubClients(registry)
+        #: Those of them that are connected to this process.
+        self.local = HubClients(registry, _local=True)
+        #: Questions to all processes that serve the hub.
+        self.everywhere = Everywhere(registry)
+        #: Groups of connections.
+        self.groups = registry.groups
+        #: The connections, by id; a live read-only mapping.
+        self.connections: Mapping[str, HubCallerContext]
+        self.connections = types.MappingProxyType(contexts)
+        #: The options this hub was mapped with.
+        self.options = shared.options
 
     async def abort_user(self, user_id: str) -> int:
         """Close all connections of a user, in every process; return their number.
@@ -3879,20 +3884,6 @@ class MappedHub:
         self.contexts: dict[str, HubCallerContext] = {}
         #: The tasks of all calls, also of clients that have left.
         self.tasks: set[asyncio.Task[None]] = set()
-
-    def make_context(self) -> HubContext:
-        registry = self.registry
-        return HubContext(
-            registry,
-            self.shared,
-            clients=HubClients(registry),
-            local=HubClients(registry, _local=True),
-            everywhere=Everywhere(registry),
-            _backplane=self.backplane,
-            groups=registry.groups,
-            connections=types.MappingProxyType(self.contexts),
-            options=self.options,
-        )
 
     def _abort(self, connection_id: str) -> bool | None:
         """Abort a connection of this process; return None if it is not here."""
@@ -5170,7 +5161,7 @@ def map_hub(
         app.cleanup_ctx.append(backplane.context)
     app[_MANAGERS].append(endpoint.manager)
     app.on_startup.append(endpoint.manager.start)
-    return mapped.make_context()
+    return HubContext(mapped.registry, mapped.shared, mapped.contexts, backplane)
 
 
 # ------------------------------------------------------------------- client
