@@ -1147,7 +1147,7 @@ class Transport:
     """The HTTP request that carries a connection, and its socket."""
 
     _connection: Connection
-    _socket: asyncio.Transport
+    socket: asyncio.Transport
 
     def flush(self) -> None:
         """Send what is in the outbox: wake the request, which takes it."""
@@ -1159,70 +1159,12 @@ class Transport:
 
     def abort(self) -> None:
         """Drop the client at once."""
-        if self.unsent() or not self._socket.is_closing():
-            self._socket.abort()
+        if self.unsent() or not self.socket.is_closing():
+            self.socket.abort()
 
     def unsent(self) -> int:
         """Return the bytes taken from the outbox but not sent."""
-        return self._socket.get_write_buffer_size()
-
-    def is_closing(self) -> bool:
-        """Return True once the socket is closed or lost."""
-        return self._socket.is_closing()
-
-
-@dataclass(slots=True)
-class Flusher:
-    """Sends at the end of each loop iteration what was queued in it.
-
-    So everything for one client leaves in one write. It also spreads large work over
-    iterations, so that clients with large messages do not hold up the others.
-    """
-
-    _queue: list[Connection] = field(default_factory=list)
-    #: Large work that waits for an iteration of its own, in order.
-    _work: deque[Callable[[], object]] = field(default_factory=deque)
-    _scheduled: bool = False
-    _deadline: float = 0.0
-
-    def add(self, connection: Connection) -> None:
-        """Flush this connection at the end of the iteration."""
-        self._queue.append(connection)
-        self._schedule()
-
-    def deadline(self) -> float:
-        """Return when this iteration's time for messages is over."""
-        self._schedule()
-        return self._deadline
-
-    def run_later(self, work: Callable[[], object]) -> None:
-        """Do large work in a later iteration, after the work that waits already."""
-        self._work.append(work)
-        self._schedule()
-
-    async def admit(self) -> None:
-        """Wait until a large message may be handled."""
-        if self._work or time.perf_counter() > self.deadline():
-            admitted = asyncio.Event()
-            self.run_later(admitted.set)
-            await admitted.wait()
-
-    def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
-            self._deadline = time.perf_counter() + _TIME_SLICE
-            asyncio.get_running_loop().call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._scheduled = False
-        queue, self._queue = self._queue, []
-        for connection in queue:
-            connection.flush()
-        if self._work:
-            work = self._work.popleft()
-            if self._work:
-                self._schedule()  # first: the work may fail
-            work()
+        return self.socket.get_write_buffer_size()
 
 
 @dataclass(slots=True, eq=False)
@@ -1339,10 +1281,14 @@ class ReconnectBuffer:
 
 @dataclass(slots=True)
 class Shared:
-    """Options, flusher and counters that the connections of one hub share."""
+    """What the connections of one hub share: options, counters, and when to send.
+
+    At the end of each iteration of the event loop it sends what was queued in it, so
+    everything for one client leaves in one write. It spreads large work over
+    iterations, so that clients with large messages do not hold up the others.
+    """
 
     options: HubOptions
-    flusher: Flusher = field(default_factory=Flusher)
     messages_in: int = 0
     messages_out: int = 0
     bytes_in: int = 0
@@ -1351,6 +1297,50 @@ class Shared:
     drops: Counter[str] = field(default_factory=Counter)
     #: Called when a connection is CLOSING, and when it is CLOSED; set by the endpoint.
     on_end: Callable[[Connection], None] = field(default=lambda connection: None)
+    _queue: list[Connection] = field(default_factory=list)
+    #: Large work that waits for an iteration of its own, in order.
+    _work: deque[Callable[[], object]] = field(default_factory=deque)
+    _scheduled: bool = False
+    _deadline: float = 0.0
+
+    def flush_later(self, connection: Connection) -> None:
+        """Flush this connection at the end of the iteration."""
+        self._queue.append(connection)
+        self._schedule()
+
+    def deadline(self) -> float:
+        """Return when this iteration's time for messages is over."""
+        self._schedule()
+        return self._deadline
+
+    def run_later(self, work: Callable[[], object]) -> None:
+        """Do large work in a later iteration, after the work that waits already."""
+        self._work.append(work)
+        self._schedule()
+
+    async def admit(self) -> None:
+        """Wait until a large message may be handled."""
+        if self._work or time.perf_counter() > self.deadline():
+            admitted = asyncio.Event()
+            self.run_later(admitted.set)
+            await admitted.wait()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._deadline = time.perf_counter() + _TIME_SLICE
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        queue, self._queue = self._queue, []
+        for connection in queue:
+            connection.flush()
+        if self._work:
+            work = self._work.popleft()
+            if self._work:
+                self._schedule()  # first: the work may fail
+            work()
 
 
 async def _end_tasks(
@@ -1447,7 +1437,7 @@ class Connection:
             if self.state >= CLOSING:
                 return
         if not outbox.size:
-            self.shared.flusher.add(self)
+            self.shared.flush_later(self)
         outbox.add(data)
 
     def backlog(self) -> int:
@@ -1473,7 +1463,7 @@ class Connection:
     def release(self, size: int) -> None:
         """Stop counting a call or an item; resume reading if there is room again."""
         if self.inbox.release(size):
-            self.shared.flusher.run_later(self.feed)
+            self.shared.run_later(self.feed)
 
     def close(self, end: End) -> None:
         """End from the hub's side: deliver what is queued, then end the transport."""
@@ -1558,7 +1548,7 @@ class Connection:
         """Return when the next bytes may be read, or when no more can come."""
         websocket = self.transport if self.transport_name == WEBSOCKETS else None
         while not self.can_read() and self.state < CLOSING:
-            if websocket is not None and websocket.is_closing():
+            if websocket is not None and websocket.socket.is_closing():
                 return
             await self.changed()
 
@@ -1650,10 +1640,10 @@ class WebSocketTransport(Transport):
     _closing: bool = False
 
     def flush(self) -> None:
-        if self._sender is not None or self._socket.is_closing():
+        if self._sender is not None or self.socket.is_closing():
             return
-        if self._socket.get_write_buffer_size() < _HIGH_WATER:
-            self._socket.write(_frame(self._opcode(), self._connection.take()))
+        if self.socket.get_write_buffer_size() < _HIGH_WATER:
+            self.socket.write(_frame(self._opcode(), self._connection.take()))
         else:
             self._sender = asyncio.create_task(self._send_outbox())
 
@@ -1683,24 +1673,24 @@ class WebSocketTransport(Transport):
 
     def _send_close_frame(self) -> None:
         """Send the close frame; `serve_websocket` then reads the peer's."""
-        if not self._socket.is_closing():
+        if not self.socket.is_closing():
             payload = struct.pack("!H", aiohttp.WSCloseCode.OK)
-            self._socket.write(_frame(web.WSMsgType.CLOSE, payload))
+            self.socket.write(_frame(web.WSMsgType.CLOSE, payload))
 
     def close_socket(self, timeout: float | None) -> None:
         """Close the socket; abort it if the peer has not read the rest in time."""
-        if self._socket.is_closing():
+        if self.socket.is_closing():
             return
         if not self._closing:  # answer the peer's close frame
             self._send_close_frame()
-        self._socket.close()
-        if timeout is not None and self._socket.get_write_buffer_size():
+        self.socket.close()
+        if timeout is not None and self.socket.get_write_buffer_size():
             asyncio.get_running_loop().call_later(timeout, self.abort)
 
 
 async def serve_websocket(request: Request, connection: Connection) -> StreamResponse:
     """Carry a connection over a WebSocket until the socket has ended."""
-    options, flusher = connection.shared.options, connection.shared.flusher
+    shared, options = connection.shared, connection.shared.options
     limit = options.maximum_receive_message_size
     websocket = web.WebSocketResponse(
         autoclose=False,
@@ -1718,7 +1708,7 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
         connection.attach(transport)
         while (message := await websocket.receive()).type in _READ_ON:
             if message.type in _DATA and len(message.data) > _LARGE:
-                await flusher.admit()
+                await shared.admit()
             if connection.transport is not transport:
                 break  # a newer socket has taken over, or the client was dropped
             if message.type is web.WSMsgType.PING:
@@ -1727,7 +1717,7 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
                 connection.feed(message.data)
             if not connection.can_read():
                 await connection.readable()
-            elif time.perf_counter() > flusher.deadline():
+            elif time.perf_counter() > shared.deadline():
                 await asyncio.sleep(0)  # many small frames must let others run
         error = message.data  # a WebSocketError if aiohttp refused a frame
     except ConnectionError:
@@ -1763,11 +1753,9 @@ class PendingResponse(Transport):
     async def ready(self) -> bool:
         """Wait for data or the end; return True if there is data to send."""
         connection = self._connection
-        while not (self.is_closing() or self.replaced or connection.state == CLOSED):
-            if connection.outbox.size:
-                return True
-            if connection.state == CLOSING:
-                return False
+        while not (self.socket.is_closing() or self.replaced):
+            if connection.outbox.size or connection.state >= CLOSING:
+                return connection.outbox.size > 0
             await connection.changed()
         return False
 
@@ -1797,7 +1785,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
         while await transport.ready():
             # Encoded messages contain no line feed, so one data line is enough.
             await response.write(b"data: " + connection.take() + b"\r\n\r\n")
-        if not transport.is_closing():
+        if not transport.socket.is_closing():
             await response.write_eof()  # here, while `close_timeout` applies
     except ConnectionError:
         pass  # the client left while it was written to
@@ -1874,7 +1862,7 @@ async def receive_post(request: Request, connection: Connection) -> None:
             await asyncio.wait((reading, ended), timeout=timeout, return_when=first)
             if reading.done():
                 if len(reading.result()) > _LARGE:
-                    await connection.shared.flusher.admit()
+                    await connection.shared.admit()
                 connection.feed(reading.result())
                 await connection.readable()
             elif not ended.done():
@@ -4103,7 +4091,7 @@ class Call:
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                 if len(data) > _LARGE:  # the next one is likely to be as large
-                    await connection.shared.flusher.admit()
+                    await connection.shared.admit()
         finally:
             if isinstance(items, AsyncGenerator):
                 await items.aclose()
@@ -4255,7 +4243,7 @@ class Calls:
     async def wait_to_begin(self, call: Call) -> None:
         """Wait until earlier calls have begun and there is a slot, time and room."""
         async with self._beginning:
-            if time.perf_counter() > self.mapped.shared.flusher.deadline():
+            if time.perf_counter() > self.mapped.shared.deadline():
                 await asyncio.sleep(0)  # let others run
             while not self._may_begin(call):
                 if self.connection.inbox.full and len(self._running) >= _MAX_RUNNING:
@@ -4476,7 +4464,7 @@ class HubConnection:
         """Decode and dispatch what has arrived, until this iteration's time is up."""
         connection, mapped = self._connection, self._mapped
         protocol, inbox = connection.protocol, connection.inbox
-        shared, deadline = mapped.shared, mapped.shared.flusher.deadline()
+        shared, deadline = mapped.shared, mapped.shared.deadline()
         rate = mapped.options.invocations_per_second
         paused, inbox.unfinished = inbox.unfinished, False
         try:
@@ -4494,7 +4482,7 @@ class HubConnection:
                 if inbox and (inbox.full or time.perf_counter() > deadline):
                     inbox.unfinished = True
                     if not inbox.full:  # else `Connection.release` goes on
-                        shared.flusher.run_later(connection.feed)
+                        shared.run_later(connection.feed)
                     return
         except (ProtocolError, HubException) as error:
             log.warning("connection %s: %s", connection, _one_line(str(error), 200))
@@ -4735,7 +4723,7 @@ def _apply_timeouts(connection: Connection, now: float) -> None:
     if transport is None:
         if away > _or_infinite(options.disconnect_timeout):
             connection.lost(End())
-    elif transport.is_closing():
+    elif transport.socket.is_closing():
         connection.wake()  # its request notices that the client is gone
     elif connection.state == CLOSING:
         if away > _or_infinite(options.close_timeout):
