@@ -2615,6 +2615,7 @@ class RedisBackplane:
                 self._counts["dropped"] += await link.close()
             self._link_changes.put_nowait(False)
             link = await self._connect_again()
+            self._counts["reconnects"] += 1
             self._link_changes.put_nowait(True)
 
     async def _connect_again(self) -> RedisLink:
@@ -2632,7 +2633,6 @@ class RedisBackplane:
         for channel in self._wanted ^ link.active:  # they changed meanwhile
             link.want(channel, channel in self._wanted)
         self.link = link
-        self._counts["connects"] += 1
         log.info("backplane: connected as process %s", self.process_id)
         return link
 
@@ -2716,14 +2716,9 @@ class RedisBackplane:
 
     def report(self) -> dict[str, Any]:
         """Describe the state, for `HubContext.stats`."""
-        counts = self._counts
-        return {
-            "state": "Disconnected" if self.link is None else "Connected",
-            "processes": counts["processes"],
-            "dropped": counts["dropped"],
-            "reconnects": max(0, counts["connects"] - 1),
-            "rejected": counts["rejected"],
-        }
+        state = "Disconnected" if self.link is None else "Connected"
+        names = "processes", "dropped", "reconnects", "rejected"
+        return {"state": state, **{name: self._counts[name] for name in names}}
 
 
 @dataclass(slots=True, eq=False)
@@ -3026,36 +3021,24 @@ class HubCallerClients(HubClients):
         return self._proxy("group", (name,), (self._caller,))
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class HubCallerContext:
     """One connection as user code sees it: `self.context`."""
 
-    _connection: Connection
+    #: The public id of the connection: not a secret, unlike its token.
+    connection_id: str
+    #: What `authenticate` returned when the connection was made.
+    user_id: str | None
+    #: "WebSockets", "ServerSentEvents" or "LongPolling".
+    transport: str
+    #: "json" or "messagepack".
+    protocol: str
     #: The aiohttp request that opened the connection.
     request: Request
+    _ended: asyncio.Future[End]
     _abort: Callable[[], None]
     #: Anything that user code wants to keep with the connection.
     items: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def connection_id(self) -> str:
-        """The public id of the connection: not a secret, unlike its token."""
-        return self._connection.connection_id
-
-    @property
-    def user_id(self) -> str | None:
-        """What `authenticate` returned when the connection was made."""
-        return self._connection.user_id
-
-    @property
-    def transport(self) -> str:
-        """ "WebSockets", "ServerSentEvents" or "LongPolling"."""
-        return self._connection.transport_name
-
-    @property
-    def protocol(self) -> str:
-        """ "json" or "messagepack"."""
-        return self._connection.protocol.name
 
     def abort(self) -> None:
         """Close the connection, from any code; return at once.
@@ -3067,11 +3050,11 @@ class HubCallerContext:
     @property
     def aborted(self) -> bool:
         """Whether the connection has ended, for whatever reason."""
-        return self._connection.ended.done()
+        return self._ended.done()
 
     async def wait_aborted(self) -> None:
         """Wait until the connection has ended."""
-        await asyncio.wait([self._connection.ended])
+        await asyncio.wait([self._ended])
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -4389,8 +4372,7 @@ class HubConnection:
     ) -> None:
         self._mapped = mapped
         self._connection = connection
-        abort = functools.partial(self._close, End(), Close())
-        self._context = HubCallerContext(connection, request, abort)
+        self._request = request
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
@@ -4427,8 +4409,17 @@ class HubConnection:
     def _create_hub(self) -> None:
         """Make and register the hub."""
         mapped, connection = self._mapped, self._connection
-        self._calls = Calls(mapped, connection, mapped.make_hub(self._context))
-        mapped.add(connection, self._context)
+        context = HubCallerContext(
+            connection.connection_id,
+            connection.user_id,
+            connection.transport_name,
+            connection.protocol.name,
+            self._request,
+            connection.ended,
+            functools.partial(self._close, End(), Close()),
+        )
+        self._calls = Calls(mapped, connection, mapped.make_hub(context))
+        mapped.add(connection, context)
 
     async def _accept(self) -> None:
         """Let the hub accept the client, once other processes reach it."""
