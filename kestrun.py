@@ -2006,12 +2006,11 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: By invocation id, the client that was asked and the future of its result,
-        #: None if another process waits. The id is that of the process that waits,
-        #: an "s" and a number; ids of clients' own calls are plain numbers.
-        self._waiting: dict[str, tuple[str, asyncio.Future[Completion] | None]] = {}
-        #: The invocation ids that each client has not answered.
-        self._asked: dict[str, set[str]] = {}
+        #: What this process waits for, by invocation id: the id of the process, an "s"
+        #: and a number. Ids of clients' own calls are plain numbers.
+        self._results: dict[str, asyncio.Future[Completion]] = {}
+        #: The ids that each client has not answered, also those of other processes.
+        self._asked: defaultdict[str, set[str]] = defaultdict(set)
         self._numbers = itertools.count(1)
         #: The tasks that watch clients of other processes, by connection id.
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -2023,10 +2022,10 @@ class PendingResults:
         or ValueError if the message cannot be written.
         """
         registry, (name,) = self._registry, address.names
-        result: asyncio.Future[Completion] = _new_future()
         id = f"{registry.backplane.process_id}s{next(self._numbers)}"
         registry.publish(address, dataclasses.replace(message, invocation_id=id))
-        self.expect(name, id, result)
+        result = self._results[id] = _new_future()
+        self.expect(name, id)
         connection = registry.connections.get(name)
         if connection is None and not address.local:
             if name not in self._watches:
@@ -2035,7 +2034,7 @@ class PendingResults:
             self.fail(name)
         try:
             # Shielded, it wakes one iteration later: after a cancellation read with it.
-            completion = await asyncio.shield(result)
+            completion: Completion = await asyncio.shield(result)
         finally:
             self.forget(name, id)
             if not result.done():
@@ -2073,20 +2072,16 @@ class PendingResults:
         here = name in self._registry.connections
         return list(self._asked.get(name, ())) if here else None
 
-    def expect(
-        self, name: str, id: str, result: asyncio.Future[Completion] | None = None
-    ) -> None:
-        """Remember a call of this process, or (without a future) of another."""
-        self._waiting[id] = name, result
-        self._asked.setdefault(name, set()).add(id)
+    def expect(self, name: str, id: str) -> None:
+        """Remember a call to a client, of this process or another."""
+        self._asked[name].add(id)
 
     def forget(self, name: str, id: str) -> None:
         """Forget a call to a client."""
-        asked = self._asked.get(name, set())
-        self._waiting.pop(id, None)
-        asked.discard(id)
-        if not asked:
-            self._asked.pop(name, None)
+        self._results.pop(id, None)
+        self._asked[name].discard(id)
+        if not self._asked[name]:
+            del self._asked[name]
 
     def fail(
         self, name: str, ids: Collection[str] | None = None, problem: str = ""
@@ -2094,9 +2089,9 @@ class PendingResults:
         """Forget calls to a client, or without ids all: here they raise."""
         text = problem or f"Connection '{name[:_ID_LENGTH]}' does not exist."
         for id in tuple(self._asked.get(name, ()) if ids is None else ids):
-            _, result = self._waiting.get(id, ("", None))
+            result = self._results.get(id)
             self.forget(name, id)
-            if result is not None and not result.done():
+            if result is not None:
                 result.set_exception(ConnectionError(text))
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
@@ -2112,16 +2107,15 @@ class PendingResults:
         Raises ProtocolError if another client was asked.
         """
         id = completion.invocation_id
-        asked, result = self._waiting.get(id, ("", None))
-        if asked != name:
+        result = self._results.get(id)
+        if id not in self._asked.get(name, ()):
             if result is None:
                 return  # no call of this process waits for it
             text = f"Connection ID '{name[:_ID_LENGTH]}' is not valid for"
             raise ProtocolError(f"{text} invocation ID '{id}'.")
         self.forget(name, id)
         if result is not None:
-            if not result.done():  # else it is being cancelled
-                result.set_result(completion)
+            result.set_result(completion)
             return
         try:
             data = protocol.encode(completion)
