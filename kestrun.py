@@ -1242,15 +1242,13 @@ class ReconnectBuffer:
             return
         if number >= self.forgotten:
             self.forgotten = 0
-        while self._messages and self._first() <= number:
+        while len(self._messages) > self._sent - number:
             self.size -= len(self._messages.popleft())
-
-    def _first(self) -> int:
-        return self._sent - len(self._messages) + 1
 
     def replay(self) -> tuple[Sequence, list[bytes]]:
         """Return the Sequence and the messages for a client that resumes."""
-        return Sequence(self._first()), list(self._messages)
+        first = self._sent - len(self._messages) + 1
+        return Sequence(first), list(self._messages)
 
     def accept(self, message: Message | None) -> bool:
         """Number a sequenced message of the peer; return False for a repeated one."""
@@ -2063,7 +2061,7 @@ class PendingResults:
                 pass  # nothing can come from Redis
             except ConnectionError:
                 ids.clear()  # it may only be slow
-            self.fail(name, ids, "Redis was away; the result may be lost.")
+            self.fail(name, ids)
             await asyncio.sleep(_WATCH_INTERVAL)
         del self._watches[name]
 
@@ -2083,16 +2081,17 @@ class PendingResults:
         if not self._asked[name]:
             del self._asked[name]
 
-    def fail(
-        self, name: str, ids: Collection[str] | None = None, problem: str = ""
-    ) -> None:
-        """Forget calls to a client, or without ids all: here they raise."""
-        text = problem or f"Connection '{name[:_ID_LENGTH]}' does not exist."
-        for id in tuple(self._asked.get(name, ()) if ids is None else ids):
+    def fail(self, name: str, lost: Collection[str] | None = None) -> None:
+        """Forget lost calls, or all to a client that is gone: here they raise."""
+        problem = "Redis was away; the result may be lost."
+        if lost is None:
+            problem = f"Connection '{name[:_ID_LENGTH]}' does not exist."
+            lost = tuple(self._asked.get(name, ()))
+        for id in lost:
             result = self._results.get(id)
             self.forget(name, id)
             if result is not None:
-                result.set_exception(ConnectionError(text))
+                result.set_exception(ConnectionError(problem))
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
@@ -2505,7 +2504,7 @@ class RedisLink:
 #                                                              client results, beats
 #
 # Each packet is signed with the secret: signature, sender, a header in JSON, and after
-# a line break the encoded message.
+# a line break what is not JSON, such as an encoded message.
 
 #: Seconds between beats, and how many may fail to come back before redialling.
 _BEAT, _MISSED_BEATS = 1.0, 5
@@ -2664,9 +2663,9 @@ class RedisBackplane:
             self.link.want(channel, wanted)
 
     async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
-        """Send a command. Raises ConnectionError if Redis does not reply in time.
+        """Send a command. Raises ConnectionResetError if the link is lost.
 
-        It is a ConnectionResetError if the link is lost.
+        Raises another ConnectionError if Redis does not reply in time.
         """
         if self.link is None:
             raise ConnectionResetError("Redis is not connected.")
@@ -2701,7 +2700,7 @@ class RedisBackplane:
             if kind == "beat" and own:
                 self._missed_beats = 0
             elif (hub := self._hubs.get(path)) is not None:
-                hub.receive(sender.decode(), own, kind, rest, body)
+                hub.receive(sender.decode(), kind, rest, body)
         except Exception as error:  # noqa: BLE001 (it may contain anything)
             self._counts["rejected"] += 1
             if self._counts["rejected"] <= 10:
@@ -2790,14 +2789,12 @@ class HubBackplane(Backplane):
             log.warning("backplane: %d processes did not answer %r", missing, question)
         return found, missing
 
-    def receive(
-        self, sender: str, own: bool, kind: str, rest: list[Any], body: bytes
-    ) -> None:
+    def receive(self, sender: str, kind: str, rest: list[Any], body: bytes) -> None:
         """Act on a packet of another process, or on one that came back."""
         match kind, rest:
-            case "ask", [id, *_] if own and id in self.questions:
+            case "ask", [id, *_] if id in self.questions:
                 self.questions[id].put_nowait([])  # Redis counts this process, too
-            case _ if own:
+            case _ if sender == self.process_id:
                 pass
             case "send", [kind, names, excluding, sizes, id]:
                 address = Address(kind, tuple(names), frozenset(excluding))
@@ -4403,15 +4400,10 @@ class HubConnection:
     def _create_hub(self) -> None:
         """Make and register the hub."""
         mapped, connection = self._mapped, self._connection
-        context = HubCallerContext(
-            connection.connection_id,
-            connection.user_id,
-            connection.transport_name,
-            connection.protocol.name,
-            self._request,
-            connection.ended,
-            functools.partial(self._close, End(), Close()),
-        )
+        who = connection.connection_id, connection.user_id, connection.transport_name
+        protocol, ended = connection.protocol.name, connection.ended
+        abort = functools.partial(self._close, End(), Close())
+        context = HubCallerContext(*who, protocol, self._request, ended, abort)
         self._calls = Calls(mapped, connection, mapped.make_hub(context))
         mapped.add(connection, context)
 
