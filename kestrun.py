@@ -519,98 +519,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-class Writer:
-    """Converts values to the types that a protocol has, by a hub's options."""
-
-    def __init__(self, options: HubOptions, protocol: str) -> None:
-        self._options = options
-        self._protocol = protocol
-        self._members = functools.cache(self.spell)
-
-    def to_plain(self, value: Any) -> Any:
-        """Convert one value, but not what it contains.
-
-        Raises TypeError for a value that no client could read.
-        """
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            members = self._members(type(value))
-            return {wire: getattr(value, name) for name, wire in members}
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, (date, clock_time)):  # also a datetime; UTC ends in Z
-            return value.isoformat().replace("+00:00", "Z")
-        if isinstance(value, timedelta):
-            return _write_duration(value)
-        if isinstance(value, (uuid.UUID, Decimal)):
-            return str(value)
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return base64.b64encode(value).decode()
-        if self._options.encoder is not None:
-            plain = self._options.encoder(value)
-            if plain is not value:
-                return plain
-        raise TypeError(f"{_a(value)} cannot be sent")
-
-    def result_to_plain(self, value: Any) -> Any:
-        """Convert a part of a method's result, where a set becomes a list."""
-        if isinstance(value, (set, frozenset)):
-            return list(value)
-        return self.to_plain(value)
-
-    def spell(self, kind: Any) -> list[tuple[str, str]]:
-        """Return the fields of a dataclass, each with its spelling on the wire."""
-        spell = self._options.member_name or (lambda name, _: _camel_case(name))
-        names = [field.name for field in dataclasses.fields(kind)]
-        return [(name, spell(name, self._protocol)) for name in names]
-
-    def explain(self, message: Message, error: Exception) -> Exception:
-        """Name the part of a message that cannot be sent, by its place and type."""
-        if isinstance(message, Invocation):
-            convert, numbered = self.to_plain, enumerate(message.arguments, 1)
-            parts = [(f"{message.target}, argument {n}", a) for n, a in numbered]
-        else:
-            value = getattr(message, "item", getattr(message, "result", None))
-            parts, convert = [("the result", value)], self.result_to_plain
-        for place, value in parts:
-            if (problem := self._find_problem(value, convert)) is not None:
-                path, what = problem
-                text = f"{place}{path and ', '}{path}: {what} cannot be sent"
-                return (TypeError if isinstance(error, TypeError) else ValueError)(text)
-        return ValueError(str(error))
-
-    def _find_problem(
-        self, value: Any, convert: Converter, path: str = "", depth: int = 0
-    ) -> tuple[str, str] | None:
-        """Return the path to the first part that cannot be written, and what it is."""
-        if depth > 100:
-            return path[:40] + "…", "what is nested too deeply"
-        if isinstance(value, str) and not _is_unicode(value):
-            return path, "text with a lone surrogate"
-        if isinstance(value, float) and not math.isfinite(value):
-            return path, "a number that is not finite"
-        big = isinstance(value, int) and not -(2**63) <= value < 2**64
-        if big and not (self._protocol == "json" and self._options.json is json):
-            return path, "an integer beyond 64 bits"
-        steps: list[tuple[str, Any]] = []
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if not isinstance(key, _SCALARS):
-                    return path, f"a dict with {_a(key)} as a key"
-                name = isinstance(key, str) and key.isidentifier()
-                steps.append((f".{key}" if name else "[…]", item))
-        elif isinstance(value, (list, tuple)):
-            steps = [(f"[{number}]", item) for number, item in enumerate(value)]
-        elif not isinstance(value, _SCALARS):
-            try:
-                steps = [("", convert(value))]
-            except Exception:  # noqa: BLE001 (it may be user code)
-                return path, _a(value)
-        for step, item in steps:
-            if problem := self._find_problem(item, convert, path + step, depth + 1):
-                return problem
-        return None
-
-
 class Inbox(bytearray):
     """Undecoded bytes from the client, and the size of decoded messages that wait."""
 
@@ -662,23 +570,6 @@ class Inbox(bytearray):
 
 
 Decoded = Iterator[tuple[Message | None, int]]
-
-
-class HubProtocol(Protocol):
-    """How hub messages look on the wire.
-
-    `encode` writes one message; it raises TypeError or ValueError for values that
-    cannot be written. `decode` removes the complete messages from the inbox and
-    yields each with its size in bytes, which is at most `limit`; it raises
-    ProtocolError at the first bad message, after yielding those before it. None
-    stands for a message of a later version.
-    """
-
-    name: ClassVar[str]
-    binary: ClassVar[bool]
-
-    def encode(self, message: Message) -> bytes: ...
-    def decode(self, inbox: Inbox, limit: float) -> Decoded: ...
 
 
 #: The types that each field may have.
@@ -790,6 +681,144 @@ def _to_fields(message: Message) -> dict[str, Any]:
     return fields
 
 
+#: Nesting of the values in one message; as deep as .NET reads MessagePack.
+_DEPTH = 500
+
+
+class HubProtocol:
+    """How hub messages look on the wire, by the options of a hub."""
+
+    name: ClassVar[str]
+    binary: ClassVar[bool]
+    #: The types that the protocol has, besides dict, list and tuple.
+    _types: tuple[type, ...] = _SCALARS
+
+    def __init__(self, options: HubOptions) -> None:
+        self._options = options
+        self._members = functools.cache(self.spell)
+
+    def encode(self, message: Message) -> bytes:
+        """Write one message.
+
+        Raises TypeError or ValueError, which names the part that cannot be written
+        by its place and type; or what the hub's encoder raises.
+        """
+        try:
+            return self._write(message)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            text = str(error)
+        self._to_plain_fields(message)  # which names the part
+        raise ValueError(text)
+
+    def _write(self, message: Message) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, inbox: Inbox, limit: float) -> Decoded:
+        """Remove complete messages from the inbox; yield each with its size in bytes.
+
+        Raises ProtocolError at the first bad message or one above the limit, after
+        yielding those before it. None stands for a message of a later version.
+        """
+        raise NotImplementedError
+
+    def spell(self, kind: Any) -> list[tuple[str, str]]:
+        """Return the fields of a dataclass, each with its spelling on the wire."""
+        spell = self._options.member_name or (lambda name, _: _camel_case(name))
+        names = [field.name for field in dataclasses.fields(kind)]
+        return [(name, spell(name, self.name)) for name in names]
+
+    def to_plain(self, value: Any) -> Any:
+        """Convert one value of a type that JSON lacks, but not what it contains.
+
+        Raises TypeError for a value that no client could read.
+        """
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            members = self._members(type(value))
+            return {wire: getattr(value, name) for name, wire in members}
+        if isinstance(value, Enum):
+            return value.value
+        if isinstance(value, (date, clock_time)):  # also a datetime; UTC ends in Z
+            return value.isoformat().replace("+00:00", "Z")
+        if isinstance(value, timedelta):
+            return _write_duration(value)
+        if isinstance(value, (uuid.UUID, Decimal)):
+            return str(value)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return base64.b64encode(value).decode()
+        if self._options.encoder is not None:
+            plain = self._options.encoder(value)
+            if plain is not value:
+                return plain
+        raise TypeError(f"{_a(value)} cannot be sent")
+
+    def result_to_plain(self, value: Any) -> Any:
+        """Convert a part of a method's result, where a set becomes a list."""
+        if isinstance(value, (set, frozenset)):
+            return list(value)
+        return self.to_plain(value)
+
+    def _to_plain_fields(self, message: Message) -> dict[str, Any]:
+        """Return a message's fields; their values have types of the protocol."""
+        fields = _to_fields(message)
+        if isinstance(message, Invocation):
+            fields["arguments"] = [
+                self._to_types(value, self.to_plain, f"{message.target}, argument {n}")
+                for n, value in enumerate(message.arguments, 1)
+            ]
+        for name in {"item", "result"} & fields.keys():
+            value = fields[name]
+            fields[name] = self._to_types(value, self.result_to_plain, "the result")
+        return fields
+
+    def _to_types(self, value: Any, convert: Converter, place: str) -> Any:
+        try:
+            return self._walk(value, convert)
+        except (TypeError, ValueError) as error:
+            path, _, what = str(error).rpartition(": ")
+            path = path if len(path) <= 200 else f"{path[:40]}…"
+            text = f"{place}{path and ', '}{path}: {what} cannot be sent"
+            raise type(error)(text) from None
+
+    def _walk(self, value: Any, convert: Converter, depth: int = 0) -> Any:
+        """Convert a value and all that it contains.
+
+        The errors say where the first part that cannot be written is, then what.
+        """
+        if depth > _DEPTH:
+            raise ValueError(": what is nested too deeply")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise ValueError(": text with a lone surrogate")
+        is_json = self.name == "json"
+        if is_json and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(": a number that is not finite")
+        has_limit = not is_json or self._options.json is not json
+        if has_limit and isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise ValueError(": an integer beyond 64 bits")
+        if isinstance(value, self._types):
+            return value
+        if not isinstance(value, (dict, list, tuple)):
+            try:
+                value = convert(value)
+            except (TypeError, ValueError):
+                raise TypeError(f": {_a(value)}") from None
+            return self._walk(value, convert, depth + 1)
+        items = value if isinstance(value, dict) else dict(enumerate(value))
+        for key in items:
+            if not isinstance(key, _SCALARS):
+                raise TypeError(f": a dict with {_a(key)} as a key")
+        plain = {}
+        try:
+            for key, item in items.items():
+                plain[key] = self._walk(item, convert, depth + 1)
+        except (TypeError, ValueError) as error:
+            step = f"[{key}]"
+            if items is value:
+                named = isinstance(key, str) and key.isidentifier()
+                step = f".{key}" if named else "[…]"
+            raise type(error)(f"{step}{error}") from None
+        return plain if items is value else list(plain.values())
+
+
 RECORD_SEPARATOR = b"\x1e"
 
 #: Nesting of one JSON message; the reference server's limit.
@@ -819,50 +848,37 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _json_writer(convert: Converter | None = None) -> Callable[[Any], str]:
-    """Return a function that writes values. convert: for types that JSON lacks."""
+def _json_writer(
+    convert: Converter | None = None, library: Any = json
+) -> Callable[[Any], str]:
+    """Return a function that writes values. convert: for types that JSON lacks.
+
+    Other libraries differ in the types that they write by themselves, so the standard
+    one makes values plain first. orjson can be told to leave such types to `convert`;
+    it gets plain values only if it fails, or writes null where NaN may have been.
+    """
     encoder = json.JSONEncoder(
         ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=convert
     )
+    kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
+    option = sum(getattr(library, f"OPT_PASSTHROUGH_{kind}", 0) for kind in kinds)
 
     def write(value: Any) -> str:
-        if type(value) is int:  # the encoder is fast for a str only
-            return repr(value)
-        return encoder.encode(value)
+        if library is json:  # its encoder is fast for a str only
+            return repr(value) if type(value) is int else encoder.encode(value)
+        if option:
+            with contextlib.suppress(TypeError):
+                data: bytes = library.dumps(value, default=convert, option=option)
+                if b"null" not in data:
+                    return data.decode()
+        text = library.dumps(_loads(encoder.encode(value)), default=convert)
+        return text.decode() if isinstance(text, bytes) else str(text)
 
     return write
 
 
 #: Writes a value as JSON. Raises TypeError, ValueError or RecursionError.
 _dumps = _json_writer()
-
-
-def _library_writer(library: Any, convert: Converter) -> Callable[[Any], str]:
-    """Return a function that writes values with a JSON library.
-
-    Other libraries differ in the types that they write by themselves, so the standard
-    one makes values plain first. orjson can be told to leave such types to `convert`;
-    it gets plain values only if it fails, or writes null where NaN may have been.
-    """
-    write_standard = _json_writer(convert)
-    if library is json:
-        return write_standard
-    kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
-    names = [f"OPT_PASSTHROUGH_{kind}" for kind in kinds]
-    fast = all(hasattr(library, name) for name in names)
-    option = sum(getattr(library, name) for name in names) if fast else 0
-
-    def write(value: Any) -> str:
-        if fast:
-            with contextlib.suppress(TypeError):
-                data: bytes = library.dumps(value, default=convert, option=option)
-                if b"null" not in data:
-                    return data.decode()
-        text = library.dumps(_loads(write_standard(value)), default=convert)
-        return text.decode() if isinstance(text, bytes) else str(text)
-
-    return write
-
 
 #: Everything but the brackets of a JSON text.
 _BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
@@ -895,26 +911,23 @@ def _json_object(
     raise ProtocolError(f"Unexpected {token}. Expected a JSON Object.")
 
 
-class JsonProtocol:
+class JsonProtocol(HubProtocol):
     """One JSON object for each message, ended by the byte 0x1E, in UTF-8."""
 
     name: ClassVar[str] = "json"
     binary: ClassVar[bool] = False
 
     def __init__(self, options: HubOptions) -> None:
-        self._writer = writer = Writer(options, self.name)
+        super().__init__(options)
         library = options.json
         self._loads: Callable[[str], Any] = _loads if library is json else library.loads
-        self._write = _library_writer(library, writer.to_plain)
-        self._write_result = _library_writer(library, writer.result_to_plain)
+        self.dumps = _json_writer(self.to_plain, library)
+        self.dumps_result = _json_writer(self.result_to_plain, library)
 
-    def encode(self, message: Message) -> bytes:
-        try:
-            text = self._to_text(message)
-            _check_depth(text)  # clients that read no deeper would be lost
-            return f"{text}\x1e".encode()
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise self._writer.explain(message, error) from None
+    def _write(self, message: Message) -> bytes:
+        text = self._to_text(message)
+        _check_depth(text)  # clients that read no deeper would be lost
+        return f"{text}\x1e".encode()
 
     def _to_text(self, message: Message) -> str:
         # The most frequent two as text: the encoder has a fast path for a lone
@@ -925,8 +938,8 @@ class JsonProtocol:
             case StreamItem():
                 number, name, value = 2, "item", message.item
             case _:
-                return self._write(_to_fields(message))
-        id, value = _dumps(message.invocation_id), self._write_result(value)
+                return self.dumps(_to_fields(message))
+        id, value = _dumps(message.invocation_id), self.dumps_result(value)
         return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}'
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
@@ -939,18 +952,7 @@ class JsonProtocol:
             raise MessageTooLarge(limit)
 
 
-def _check_keys(value: Any) -> None:
-    """Raise TypeError for dict keys that JSON does not have."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, _SCALARS) for key in value):
-            raise TypeError("a key of a wrong type")
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            _check_keys(item)
-
-
-class MessagePackProtocol:
+class MessagePackProtocol(HubProtocol):
     """One MessagePack array for each message, after its length as a VarInt.
 
     Needs the `msgpack` package; raises ImportError without it.
@@ -959,8 +961,6 @@ class MessagePackProtocol:
     name: ClassVar[str] = "messagepack"
     binary: ClassVar[bool] = True
 
-    #: The types that the package writes by itself.
-    _PACKED: ClassVar = (*_SCALARS, bytes, bytearray, memoryview, dict, list, tuple)
     #: The elements of each message's array, by its type.
     _ELEMENTS: ClassVar[dict[int, tuple[str, ...]]] = {
         1: ("type", "headers", "invocationId", "target", "arguments", "streamIds"),
@@ -981,32 +981,16 @@ class MessagePackProtocol:
         self._unpack: Any = functools.partial(
             msgpack.unpackb, strict_map_key=False, unicode_errors="replace"
         )
-        self._packb: Any = functools.partial(msgpack.packb, datetime=True)
-        self._writer = Writer(options, self.name)
+        # Only naive times are left for `default`: they are taken as UTC.
+        self._pack: Any = functools.partial(
+            msgpack.packb, datetime=True, default=lambda time: time.replace(tzinfo=UTC)
+        )
+        self._types = (*_SCALARS, bytes, bytearray, memoryview, datetime)
+        self._types += (msgpack.ExtType, msgpack.Timestamp)
+        super().__init__(options)
 
-    def _pack(self, message: Message) -> bytes:
-        result = isinstance(message, (Completion, StreamItem))
-        to_plain = self._writer.result_to_plain if result else self._writer.to_plain
-
-        def convert(value: Any) -> Any:
-            # msgpack passes only naive times here: they are taken as UTC.
-            if isinstance(value, datetime):
-                return value if value.tzinfo else value.replace(tzinfo=UTC)
-            plain = to_plain(value)
-            _check_keys(plain)
-            # msgpack converts a value only once; an enum may stand for a date.
-            return plain if isinstance(plain, self._PACKED) else convert(plain)
-
-        array = self._to_array(message)
-        _check_keys(array)
-        packed: bytes = self._packb(array, default=convert)
-        return packed
-
-    def encode(self, message: Message) -> bytes:
-        try:
-            body = self._pack(message)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise self._writer.explain(message, error) from None
+    def _write(self, message: Message) -> bytes:
+        body: bytes = self._pack(self._to_array(message))
         length, prefix = len(body), bytearray()
         while length > 0x7F:
             prefix.append(length & 0x7F | 0x80)
@@ -1014,15 +998,14 @@ class MessagePackProtocol:
         prefix.append(length)
         return bytes(prefix) + body
 
-    @classmethod
-    def _to_array(cls, message: Message) -> list[Any]:
-        fields = _to_fields(message)
+    def _to_array(self, message: Message) -> list[Any]:
+        fields = self._to_plain_fields(message)
         if isinstance(message, Completion):
             kind, name = (1, "error") if "error" in fields else (3, "result")
             tail = [kind, fields[name]] if name in fields else [2]
             return [3, {}, message.invocation_id, *tail]
         empty = {"headers": {}, "streamIds": [], "allowReconnect": False}
-        elements = cls._ELEMENTS[fields["type"]]
+        elements = self._ELEMENTS[fields["type"]]
         return [fields.get(name, empty.get(name)) for name in elements]
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
@@ -3770,13 +3753,13 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
     if issubclass(kind, Enum):
-        write = _json_writer(Writer(options, "json").to_plain)
-        return {"values": json.loads(write({**kind.__members__}))}
+        values = JsonProtocol(options).dumps({**kind.__members__})
+        return {"values": json.loads(values)}
     hints = typing.get_type_hints(kind)
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
         fields, missing = dataclasses.fields(kind), dataclasses.MISSING
-        spelled = dict(Writer(options, "json").spell(kind))
+        spelled = dict(JsonProtocol(options).spell(kind))
         hints = {wire: hints[name] for name, wire in spelled.items()}
         needed = {f.name for f in fields if f.default is f.default_factory is missing}
         optional = frozenset(spelled[f.name] for f in fields if f.name not in needed)
@@ -5372,9 +5355,6 @@ class TooManyOperations(RuntimeError):
     """Too many operations are running, so another cannot start."""
 
 
-_write_result = _json_writer(Writer(HubOptions(), "json").result_to_plain)
-
-
 @dataclass(eq=False, repr=False)
 class Operation:
     """One piece of work. Read it at any time; only `Operations` changes it."""
@@ -5410,7 +5390,7 @@ class Operation:
             fields[name] = fields[name] and fields[name].isoformat()
         fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
         try:
-            fields["result"] = json.loads(_write_result(self.result))
+            fields["result"] = json.loads(JSON.dumps_result(self.result))
         except (TypeError, ValueError, RecursionError):
             fields["result"] = repr(self.result)
         return fields
