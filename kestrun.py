@@ -512,11 +512,7 @@ def _a(value: Any) -> str:
 
 def _is_unicode(text: str) -> bool:
     """Return False for text with a lone surrogate, which UTF-8 does not have."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.encode(errors="replace").decode() == text
 
 
 class Inbox(bytearray):
@@ -571,68 +567,56 @@ class Inbox(bytearray):
 
 Decoded = Iterator[tuple[Message | None, int]]
 
-
-#: The types that each field may have.
-_FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "type": (int,),
-    "headers": (dict, types.NoneType),
-    "invocationId": (str,),
-    "target": (str,),
-    "arguments": (list,),
-    "streamIds": (list, types.NoneType),
-    "error": (str, types.NoneType),
-    "allowReconnect": (bool,),
-    "sequenceId": (int,),
-    "protocol": (str,),
-    "version": (int,),
+#: For each type of a field its name in the errors of .NET, and the fields.
+_FIELD_TYPES = {
+    int: ("of type Number", ("type", "sequenceId", "version")),
+    str: ("of type String", ("invocationId", "target", "error", "protocol")),
+    list: ("of type Array", ("arguments", "streamIds")),
+    dict: ("of type StartObject", ("headers",)),
+    bool: ("true or false", ("allowReconnect",)),
 }
+_TYPE_OF = {name: kind for kind, (_, names) in _FIELD_TYPES.items() for name in names}
+_NULLABLE = ("headers", "streamIds", "error")
 
-#: How .NET names the types in its errors.
-_EXPECTED = {int: "of type Number", str: "of type String", list: "of type Array"}
-_EXPECTED |= {dict: "of type StartObject", bool: "true or false"}
-
-#: For each type on the wire the message, and the fields without which it is refused.
+#: For each type on the wire the message, and its other fields as MessagePack has them.
 _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
-    1: (Invocation, ("target", "arguments")),
-    2: (StreamItem, ("invocationId", "item")),
-    3: (Completion, ("invocationId",)),
-    4: (Invocation, ("target", "arguments", "invocationId")),
-    5: (CancelInvocation, ("invocationId",)),
+    1: (Invocation, ("headers", "invocationId", "target", "arguments", "streamIds")),
+    2: (StreamItem, ("headers", "invocationId", "item")),
+    3: (Completion, ("headers", "invocationId", "kind", "value")),
+    4: (Invocation, ("headers", "invocationId", "target", "arguments", "streamIds")),
+    5: (CancelInvocation, ("headers", "invocationId")),
     6: (Ping, ()),
-    7: (Close, ()),
+    7: (Close, ("error", "allowReconnect")),
     8: (Ack, ("sequenceId",)),
     9: (Sequence, ("sequenceId",)),
 }
 #: The type of each message; 1 for an Invocation, though one that streams has 4.
 _TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
-#: The fields of each message, its id first: name, spelling on the wire, default.
+#: The fields of each message: name, spelling on the wire, default.
 _FIELDS = {
-    message: sorted(
-        [(f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)],
-        key=lambda item: item[0] != "invocation_id",
-    )
+    message: [
+        (f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)
+    ]
     for message in _TYPES
 }
 
 
-def _check_field(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+def _check_field(name: str, value: Any, kind: type) -> None:
     """Raise ProtocolError for a wrong type, or text that no answer could repeat."""
-    if type(value) not in kinds:
-        raise ProtocolError(f"Expected '{name}' to be {_EXPECTED[kinds[0]]}.")
-    if type(value) is str and not (value.isascii() or _is_unicode(value)):
+    if type(value) is not kind and not (value is None and name in _NULLABLE):
+        raise ProtocolError(f"Expected '{name}' to be {_FIELD_TYPES[kind][0]}.")
+    if type(value) is str and not _is_unicode(value):
         raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
 
 
-def _check_fields(
-    fields: dict[str, Any], required: tuple[str, ...], detail: str = ""
-) -> None:
+def _check_fields(fields: dict[str, Any], *required: str, detail: str = "") -> None:
     """Raise ProtocolError for a field of the wrong type, or one that is missing.
 
     Unknown fields may have any type.
     """
     for name, value in fields.items():
-        if (kinds := _FIELD_TYPES.get(name)) is not None:
-            _check_field(name, value, kinds)
+        if name in _TYPE_OF:
+            _check_field(name, value, _TYPE_OF[name])
     for name in required:
         if name not in fields:
             raise ProtocolError(f"Missing required property '{name}'.{detail}")
@@ -640,15 +624,12 @@ def _check_fields(
 
 def _build(fields: dict[str, Any]) -> Message | None:
     """Make a message of its fields; None for a type of a later version."""
-    kind = fields.get("type")
-    if type(kind) is not int:
-        _check_fields(fields, ("type",))
-    if kind not in _MESSAGES:
+    kind: Any = fields.get("type")
+    if type(kind) is int and kind not in _MESSAGES:
         return None
-    message, required = _MESSAGES[kind]
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
-    _check_fields(fields, required)
+    _check_fields(fields, *(["type", "invocationId"] if kind == 4 else ["type"]))
     for key, value in (fields.get("headers") or {}).items():  # otherwise unused
         if type(value) is not str:
             raise ProtocolError(f"Expected header '{key}' to be of type String.")
@@ -658,26 +639,30 @@ def _build(fields: dict[str, Any]) -> Message | None:
             if None in stream_ids:
                 raise ProtocolError("Null value for 'streamIds' is not valid.")
             for stream_id in stream_ids:
-                _check_field("streamIds", stream_id, (str,))
-            target, arguments = fields["target"], fields["arguments"]
-            id = fields.get("invocationId")
-            return Invocation(target, arguments, id, tuple(stream_ids), kind == 4)
+                _check_field("streamIds", stream_id, str)
+            fields |= {"streamIds": tuple(stream_ids), "streaming": kind == 4}
         case 3 if "result" in fields and fields.get("error") is not None:
             text = "The 'error' and 'result' properties are mutually exclusive."
             raise ProtocolError(text)
+    message, _ = _MESSAGES[kind]
     values = [fields.get(wire, default) for _, wire, default in _FIELDS[message]]
+    if dataclasses.MISSING in values:
+        _, missing, _ = _FIELDS[message][values.index(dataclasses.MISSING)]
+        raise ProtocolError(f"Missing required property '{missing}'.")
     return message(*values)
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
-    """Return a message's fields, without those that have their default."""
-    fields: dict[str, Any] = {"type": _TYPES[type(message)]}
+    """Return a message's fields, its id first, without those that have their default."""
+    fields = {"type": _TYPES[type(message)], "invocationId": None}
     for name, wire, default in _FIELDS[type(message)]:
         value = getattr(message, name)
         if value is not default:
             fields[wire] = value
     if fields.pop("streaming", False):
         fields["type"] = 4
+    if fields["invocationId"] is None:
+        del fields["invocationId"]
     return fields
 
 
@@ -759,25 +744,21 @@ class HubProtocol:
 
     def _to_plain_fields(self, message: Message) -> dict[str, Any]:
         """Return a message's fields; their values have types of the protocol."""
-        fields = _to_fields(message)
-        if isinstance(message, Invocation):
-            fields["arguments"] = [
-                self._to_types(value, self.to_plain, f"{message.target}, argument {n}")
-                for n, value in enumerate(message.arguments, 1)
-            ]
-        for name in {"item", "result"} & fields.keys():
-            value = fields[name]
-            fields[name] = self._to_types(value, self.result_to_plain, "the result")
-        return fields
-
-    def _to_types(self, value: Any, convert: Converter, place: str) -> Any:
+        fields, place = _to_fields(message), "the result"
         try:
-            return self._walk(value, convert)
+            if isinstance(message, Invocation):
+                fields["arguments"] = []
+                for number, value in enumerate(message.arguments, 1):
+                    place = f"{message.target}, argument {number}"
+                    fields["arguments"].append(self._walk(value, self.to_plain))
+            for name in {"item", "result"} & fields.keys():
+                fields[name] = self._walk(fields[name], self.result_to_plain)
         except (TypeError, ValueError) as error:
             path, _, what = str(error).rpartition(": ")
             path = path if len(path) <= 200 else f"{path[:40]}…"
             text = f"{place}{path and ', '}{path}: {what} cannot be sent"
             raise type(error)(text) from None
+        return fields
 
     def _walk(self, value: Any, convert: Converter, depth: int = 0) -> Any:
         """Convert a value and all that it contains.
@@ -825,10 +806,6 @@ RECORD_SEPARATOR = b"\x1e"
 _JSON_DEPTH = 64
 
 
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
 class _TooLarge(float):
     """A JSON number beyond the range of a float, so that it binds to none."""
 
@@ -838,7 +815,8 @@ def _read_float(text: str) -> float:
     return number if math.isfinite(number) else _TooLarge(number)
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_float)
+# `int` refuses NaN and the infinities.
+_decoder = json.JSONDecoder(parse_constant=int, parse_float=_read_float)
 
 
 def _loads(text: str) -> Any:
@@ -961,19 +939,6 @@ class MessagePackProtocol(HubProtocol):
     name: ClassVar[str] = "messagepack"
     binary: ClassVar[bool] = True
 
-    #: The elements of each message's array, by its type.
-    _ELEMENTS: ClassVar[dict[int, tuple[str, ...]]] = {
-        1: ("type", "headers", "invocationId", "target", "arguments", "streamIds"),
-        2: ("type", "headers", "invocationId", "item"),
-        3: ("type", "headers", "invocationId", "kind", "value"),
-        4: ("type", "headers", "invocationId", "target", "arguments", "streamIds"),
-        5: ("type", "headers", "invocationId"),
-        6: ("type",),
-        7: ("type", "error", "allowReconnect"),
-        8: ("type", "sequenceId"),
-        9: ("type", "sequenceId"),
-    }
-
     def __init__(self, options: HubOptions) -> None:
         import msgpack  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
@@ -1005,8 +970,8 @@ class MessagePackProtocol(HubProtocol):
             tail = [kind, fields[name]] if name in fields else [2]
             return [3, {}, message.invocation_id, *tail]
         empty = {"headers": {}, "streamIds": [], "allowReconnect": False}
-        elements = self._ELEMENTS[fields["type"]]
-        return [fields.get(name, empty.get(name)) for name in elements]
+        _, names = _MESSAGES[fields["type"]]
+        return [fields["type"], *[fields.get(name, empty.get(name)) for name in names]]
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
         while True:
@@ -1045,15 +1010,15 @@ class MessagePackProtocol(HubProtocol):
             raise ProtocolError("Reading array length for 'elementCount' failed.")
         if type(array[0]) is not int:
             raise ProtocolError("Reading 'messageType' as Int32 failed.")
-        elements = self._ELEMENTS.get(array[0], ("type",))
-        fields = dict(zip(elements, array, strict=False))
+        _, names = _MESSAGES.get(array[0], (None, ()))
+        fields = dict(zip(("type", *names), array, strict=False))
         if array[0] == 3:
             # signalrcore ends an upload stream with three elements.
             kind = fields.pop("kind", 2)
             if kind not in (1, 2, 3):
                 raise ProtocolError("Invalid invocation result kind.")
             if kind != 2:
-                _check_fields(fields, ("value",))
+                _check_fields(fields, "value")
                 fields["error" if kind == 1 else "result"] = fields["value"]
         return fields
 
@@ -1085,8 +1050,9 @@ def _load_protocols(options: HubOptions) -> dict[str, HubProtocol]:
 
 def _read_handshake(record: bytes | bytearray) -> tuple[str, int]:
     """Return the protocol and version that a client asks for. Raises ProtocolError."""
-    fields, content = _json_object(record), record.decode(errors="replace")
-    _check_fields(fields, ("protocol", "version"), f" Message content: {content}")
+    fields = _json_object(record)
+    detail = f" Message content: {record.decode(errors='replace')}"
+    _check_fields(fields, "protocol", "version", detail=detail)
     return fields["protocol"], fields["version"]
 
 
