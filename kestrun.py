@@ -512,7 +512,7 @@ def _a(value: Any) -> str:
 
 def _is_unicode(text: str) -> bool:
     """Return False for text with a lone surrogate, which UTF-8 does not have."""
-    return text.encode(errors="replace").decode() == text
+    return text.isascii() or text.encode(errors="replace").decode() == text
 
 
 class Inbox(bytearray):
@@ -615,8 +615,8 @@ def _check_fields(fields: dict[str, Any], *required: str, detail: str = "") -> N
     Unknown fields may have any type.
     """
     for name, value in fields.items():
-        if name in _TYPE_OF:
-            _check_field(name, value, _TYPE_OF[name])
+        if (kind := _TYPE_OF.get(name)) is not None:
+            _check_field(name, value, kind)
     for name in required:
         if name not in fields:
             raise ProtocolError(f"Missing required property '{name}'.{detail}")
@@ -629,7 +629,7 @@ def _build(fields: dict[str, Any]) -> Message | None:
         return None
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
-    _check_fields(fields, *(["type", "invocationId"] if kind == 4 else ["type"]))
+    _check_fields(fields, *(("type", "invocationId") if kind == 4 else ("type",)))
     for key, value in (fields.get("headers") or {}).items():  # otherwise unused
         if type(value) is not str:
             raise ProtocolError(f"Expected header '{key}' to be of type String.")
@@ -640,7 +640,7 @@ def _build(fields: dict[str, Any]) -> Message | None:
                 raise ProtocolError("Null value for 'streamIds' is not valid.")
             for stream_id in stream_ids:
                 _check_field("streamIds", stream_id, str)
-            fields |= {"streamIds": tuple(stream_ids), "streaming": kind == 4}
+            fields["streamIds"], fields["streaming"] = tuple(stream_ids), kind == 4
         case 3 if "result" in fields and fields.get("error") is not None:
             text = "The 'error' and 'result' properties are mutually exclusive."
             raise ProtocolError(text)
@@ -769,11 +769,14 @@ class HubProtocol:
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
             raise ValueError(": text with a lone surrogate")
-        is_json = self.name == "json"
-        if is_json and isinstance(value, float) and not math.isfinite(value):
+        if (
+            isinstance(value, float)
+            and self.name == "json"
+            and not math.isfinite(value)
+        ):
             raise ValueError(": a number that is not finite")
-        has_limit = not is_json or self._options.json is not json
-        if has_limit and isinstance(value, int) and not -(2**63) <= value < 2**64:
+        beyond = isinstance(value, int) and not -(2**63) <= value < 2**64
+        if beyond and not (self.name == "json" and self._options.json is json):
             raise ValueError(": an integer beyond 64 bits")
         if isinstance(value, self._types):
             return value
