@@ -114,7 +114,6 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as clock_time
@@ -266,9 +265,8 @@ class HubOptions:
     #: integers beyond 64 bits, and reads them as floats. With any library, NaN is
     #: never written, and the limits on size and depth stay.
     json: Any = json
-    #: Return the user id of a request, or None for an anonymous user; or raise
-    #: web.HTTPUnauthorized or web.HTTPForbidden. Async. Called for each GET, POST and
-    #: DELETE.
+    #: Async: return a request's user id, or None for an anonymous user; or raise
+    #: web.HTTPUnauthorized or web.HTTPForbidden. Called for each GET, POST, DELETE.
     authenticate: Authenticate | None = None
 
     def __post_init__(self) -> None:
@@ -300,9 +298,8 @@ class HubOptions:
                 raise ValueError(f"{name}: more than 0 and finite, not {value!r}")
         elif name == "authenticate" and value is not None and not _is_async(value):
             raise TypeError(f"authenticate: an async function, not {value!r}")
-        elif annotation.startswith("Callable"):
-            if value is not None and not callable(value):
-                raise TypeError(f"{name}: a function or None, not {value!r}")
+        elif "Callable" in annotation and not (value is None or callable(value)):
+            raise TypeError(f"{name}: a function or None, not {value!r}")
         elif name == "json" and not (
             hasattr(value, "dumps") and hasattr(value, "loads")
         ):
@@ -381,9 +378,9 @@ NO_RESULT: Any = object()
 class Invocation:
     """Call `target`. Without an invocation id nobody waits for an answer."""
 
+    invocation_id: str | None = field(default=None, kw_only=True)
     target: str
     arguments: list[Any]
-    invocation_id: str | None = None
     stream_ids: tuple[str, ...] = ()
     #: The caller expects stream items before the completion.
     streaming: bool = False
@@ -524,10 +521,8 @@ class Inbox(bytearray):
         super().__init__()
         #: Bytes already searched for a separator, so that reading takes linear time.
         self._searched = 0
-        #: Bytes that may wait for user code.
-        self.limit = limit
-        #: Bytes of decoded calls and stream items that wait for user code.
-        self.held = 0
+        #: Bytes of decoded calls and stream items that wait for user code, and may.
+        self.held, self.limit = 0, limit
         #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
         #: Complete messages may remain, to be decoded in a later iteration.
@@ -594,10 +589,8 @@ _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
 _TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
 #: The fields of each message: name, spelling on the wire, default.
 _FIELDS = {
-    message: [
-        (f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(message)
-    ]
-    for message in _TYPES
+    kind: [(f.name, _camel_case(f.name), f.default) for f in dataclasses.fields(kind)]
+    for kind in _TYPES
 }
 
 
@@ -645,24 +638,24 @@ def _build(fields: dict[str, Any]) -> Message | None:
             text = "The 'error' and 'result' properties are mutually exclusive."
             raise ProtocolError(text)
     message, _ = _MESSAGES[kind]
-    values = [fields.get(wire, default) for _, wire, default in _FIELDS[message]]
-    if dataclasses.MISSING in values:
-        _, missing, _ = _FIELDS[message][values.index(dataclasses.MISSING)]
-        raise ProtocolError(f"Missing required property '{missing}'.")
-    return message(*values)
+    values = {}
+    for name, wire, default in _FIELDS[message]:
+        if wire in fields:
+            values[name] = fields[wire]
+        elif default is dataclasses.MISSING:
+            raise ProtocolError(f"Missing required property '{wire}'.")
+    return message(**values)
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
-    """Return a message's fields, its id first, without those that have their default."""
-    fields = {"type": _TYPES[type(message)], "invocationId": None}
+    """Return a message's fields, without those that have their default."""
+    fields: dict[str, Any] = {"type": _TYPES[type(message)]}
     for name, wire, default in _FIELDS[type(message)]:
         value = getattr(message, name)
         if value is not default:
             fields[wire] = value
     if fields.pop("streaming", False):
         fields["type"] = 4
-    if fields["invocationId"] is None:
-        del fields["invocationId"]
     return fields
 
 
@@ -829,38 +822,6 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _json_writer(
-    convert: Converter | None = None, library: Any = json
-) -> Callable[[Any], str]:
-    """Return a function that writes values. convert: for types that JSON lacks.
-
-    Other libraries differ in the types that they write by themselves, so the standard
-    one makes values plain first. orjson can be told to leave such types to `convert`;
-    it gets plain values only if it fails, or writes null where NaN may have been.
-    """
-    encoder = json.JSONEncoder(
-        ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=convert
-    )
-    kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
-    option = sum(getattr(library, f"OPT_PASSTHROUGH_{kind}", 0) for kind in kinds)
-
-    def write(value: Any) -> str:
-        if library is json:  # its encoder is fast for a str only
-            return repr(value) if type(value) is int else encoder.encode(value)
-        if option:
-            with contextlib.suppress(TypeError):
-                data: bytes = library.dumps(value, default=convert, option=option)
-                if b"null" not in data:
-                    return data.decode()
-        text = library.dumps(_loads(encoder.encode(value)), default=convert)
-        return text.decode() if isinstance(text, bytes) else str(text)
-
-    return write
-
-
-#: Writes a value as JSON. Raises TypeError, ValueError or RecursionError.
-_dumps = _json_writer()
-
 #: Everything but the brackets of a JSON text.
 _BESIDE_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^][}{"]+')
 
@@ -902,8 +863,37 @@ class JsonProtocol(HubProtocol):
         super().__init__(options)
         library = options.json
         self._loads: Callable[[str], Any] = _loads if library is json else library.loads
-        self.dumps = _json_writer(self.to_plain, library)
-        self.dumps_result = _json_writer(self.result_to_plain, library)
+        # They write a value and a result; raise TypeError, ValueError, RecursionError.
+        self.dumps = self._make_writer(self.to_plain)
+        self.dumps_result = self._make_writer(self.result_to_plain)
+
+    def _make_writer(self, convert: Converter) -> Callable[[Any], str]:
+        """Return a function that writes values. convert: for types that JSON lacks.
+
+        Other libraries differ in the types that they write by themselves, so the
+        standard one makes values plain first. orjson can be told to leave such types
+        to `convert`; it gets plain values only if it fails, or writes null where NaN
+        may have been.
+        """
+        encoder = json.JSONEncoder(
+            ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=convert
+        )
+        library = self._options.json
+        kinds = ("DATACLASS", "DATETIME", "SUBCLASS")
+        option = sum(getattr(library, f"OPT_PASSTHROUGH_{kind}", 0) for kind in kinds)
+
+        def write(value: Any) -> str:
+            if library is json:  # its encoder is fast for a str only
+                return repr(value) if type(value) is int else encoder.encode(value)
+            if option:
+                with contextlib.suppress(TypeError):
+                    data: bytes = library.dumps(value, default=convert, option=option)
+                    if b"null" not in data:
+                        return data.decode()
+            text = library.dumps(_loads(encoder.encode(value)), default=convert)
+            return text.decode() if isinstance(text, bytes) else str(text)
+
+        return write
 
     def _write(self, message: Message) -> bytes:
         text = self._to_text(message)
@@ -920,7 +910,7 @@ class JsonProtocol(HubProtocol):
                 number, name, value = 2, "item", message.item
             case _:
                 return self.dumps(_to_fields(message))
-        id, value = _dumps(message.invocation_id), self.dumps_result(value)
+        id, value = self.dumps(message.invocation_id), self.dumps_result(value)
         return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}'
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
@@ -1028,6 +1018,7 @@ class MessagePackProtocol(HubProtocol):
 
 #: The protocol of the handshake, and of clients that do not choose another.
 JSON = JsonProtocol(HubOptions())
+_dumps = JSON.dumps
 
 
 def decode_one(protocol: HubProtocol, data: bytes) -> Message:
@@ -4108,7 +4099,9 @@ class Calls:
         elif method.uploads:
             call.close_uploads()
 
-    def _create_task(self, call: Call, result: Any, context: Context) -> None:
+    def _create_task(
+        self, call: Call, result: Any, context: contextvars.Context
+    ) -> None:
         """Continue a call in a task: await its method's result, or wait to begin."""
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
         task = loop.create_task(call.run(result), name=name, context=context)
@@ -5261,7 +5254,7 @@ class HubClient:
         match message:
             case Invocation(target) if target.lower() in self._handlers:
                 self._start(self._handle(message))
-            case Invocation(target, arguments, id):
+            case Invocation(target, arguments, invocation_id=id):
                 self._received[target.lower()].append(arguments)
                 if id is not None:
                     text = "Client didn't provide a result."
