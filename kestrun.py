@@ -659,10 +659,6 @@ def _to_fields(message: Message) -> dict[str, Any]:
     return fields
 
 
-#: Nesting of the values in one message; as deep as .NET reads MessagePack.
-_DEPTH = 500
-
-
 class HubProtocol:
     """How hub messages look on the wire, by the options of a hub."""
 
@@ -758,7 +754,7 @@ class HubProtocol:
 
         The errors say where the first part that cannot be written is, then what.
         """
-        if depth > _DEPTH:
+        if depth > 500:  # .NET reads no deeper
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
             raise ValueError(": text with a lone surrogate")
@@ -780,19 +776,18 @@ class HubProtocol:
                 raise TypeError(f": {_a(value)}") from None
             return self._walk(value, convert, depth + 1)
         items = value if isinstance(value, dict) else dict(enumerate(value))
-        for key in items:
+        plain = {}
+        for key, item in items.items():
             if not isinstance(key, _SCALARS):
                 raise TypeError(f": a dict with {_a(key)} as a key")
-        plain = {}
-        try:
-            for key, item in items.items():
+            try:
                 plain[key] = self._walk(item, convert, depth + 1)
-        except (TypeError, ValueError) as error:
-            step = f"[{key}]"
-            if items is value:
-                named = isinstance(key, str) and key.isidentifier()
-                step = f".{key}" if named else "[…]"
-            raise type(error)(f"{step}{error}") from None
+            except (TypeError, ValueError) as error:
+                step = f"[{key}]"
+                if items is value:
+                    named = isinstance(key, str) and key.isidentifier()
+                    step = f".{key}" if named else "[…]"
+                raise type(error)(f"{step}{error}") from None
         return plain if items is value else list(plain.values())
 
 
