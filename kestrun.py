@@ -781,6 +781,7 @@ class HubProtocol:
             if not isinstance(key, _SCALARS):
                 raise TypeError(f": a dict with {_a(key)} as a key")
             try:
+                self._walk(key, convert)  # not every text or number can be written
                 plain[key] = self._walk(item, convert, depth + 1)
             except (TypeError, ValueError) as error:
                 step = f"[{key}]"
