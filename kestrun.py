@@ -4061,7 +4061,7 @@ class Calls:
     connection: Connection
     hub: Hub
     #: The connection's context variables. Each call runs in a copy of its own.
-    _variables: Context = field(default_factory=contextvars.copy_context)
+    _variables: contextvars.Context = field(default_factory=contextvars.copy_context)
     #: The calls that wait to begin, in order. The first `_TASKS_AHEAD` have tasks,
     #: which queue for the lock.
     _waiting: deque[Call] = field(default_factory=deque)
@@ -4334,6 +4334,8 @@ class HubConnection:
                 error = ProtocolError("Connection terminated while reading a message.")
             on_disconnected = self._calls.hub.on_disconnected
             await self._run_hook("on_disconnected", on_disconnected, error)
+        except Exception:
+            log.exception("connection %s failed", connection)
         finally:
             self._mapped.remove(connection, time.monotonic() - self._begun)
             connection.close(End())
@@ -5336,14 +5338,15 @@ class Operation:
     error: BaseException | None = None
     #: Whether `cancel` was called; the work may go on for a while.
     cancel_requested: bool = False
-    _task: asyncio.Task[None] = field(init=False)
+    #: What runs it; not in `to_dict`.
+    task: asyncio.Task[None] = field(init=False)
 
     def __repr__(self) -> str:
         return f"<Operation {self.name!r} {self.state} {self.progress}%>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as JSON values: times and the error as text."""
-        fields = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        fields = {k: v for k, v in vars(self).items() if k != "task"}
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
         fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
@@ -5363,7 +5366,7 @@ class Operation:
 
         Cancelling this does not cancel the work.
         """
-        await asyncio.wait([self._task])
+        await asyncio.wait([self.task])
         return self
 
 
@@ -5385,7 +5388,7 @@ class Progress:
             raise RuntimeError("use `await progress(…)` outside of threads")
         if self._operation.cancel_requested or self._operation.final:
             raise asyncio.CancelledError
-        report, loop = self(percent, status), self._operation._task.get_loop()
+        report, loop = self(percent, status), self._operation.task.get_loop()
         asyncio.run_coroutine_threadsafe(report, loop).result()
 
     async def __call__(self, percent: float, status: str = "") -> None:
@@ -5460,7 +5463,7 @@ class Operations:
         name = name or getattr(work, "__name__", "operation")
         operation = Operation(name, description, self.prefix + _new_id())
         call = functools.partial(work, Progress(operation, self._announce), *arguments)
-        operation._task = asyncio.create_task(self._run(operation, call))
+        operation.task = asyncio.create_task(self._run(operation, call))
         self._operations[operation.id] = operation
         self._forget_surplus()
         return operation
@@ -5480,7 +5483,7 @@ class Operations:
             return False
         # A task that is cancelled before its first step would not become final.
         if operation.state == RUNNING and not operation.cancel_requested:
-            operation._task.cancel()
+            operation.task.cancel()
         operation.cancel_requested = True
         return True
 
@@ -5504,7 +5507,7 @@ class Operations:
         operations = self.list()
         for operation in operations:
             self.cancel(operation.id)
-        await _end_tasks([operation._task for operation in operations])
+        await _end_tasks([operation.task for operation in operations])
 
     async def _run(self, operation: Operation, call: Callable[[], Any]) -> None:
         """Take an operation through its states and announce each once."""
