@@ -1089,21 +1089,13 @@ class Transport:
     socket: asyncio.Transport
 
     def flush(self) -> None:
-        """Send what is in the outbox: wake the request, which takes it."""
-        self._connection.wake()
-
-    def close(self) -> None:
-        """Send what is left, then end the request."""
+        """Send the outbox, and end if CLOSING: wake the request, which does it."""
         self._connection.wake()
 
     def abort(self) -> None:
-        """Drop the client at once."""
-        if self.unsent() or not self.socket.is_closing():
+        """Drop the client at once. asyncio's abort would fail on a closed socket."""
+        if self.socket.get_write_buffer_size() or not self.socket.is_closing():
             self.socket.abort()
-
-    def unsent(self) -> int:
-        """Return the bytes taken from the outbox but not sent."""
-        return self.socket.get_write_buffer_size()
 
 
 @dataclass(slots=True, eq=False)
@@ -1128,8 +1120,7 @@ class Outbox:
 
     def take(self) -> bytes:
         """Remove and return everything, in order."""
-        messages = self._messages
-        data = messages[0] if len(messages) == 1 else b"".join(messages)
+        data = b"".join(self._messages)
         self.taken += self.size
         self.clear()
         return data
@@ -1138,10 +1129,10 @@ class Outbox:
         self._messages.clear()
         self.size = 0
 
-    def stalled_for(self, unsent: int, now: float) -> float:
-        """Return the seconds without progress. unsent: taken from here, not sent."""
-        delivered = self.taken - unsent
-        if delivered != self._delivered or not (self.size or unsent):
+    def stalled_for(self, backlog: int, now: float) -> float:
+        """Return the seconds without progress. backlog: bytes here and not sent."""
+        delivered = self.taken + self.size - backlog
+        if delivered != self._delivered or not backlog:
             self._delivered, self.last_progress = delivered, now
         return now - self.last_progress
 
@@ -1272,7 +1263,8 @@ class Shared:
         self._scheduled = False
         queue, self._queue = self._queue, []
         for connection in queue:
-            connection.flush()
+            if connection.outbox.size:
+                connection.flush()
         if self._work:
             work = self._work.popleft()
             if self._work:
@@ -1379,7 +1371,8 @@ class Connection:
 
     def backlog(self) -> int:
         """Count the bytes that the client has not taken."""
-        return self.outbox.size + (self.transport.unsent() if self.transport else 0)
+        unsent = self.transport.socket.get_write_buffer_size() if self.transport else 0
+        return self.outbox.size + unsent
 
     def writable(self) -> bool:
         """Return True if code that sends to this client alone may go on."""
@@ -1408,7 +1401,7 @@ class Connection:
             return
         self._end(CLOSING, end)
         if self.transport is not None:
-            self.transport.close()
+            self.flush()
         elif self.transport_name != LONG_POLLING:  # no poll will fetch the rest
             self.lost(end)
 
@@ -1444,8 +1437,6 @@ class Connection:
             for data in (self.protocol.encode(sequence), *messages):
                 self.outbox.add(data)
         self.flush()
-        if self.state >= CLOSING:
-            transport.close()
 
     def detach(self) -> None:
         """Detach the transport; the client may return until `disconnect_timeout`."""
@@ -1492,7 +1483,7 @@ class Connection:
     def flush(self) -> None:
         """Hand the outbox to the transport. Its errors end only this connection."""
         try:
-            if self.outbox.size and self.transport is not None:
+            if self.transport is not None:
                 self.transport.flush()
         except Exception:
             log.exception("connection %s", self)
@@ -1566,6 +1557,10 @@ def _frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, length) + payload
 
 
+#: Ends a WebSocket; `serve_websocket` then reads the peer's.
+_CLOSE_FRAME = _frame(web.WSMsgType.CLOSE, struct.pack("!H", aiohttp.WSCloseCode.OK))
+
+
 @dataclass(slots=True, eq=False)
 class WebSocketTransport(Transport):
     """The transport of one WebSocket."""
@@ -1573,16 +1568,19 @@ class WebSocketTransport(Transport):
     _websocket: web.WebSocketResponse[bool]
     #: Sends the outbox while the socket is full.
     _sender: asyncio.Task[None] | None = None
-    #: A close frame follows the outbox.
-    _closing: bool = False
 
     def flush(self) -> None:
-        if self._sender is not None or self.socket.is_closing():
+        """Send the outbox and, if CLOSING, the close frame: so once from then on."""
+        connection, socket = self._connection, self.socket
+        if self._sender is not None or socket.is_closing():
             return
-        if self.socket.get_write_buffer_size() < _HIGH_WATER:
-            self.socket.write(_frame(self._opcode(), self._connection.take()))
-        else:
-            self._sender = asyncio.create_task(self._send_outbox())
+        if connection.outbox.size:
+            if socket.get_write_buffer_size() >= _HIGH_WATER:
+                self._sender = asyncio.create_task(self._send_outbox())
+                return
+            socket.write(_frame(self._opcode(), connection.take()))
+        if connection.state == CLOSING:
+            socket.write(_CLOSE_FRAME)
 
     async def _send_outbox(self) -> None:
         """Send what is queued at the pace of the socket, until nothing is left."""
@@ -1591,35 +1589,21 @@ class WebSocketTransport(Transport):
             while connection.outbox.size and connection.transport is self:
                 await self._websocket.send_frame(connection.take(), self._opcode())
         except ConnectionError:
-            pass  # the client left, which the reader notices as well
+            return  # the client left, which the reader notices as well
         finally:
             self._sender = None
-        if self._closing:
-            self._send_close_frame()
+        self.flush()
 
     def _opcode(self) -> web.WSMsgType:
         binary = self._connection.protocol.binary
         return web.WSMsgType.BINARY if binary else web.WSMsgType.TEXT
 
-    def close(self) -> None:
-        self._closing = True
-        if self._connection.outbox.size:
-            self.flush()
-        if self._sender is None:
-            self._send_close_frame()
-
-    def _send_close_frame(self) -> None:
-        """Send the close frame; `serve_websocket` then reads the peer's."""
-        if not self.socket.is_closing():
-            payload = struct.pack("!H", aiohttp.WSCloseCode.OK)
-            self.socket.write(_frame(web.WSMsgType.CLOSE, payload))
-
     def close_socket(self, timeout: float | None) -> None:
         """Close the socket; abort it if the peer has not read the rest in time."""
         if self.socket.is_closing():
             return
-        if not self._closing:  # answer the peer's close frame
-            self._send_close_frame()
+        if self._connection.state < CLOSING:  # answer the peer's close frame
+            self.socket.write(_CLOSE_FRAME)
         self.socket.close()
         if timeout is not None and self.socket.get_write_buffer_size():
             asyncio.get_running_loop().call_later(timeout, self.abort)
@@ -1660,10 +1644,10 @@ async def serve_websocket(request: Request, connection: Connection) -> StreamRes
     except ConnectionError:
         pass  # the client left during the upgrade
     finally:
-        if connection.transport is transport:  # both are None after a failed upgrade
-            _websocket_ended(connection, websocket.close_code, error)
         if transport is not None:
             transport.close_socket(options.close_timeout)
+        if connection.transport is transport:  # both are None after a failed upgrade
+            _websocket_ended(connection, websocket.close_code, error)
     return websocket
 
 
@@ -4650,7 +4634,7 @@ def _apply_timeouts(connection: Connection, now: float) -> None:
             connection.lost(End())
             transport.abort()
     else:
-        stalled = connection.outbox.stalled_for(transport.unsent(), now)
+        stalled = connection.outbox.stalled_for(connection.backlog(), now)
         if stalled > _or_infinite(options.transport_send_timeout):
             connection.drop("send timeout")
 
