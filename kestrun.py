@@ -1300,10 +1300,6 @@ def _new_id() -> str:
     return secrets.token_urlsafe(16)
 
 
-def _new_future() -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().create_future()
-
-
 @dataclass(slots=True, eq=False)
 class Connection:
     """One client's pipe. Its first request creates it; a transport and a hub use it."""
@@ -1313,7 +1309,7 @@ class Connection:
     user_id: str | None
     state: int = OPENING
     #: Resolved as soon as it is CLOSING or CLOSED.
-    ended: asyncio.Future[End] = field(default_factory=_new_future)
+    ended: asyncio.Future[End] = field(default_factory=asyncio.Future)
     #: When it last got or lost a transport, or began to end.
     last_change: float = field(default_factory=time.monotonic)
     #: Fixed by the first GET.
@@ -1570,7 +1566,7 @@ class WebSocketTransport(Transport):
     _sender: asyncio.Task[None] | None = None
 
     def flush(self) -> None:
-        """Send the outbox and, if CLOSING, the close frame: so once from then on."""
+        """Send the outbox; if CLOSING, send the close frame after it."""
         connection, socket = self._connection, self.socket
         if self._sender is not None or socket.is_closing():
             return
@@ -1931,7 +1927,7 @@ class PendingResults:
         #: and a number. Ids of clients' own calls are plain numbers.
         self._results: dict[str, asyncio.Future[Completion]] = {}
         #: The ids that each client has not answered, also those of other processes.
-        self._asked: defaultdict[str, set[str]] = defaultdict(set)
+        self.asked: defaultdict[str, set[str]] = defaultdict(set)
         self._numbers = itertools.count(1)
         #: The tasks that watch clients of other processes, by connection id.
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -1945,8 +1941,8 @@ class PendingResults:
         registry, (name,) = self._registry, address.names
         id = f"{registry.backplane.process_id}s{next(self._numbers)}"
         registry.publish(address, dataclasses.replace(message, invocation_id=id))
-        result = self._results[id] = _new_future()
-        self.expect(name, id)
+        result = self._results[id] = asyncio.Future()
+        self.asked[name].add(id)
         connection = registry.connections.get(name)
         if connection is None and not address.local:
             if name not in self._watches:
@@ -1972,8 +1968,8 @@ class PendingResults:
         """
         await asyncio.sleep(0)  # an eager task would begin before it is in `_watches`
         question = f"connection:{name}", "unanswered", name
-        while name in self._asked:
-            ids = set(self._asked[name])
+        while name in self.asked:
+            ids = set(self.asked[name])
             try:
                 unanswered = await self._registry.ask_elsewhere(*question)
                 if unanswered is None:
@@ -1991,25 +1987,21 @@ class PendingResults:
     def unanswered(self, name: str) -> list[str] | None:
         """List the calls that a client has not answered; None if it is not here."""
         here = name in self._registry.connections
-        return list(self._asked.get(name, ())) if here else None
-
-    def expect(self, name: str, id: str) -> None:
-        """Remember a call to a client, of this process or another."""
-        self._asked[name].add(id)
+        return list(self.asked.get(name, ())) if here else None
 
     def forget(self, name: str, id: str) -> None:
         """Forget a call to a client."""
         self._results.pop(id, None)
-        self._asked[name].discard(id)
-        if not self._asked[name]:
-            del self._asked[name]
+        self.asked[name].discard(id)
+        if not self.asked[name]:
+            del self.asked[name]
 
     def fail(self, name: str, lost: Collection[str] | None = None) -> None:
         """Forget lost calls, or all to a client that is gone: here they raise."""
         problem = "Redis was away; the result may be lost."
         if lost is None:
             problem = f"Connection '{name[:_ID_LENGTH]}' does not exist."
-            lost = tuple(self._asked.get(name, ()))
+            lost = tuple(self.asked.get(name, ()))
         for id in lost:
             result = self._results.get(id)
             self.forget(name, id)
@@ -2019,7 +2011,7 @@ class PendingResults:
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
         id = message.invocation_id if isinstance(message, Completion) else None
-        return id in self._asked.get(connection.connection_id, ())
+        return id in self.asked.get(connection.connection_id, ())
 
     def complete(
         self, name: str, protocol: HubProtocol, completion: Completion
@@ -2030,7 +2022,7 @@ class PendingResults:
         """
         id = completion.invocation_id
         result = self._results.get(id)
-        if id not in self._asked.get(name, ()):
+        if id not in self.asked.get(name, ()):
             if result is None:
                 return  # no call of this process waits for it
             text = f"Connection ID '{name[:_ID_LENGTH]}' is not valid for"
@@ -2153,9 +2145,8 @@ class Registry:
         received it. Nothing here awaits, so membership cannot change meanwhile.
         """
         receivers = self._receivers(address)
-        protocols = {connection.protocol for connection in receivers}
         # A mistake must show, even if nobody happens to be connected.
-        protocols = protocols or {self.protocols["json"]}
+        protocols = {c.protocol for c in receivers} or {self.protocols["json"]}
         encoded = {p.name: p.encode(message) for p in protocols}
         for connection in receivers:
             connection.send(encoded[connection.protocol.name])
@@ -2178,19 +2169,18 @@ class Registry:
             if protocol.name in encoded:
                 connection.send(encoded[protocol.name])
                 if id is not None:
-                    self.results.expect(connection.connection_id, id)
+                    self.results.asked[connection.connection_id].add(id)
 
     def _receivers(self, address: Address) -> list[Connection]:
         kind, names, excluding, _ = address
+        here, found = self.connections, Connections()
         if kind == "all":
-            tables = [self.connections]
+            found = here
         elif kind == "connection":
-            tables = [{n: self.connections[n] for n in names if n in self.connections}]
+            found = {id: here[id] for id in names if id in here}
         else:
-            tables = [self.find(kind, name) for name in names]
-        if len(tables) == 1 and not excluding:
-            return list(tables[0].values())
-        found = {id: connection for table in tables for id, connection in table.items()}
+            for name in names:  # a client with two of them gets one message
+                found |= self.find(kind, name)
         return [connection for id, connection in found.items() if id not in excluding]
 
     # Questions
@@ -2329,7 +2319,7 @@ class RedisLink:
 
     def submit(self, *command: Any) -> asyncio.Future[Any]:
         """Queue a command; return the future of its reply."""
-        future = _new_future()
+        future = asyncio.Future[Any]()
         self._queue.append((command, future))
         self._queued.set()
         return future
