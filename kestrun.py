@@ -1175,10 +1175,10 @@ class ReconnectBuffer:
         while len(self._messages) > self._sent - number:
             self.size -= len(self._messages.popleft())
 
-    def replay(self) -> tuple[Sequence, list[bytes]]:
+    def replay(self) -> tuple[Sequence, bytes]:
         """Return the Sequence and the messages for a client that resumes."""
         first = self._sent - len(self._messages) + 1
-        return Sequence(first), list(self._messages)
+        return Sequence(first), b"".join(self._messages)
 
     def accept(self, message: Message | None) -> bool:
         """Number a sequenced message of the peer; return False for a repeated one."""
@@ -1372,14 +1372,12 @@ class Connection:
 
     def writable(self) -> bool:
         """Return True if code that sends to this client alone may go on."""
-        if self.state >= CLOSING:
-            return True
-        if self.outbox.size > self.outbox.high_water:
-            return False
+        full = self.outbox.size > self.outbox.high_water
         limit = _or_infinite(self.shared.options.stateful_reconnect_buffer_size)
-        behind = self.reconnect is not None and self.reconnect.size > limit
-        # Not while reading is paused: the acknowledgement could not arrive.
-        return not (behind and self.can_read())
+        if self.reconnect is not None and self.reconnect.size > limit:
+            # Not while reading is paused: the acknowledgement could not arrive.
+            full = full or self.can_read()
+        return self.state >= CLOSING or not full
 
     async def drain(self) -> None:
         """Wait until the client has room for more, or the end."""
@@ -1407,10 +1405,9 @@ class Connection:
             return
         self.shared.drops[reason] += 1
         log.warning("connection %s dropped: %s", self, reason)
-        transport = self.transport
+        if self.transport is not None:
+            self.transport.abort()
         self.lost(End(ConnectionAbortedError(f"The client was dropped: {reason}.")))
-        if transport is not None:
-            transport.abort()
 
     # The transport's end
 
@@ -1430,8 +1427,7 @@ class Connection:
             self.inbox.clear()  # half a message, which the client will send again
             self.outbox.clear()
             sequence, messages = self.reconnect.replay()
-            for data in (self.protocol.encode(sequence), *messages):
-                self.outbox.add(data)
+            self.outbox.add(self.protocol.encode(sequence) + messages)
         self.flush()
 
     def detach(self) -> None:
@@ -1702,8 +1698,7 @@ async def serve_events(request: Request, connection: Connection) -> StreamRespon
         while await transport.ready():
             # Encoded messages contain no line feed, so one data line is enough.
             await response.write(b"data: " + connection.take() + b"\r\n\r\n")
-        if not transport.socket.is_closing():
-            await response.write_eof()  # here, while `close_timeout` applies
+        await response.write_eof()  # here, while `close_timeout` applies
     except ConnectionError:
         pass  # the client left while it was written to
     finally:
