@@ -1228,7 +1228,7 @@ class Shared:
     _queue: list[Connection] = field(default_factory=list)
     #: Large work that waits for an iteration of its own, in order.
     _work: deque[Callable[[], object]] = field(default_factory=deque)
-    _scheduled: bool = False
+    #: When this iteration's time is over; 0 until that is needed.
     _deadline: float = 0.0
 
     def flush_later(self, connection: Connection) -> None:
@@ -1254,21 +1254,19 @@ class Shared:
             await admitted.wait()
 
     def _schedule(self) -> None:
-        if not self._scheduled:
-            self._scheduled = True
+        if not self._deadline:
             self._deadline = time.perf_counter() + _TIME_SLICE
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._scheduled = False
+        self._deadline = 0.0
         queue, self._queue = self._queue, []
         for connection in queue:
             if connection.outbox.size:
                 connection.flush()
         if self._work:
+            self._schedule()  # first: the work may fail
             work = self._work.popleft()
-            if self._work:
-                self._schedule()  # first: the work may fail
             work()
 
 
@@ -1412,10 +1410,7 @@ class Connection:
     # The transport's end
 
     def attach(self, transport: Transport) -> None:
-        """Give the pipe to a transport, which replaces an older one.
-
-        A client that resumes first gets everything that it did not acknowledge.
-        """
+        """Replace the transport; a client that resumes gets what it did not confirm."""
         if self.state == CLOSED:
             transport.abort()
             return
@@ -1848,10 +1843,7 @@ class Backplane(Protocol):
     async def ask(
         self, seconds: float, channel: str, question: str, *arguments: Any
     ) -> tuple[list[Any], int]:
-        """Ask the others at a channel.
-
-        Returns the answers that come in time, and how many are missing.
-        """
+        """Return the others' answers that come in time, and how many are missing."""
         return [], 0
 
 
@@ -2008,9 +2000,7 @@ class PendingResults:
         id = message.invocation_id if isinstance(message, Completion) else None
         return id in self.asked.get(connection.connection_id, ())
 
-    def complete(
-        self, name: str, protocol: HubProtocol, completion: Completion
-    ) -> None:
+    def complete(self, name: str, completion: Completion) -> None:
         """Give a client's result to the call that waits, here or elsewhere, if any.
 
         Raises ProtocolError if another client was asked.
@@ -2026,6 +2016,7 @@ class PendingResults:
         if result is not None:
             result.set_result(completion)
             return
+        protocol = self._registry.connections[name].protocol
         try:
             data = protocol.encode(completion)
         except (TypeError, ValueError) as error:
@@ -2041,7 +2032,7 @@ class PendingResults:
             data = base64.b64decode(text)
             completion = decode_one(self._registry.protocols[protocol], data)
         assert isinstance(completion, Completion)
-        self.complete(name, JSON, completion)
+        self.complete(name, completion)
 
 
 class Registry:
@@ -2150,10 +2141,7 @@ class Registry:
             self.backplane.publish(address, message, encoded)
 
     def deliver(self, address: Address, encoded: Encoded, id: str | None) -> None:
-        """Queue a message that another process has published.
-
-        id: the invocation id of a call that waits there.
-        """
+        """Queue a message of another process. id: that of a call that waits there."""
         common = self.protocols["json"]  # all that a sender without msgpack writes
         for connection in self._receivers(address):
             protocol = connection.protocol
@@ -4407,8 +4395,8 @@ class HubConnection:
                 failure = None if error is None else HubException(error)
                 calls.uploads.pop(stream_id).end(failure)
             case Completion():
-                client = self._connection.connection_id, self._connection.protocol
-                self._mapped.registry.results.complete(*client, message)
+                results = self._mapped.registry.results
+                results.complete(self._connection.connection_id, message)
             case CancelInvocation(invocation_id):
                 if (call := calls.find(invocation_id)) is not None:
                     call.cancel()
