@@ -1336,11 +1336,10 @@ class Connection:
     # The hub's end
 
     def send(self, data: bytes, sequenced: bool = True) -> None:
-        """Queue an encoded message for the client. Never waits.
+        """Queue an encoded message for the client; do nothing after the end.
 
         sequenced: it is one of the messages that stateful reconnect numbers.
-        Beyond `outbox_limit` bytes the client is dropped: one stopped reader must
-        not hold everyone's memory. After the end this does nothing.
+        Never waits: beyond `outbox_limit` bytes the client is dropped.
         """
         if self.state >= CLOSING:
             return
@@ -1392,10 +1391,9 @@ class Connection:
         if self.state >= CLOSING:
             return
         self._end(CLOSING, end)
-        if self.transport is not None:
-            self.flush()
-        elif self.transport_name != LONG_POLLING:  # no poll will fetch the rest
-            self.lost(end)
+        self.flush()
+        if self.transport is None and self.transport_name != LONG_POLLING:
+            self.lost(end)  # nothing will fetch the rest
 
     def drop(self, reason: str) -> None:
         """Abort the connection and discard its queue; count and log it."""
@@ -1886,7 +1884,7 @@ class GroupManager:
 
     def members(self, name: str) -> list[str]:
         """List the connection ids in a group, in the order in which they joined."""
-        return list(self._registry.find("group", name))
+        return list(self._registry.members["group"].get(name, ()))
 
     def names(self) -> list[str]:
         """List the groups that have members."""
@@ -1910,8 +1908,7 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: What this process waits for, by invocation id: the id of the process, an "s"
-        #: and a number. Ids of clients' own calls are plain numbers.
+        #: By id: that of this process, an "s", a number. Clients' ids are numbers.
         self._results: dict[str, asyncio.Future[Completion]] = {}
         #: The ids that each client has not answered, also those of other processes.
         self.asked: defaultdict[str, set[str]] = defaultdict(set)
@@ -2079,10 +2076,6 @@ class Registry:
         if connection.user_id is not None:
             self._exit("user", connection.user_id, connection_id)
 
-    def find(self, kind: str, name: str) -> Connections:
-        """Return the members of a group, or the connections of a user."""
-        return self.members[kind].get(name, {})
-
     def _enter(self, kind: str, name: str, connection: Connection) -> None:
         """Add a connection to a group or a user; subscribe for the first one."""
         if name not in self.members[kind]:
@@ -2163,7 +2156,7 @@ class Registry:
             found = {id: here[id] for id in names if id in here}
         else:
             for name in names:  # a client with two of them gets one message
-                found |= self.find(kind, name)
+                found |= self.members[kind].get(name, {})
         return [connection for id, connection in found.items() if id not in excluding]
 
     # Questions
@@ -2175,9 +2168,8 @@ class Registry:
     async def ask(self, channel: str, question: str, *arguments: Any) -> list[Any]:
         """Return the answers of this process and of all others at a channel."""
         own = await self.answer(question, *arguments)
-        ask = self.backplane.ask
-        others, _ = await ask(_ALL_TIMEOUT, channel, question, *arguments)
-        return [own, *others]
+        rest, _ = await self.backplane.ask(_ALL_TIMEOUT, channel, question, *arguments)
+        return [own, *rest]
 
     async def ask_owner(self, connection_id: str, question: str, *more: Any) -> Any:
         """Return the answer of the process that has a connection; None if none has."""
@@ -3034,7 +3026,7 @@ class Everywhere:
     async def is_online(self, user_id: str) -> bool:
         """Return whether a user has a connection."""
         backplane = self._registry.backplane
-        here = bool(self._registry.find("user", user_id))
+        here = user_id in self._registry.members["user"]
         return here or await backplane.subscribers(f"user:{user_id}") > 0
 
     async def abort(self, connection_id: str) -> bool:
@@ -3752,7 +3744,7 @@ class MappedHub:
 
     def _abort_user(self, user_id: str) -> int:
         """Abort the connections that a user has in this process; count them."""
-        ids = list(self.registry.find("user", user_id))
+        ids = list(self.registry.members["user"].get(user_id, ()))
         return sum(self._abort(id) or False for id in ids)
 
     def make_hub(self, context: HubCallerContext) -> Hub:
