@@ -1289,13 +1289,10 @@ async def _end_tasks(
             task.cancel()
 
 
+#: Returns a random 128-bit id that is safe in a URL.
+_new_id = functools.partial(secrets.token_urlsafe, 16)
 #: Characters of an id. In version 0 of negotiate the id is the token, and longer.
 _ID_LENGTH = 22
-
-
-def _new_id() -> str:
-    """Return a random 128-bit id that is safe in a URL."""
-    return secrets.token_urlsafe(16)
 
 
 @dataclass(slots=True, eq=False)
@@ -1762,16 +1759,14 @@ async def receive_post(request: Request, connection: Connection) -> None:
     timeout, ended = connection.shared.options.disconnect_timeout, connection.ended
     while not (ended.done() or request.content.at_eof()):
         reading = asyncio.ensure_future(request.content.readany())
-        first = asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait((reading, ended), timeout=timeout, return_when=first)
+            async with asyncio.timeout(timeout):
+                await asyncio.wait((reading, ended), return_when="FIRST_COMPLETED")
             if reading.done():
                 if len(reading.result()) > _LARGE:
                     await connection.shared.admit()
                 connection.feed(reading.result())
                 await connection.readable()
-            elif not ended.done():
-                raise TimeoutError
         finally:
             reading.cancel()
 
@@ -1870,8 +1865,7 @@ class GroupManager:
         """
         if not 1 <= len(name) <= 256:
             raise HubException("A group name must have 1 to 256 characters.")
-        problem = await self._registry.ask_owner(connection_id, "join", name)
-        if problem:
+        if problem := await self._registry.ask_owner(connection_id, "join", name):
             raise HubException(problem)
 
     async def remove(self, connection_id: str, name: str) -> None:
@@ -2068,13 +2062,12 @@ class Registry:
 
     def remove(self, connection: Connection) -> None:
         """Forget a connection that was added, and its memberships."""
-        connection_id = connection.connection_id
-        del self.connections[connection_id]
-        self.results.fail(connection_id)
-        for name in self.groups_of.pop(connection_id, ()):
-            self._exit("group", name, connection_id)
+        del self.connections[connection.connection_id]
+        self.results.fail(connection.connection_id)
+        for name in self.groups_of.pop(connection.connection_id, ()):
+            self._exit("group", name, connection)
         if connection.user_id is not None:
-            self._exit("user", connection.user_id, connection_id)
+            self._exit("user", connection.user_id, connection)
 
     def _enter(self, kind: str, name: str, connection: Connection) -> None:
         """Add a connection to a group or a user; subscribe for the first one."""
@@ -2083,9 +2076,9 @@ class Registry:
             self.backplane.subscribe(f"{kind}:{name}")
         self.members[kind][name][connection.connection_id] = connection
 
-    def _exit(self, kind: str, name: str, connection_id: str) -> None:
+    def _exit(self, kind: str, name: str, connection: Connection) -> None:
         """Remove a connection that has entered; unsubscribe after the last one."""
-        del self.members[kind][name][connection_id]
+        del self.members[kind][name][connection.connection_id]
         if not self.members[kind][name]:
             del self.members[kind][name]
             self.backplane.unsubscribe(f"{kind}:{name}")
@@ -2110,7 +2103,7 @@ class Registry:
         joined = self.groups_of.get(connection_id, set())
         if name in joined:
             joined.remove(name)
-            self._exit("group", name, connection_id)
+            self._exit("group", name, self.connections[connection_id])
         if not joined:  # even an empty set can be large
             self.groups_of.pop(connection_id, None)
         return True if connection_id in self.connections else None
