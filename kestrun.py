@@ -1967,12 +1967,12 @@ class PendingResults:
         here = name in self._registry.connections
         return list(self.asked.get(name, ())) if here else None
 
-    def forget(self, name: str, id: str) -> None:
-        """Forget a call to a client."""
-        self._results.pop(id, None)
+    def forget(self, name: str, id: str) -> asyncio.Future[Completion] | None:
+        """Forget a call to a client; return what waits for its result here, if any."""
         self.asked[name].discard(id)
         if not self.asked[name]:
             del self.asked[name]
+        return self._results.pop(id, None)
 
     def fail(self, name: str, lost: Collection[str] | None = None) -> None:
         """Forget lost calls, or all to a client that is gone: here they raise."""
@@ -1981,9 +1981,7 @@ class PendingResults:
             problem = f"Connection '{name[:_ID_LENGTH]}' does not exist."
             lost = tuple(self.asked.get(name, ()))
         for id in lost:
-            result = self._results.get(id)
-            self.forget(name, id)
-            if result is not None:
+            if (result := self.forget(name, id)) is not None:
                 result.set_exception(ConnectionError(problem))
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
