@@ -3702,14 +3702,12 @@ class MappedHub:
         self,
         app: web.Application,
         hub_class: type[Hub],
-        factory: Callable[[], Hub] | None,
+        make_hub: Callable[[], Hub],
         options: HubOptions,
-        path: str,
-        backplane: RedisBackplane | None,
     ) -> None:
-        self.app = app
+        self._app = app
         self.hub_class = hub_class
-        self._factory: Callable[[], Hub] = factory or hub_class
+        self._make_hub = make_hub
         self.options = options
         converters = Converters(options)
         self.methods = _hub_methods(hub_class, converters)
@@ -3719,9 +3717,6 @@ class MappedHub:
         self.registry = Registry(_load_protocols(options))
         self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
         self.registry.make_converter = converters.make
-        self.backplane = backplane
-        if backplane is not None:
-            self.registry.backplane = backplane.for_hub(path, self.registry)
         self.contexts: dict[str, HubCallerContext] = {}
         #: The tasks of all calls, also of clients that have left.
         self.tasks: set[asyncio.Task[None]] = set()
@@ -3738,22 +3733,19 @@ class MappedHub:
         ids = list(self.registry.members["user"].get(user_id, ()))
         return sum(self._abort(id) or False for id in ids)
 
-    def make_hub(self, context: HubCallerContext) -> Hub:
-        hub = self._factory()
+    def add(self, connection: Connection, context: HubCallerContext) -> Hub:
+        """Make and return a connection's hub; register both."""
+        hub, id = self._make_hub(), context.connection_id
         if type(hub) is not self.hub_class or getattr(hub, "context", None):
             name = self.hub_class.__name__
             raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
-        hub.app = self.app
-        hub.context = context
-        hub.clients = HubCallerClients(self.registry, context.connection_id)
-        hub.groups = self.registry.groups
-        return hub
-
-    def add(self, connection: Connection, context: HubCallerContext) -> None:
-        self.contexts[connection.connection_id] = context
+        hub.app, hub.context, hub.groups = self._app, context, self.registry.groups
+        hub.clients = HubCallerClients(self.registry, id)
+        self.contexts[id] = context
         self.registry.add(connection)
-        who = connection, connection.user_id, connection.transport_name
+        who = connection, context.user_id, context.transport
         log.info("connection %s opened: user %r, %s", *who)
+        return hub
 
     def remove(self, connection: Connection, seconds: float) -> None:
         """Forget a connection, if it was added. seconds: how long it lasted."""
@@ -4287,8 +4279,7 @@ class HubConnection:
         protocol, ended = connection.protocol.name, connection.ended
         abort = functools.partial(self._close, End(), Close())
         context = HubCallerContext(*who, protocol, self._request, ended, abort)
-        self._calls = Calls(mapped, connection, mapped.make_hub(context))
-        mapped.add(connection, context)
+        self._calls = Calls(mapped, connection, mapped.add(connection, context))
 
     async def _accept(self) -> None:
         """Let the hub accept the client, once other processes reach it."""
@@ -4795,13 +4786,12 @@ async def _stop_all(app: web.Application) -> None:
     await asyncio.gather(*(manager.stop() for manager in app[_MANAGERS]))
 
 
+@dataclass(slots=True, eq=False)
 class Endpoint:
     """The routes of one hub."""
 
-    def __init__(self, mapped: MappedHub, path: str) -> None:
-        self._options = mapped.options
-        key = mapped.backplane.key if mapped.backplane else secrets.token_bytes(32)
-        self.manager = ConnectionManager(mapped, Tokens(key, path))
+    _options: HubOptions
+    _manager: ConnectionManager
 
     async def handle_negotiate(self, request: Request) -> StreamResponse:
         """Answer POST {hub}/negotiate. (TransportProtocols.md)"""
@@ -4814,7 +4804,7 @@ class Endpoint:
         user_id = await self._check_request(request, "GET", "POST", "DELETE")
         try:
             transport = self._transport_of(request) if request.method == "GET" else ""
-            connection = await self.manager.find(request, user_id, transport)
+            connection = await self._manager.find(request, user_id, transport)
             if request.method == "POST":
                 return await self._post(request, connection)
             if request.method == "DELETE":
@@ -4861,7 +4851,7 @@ class Endpoint:
         version = min(int(number), 1)
         stateful = query.get("usestatefulreconnect", "").strip().lower() == "true"
         stateful = stateful and self._options.allow_stateful_reconnects
-        token, connection_id = self.manager.negotiate(user_id, version, stateful)
+        token, connection_id = self._manager.negotiate(user_id, version, stateful)
         answer: dict[str, Any] = {"useStatefulReconnect": True} if stateful else {}
         answer |= {"negotiateVersion": version, "connectionId": connection_id}
         if version:  # version 0 has one name for both purposes
@@ -4897,7 +4887,7 @@ class Endpoint:
             connection.transport_name = transport
             if transport != WEBSOCKETS:
                 connection.reconnect = None
-            self.manager.run(connection, request)
+            self._manager.run(connection, request)
         elif connection.transport_name != transport:
             raise web.HTTPBadRequest(text="Cannot change transports mid-connection")
         elif transport != LONG_POLLING and not connection.can_resume():
@@ -4948,17 +4938,6 @@ def _query(request: Request) -> dict[str, str]:
     return query
 
 
-def _constructor_arguments(hub_class: type[Hub]) -> str:
-    """Return the names of the arguments that a class cannot be made without."""
-    try:
-        parameters = inspect.signature(hub_class).parameters.values()
-    except ValueError:  # it has no signature
-        return ""
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in optional]
-    return ", ".join(parameter.name for parameter in needed)
-
-
 def map_hub(
     app: web.Application,
     path: str,
@@ -4984,20 +4963,23 @@ def map_hub(
     and two methods with the same wire name.
     """
     _check_hub_class(hub_class)
-    if factory is not None:
-        _check_call(factory, "factory takes no arguments", 0)
-    elif arguments := _constructor_arguments(hub_class):
-        name = hub_class.__name__
-        call = f"map_hub(app, path, {name}, factory=lambda: {name}({arguments}))"
-        raise TypeError(f"{name} cannot be made without arguments; use {call}")
+    name, make_hub = hub_class.__name__, factory or hub_class
+    usage = f"{name} is made without arguments, or by factory=lambda: {name}(...)"
+    _check_call(make_hub, usage, 0)
     if not isinstance(path, str) or not re.fullmatch("/[^{}]*", path):
         raise ValueError(f'path must start with "/" and be no pattern, got {path!r}')
     options = dataclasses.replace(options or HubOptions(), **overrides)
     path = path.rstrip("/")
     if any(r.canonical == (path or "/") for r in app.router.resources()):
         raise ValueError(f"path: {path or '/'!r} is taken by another route")
-    mapped = MappedHub(app, hub_class, factory, options, path, backplane)
-    endpoint = Endpoint(mapped, path)
+    mapped, key = MappedHub(app, hub_class, make_hub, options), secrets.token_bytes(32)
+    if backplane is not None:
+        key = backplane.key
+        mapped.registry.backplane = backplane.for_hub(path, mapped.registry)
+        if backplane.context not in app.cleanup_ctx:
+            app.cleanup_ctx.append(backplane.context)
+    manager = ConnectionManager(mapped, Tokens(key, path))
+    endpoint = Endpoint(options, manager)
     for slash in ("", "/"):  # ASP.NET accepts both
         app.router.add_route("*", f"{path}{slash}", endpoint.handle)
         app.router.add_route("*", f"{path}/negotiate{slash}", endpoint.handle_negotiate)
@@ -5005,10 +4987,8 @@ def map_hub(
         app[_MANAGERS] = []
         app.on_response_prepare.append(_add_cors)
         app.on_shutdown.append(_stop_all)
-    if backplane is not None and backplane.context not in app.cleanup_ctx:
-        app.cleanup_ctx.append(backplane.context)
-    app[_MANAGERS].append(endpoint.manager)
-    app.on_startup.append(endpoint.manager.start)
+    app[_MANAGERS].append(manager)
+    app.on_startup.append(manager.start)
     return HubContext(mapped.registry, mapped.shared, mapped.contexts, backplane)
 
 
