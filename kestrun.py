@@ -3976,12 +3976,12 @@ class Call:
     async def awaiting_result(self) -> AsyncIterator[None]:
         """Release the slot until user code waits for no more client results."""
         self.awaited_results += 1
-        self._calls.release_slot(self)
+        self._calls.connection.wake()
         try:
             yield
         finally:
-            self.awaited_results -= 1
-            if not self.cancelled:
+            if not self.cancelled:  # which gets no slot again
+                self.awaited_results -= 1
                 await self._calls.resume(self)
 
 
@@ -3998,9 +3998,8 @@ class Calls:
     #: which queue for the lock.
     _waiting: deque[Call] = field(default_factory=deque)
     _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _running: set[Call] = field(default_factory=set)
-    #: The calls that hold a slot; behind them those that wait to get it back.
-    _slots: dict[Call, None] = field(default_factory=dict)
+    #: The calls that run, in the order in which they begin or go on.
+    _running: dict[Call, None] = field(default_factory=dict)
     #: The upload streams that are open, by stream id.
     uploads: dict[str, UploadStream] = field(default_factory=dict)
 
@@ -4022,7 +4021,7 @@ class Calls:
             if len(self._waiting) <= _TASKS_AHEAD:
                 self._create_task(call, NO_RESULT, context)
         elif (result := context.run(call.start)) is not NO_RESULT:
-            self._take_slot(call)
+            self._running[call] = None
             self._create_task(call, result, context)
         elif method.uploads:
             call.close_uploads()
@@ -4081,7 +4080,7 @@ class Calls:
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
-        no_slot = call.method.needs_slot and len(self._slots) >= self.mapped.slots
+        no_slot = call.method.needs_slot and len(self._slots()) >= self.mapped.slots
         if no_slot or len(self._running) >= _MAX_RUNNING:
             return False
         outbox = self.connection.outbox
@@ -4098,7 +4097,7 @@ class Calls:
                     raise HubException("The client has too many calls at once.")
                 await self.connection.changed()
             self._stop_waiting(call)
-            self._take_slot(call)
+            self._running[call] = None
 
     def _stop_waiting(self, call: Call) -> None:
         """Remove a call from those that wait; the next one gets a task."""
@@ -4115,29 +4114,25 @@ class Calls:
         """Forget a call that has ended; its slot is free for another."""
         if call not in self._running:
             self._stop_waiting(call)
-        self._running.discard(call)
+        self._running.pop(call, None)
         if call.task is not None:
             self.mapped.tasks.discard(call.task)
         call.task = None  # which refers to the call by its context
         call.close_uploads()
-        self.release_slot(call)
-
-    def _take_slot(self, call: Call) -> None:
-        """Count a call as running; take a slot if it needs one."""
-        self._running.add(call)
-        if call.method.needs_slot:
-            self._slots[call] = None
-
-    def release_slot(self, call: Call) -> None:
-        self._slots.pop(call, None)
         self.connection.wake()
+
+    def _slots(self) -> list[Call]:
+        """List the calls that hold a slot; behind them those that wait to go on."""
+        running = self._running
+        return [c for c in running if c.method.needs_slot and not c.awaited_results]
 
     async def resume(self, call: Call) -> None:
         """Take a slot again if the call needs one, and wait until it is free."""
         late: asyncio.CancelledError | None = None
         if call in self._running and not call.awaited_results:
-            self._take_slot(call)
-        while call in list(self._slots)[self.mapped.slots :]:
+            del self._running[call]  # behind the others
+            self._running[call] = None
+        while call in self._slots()[self.mapped.slots :]:
             try:
                 await self.connection.changed()
             except asyncio.CancelledError as error:  # its own timeout, perhaps
