@@ -3682,6 +3682,7 @@ _TASKS_AHEAD = 32
 _KINDS = ("non-streaming", "streaming")
 _WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invocation."
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
+_UNAUTHORIZED = "Failed to invoke '{}' because user is unauthorized"
 
 #: Seconds for which a plain method may block the event loop before a warning.
 _BLOCKING = 0.1
@@ -3876,10 +3877,7 @@ class Call:
         hub, method, message = self._calls.hub, self.method, self.invocation
         for check in method.checks:
             if not await _result_of(check(hub.context)):
-                text = (
-                    f"Failed to invoke '{message.target}' because user is unauthorized"
-                )
-                raise Refusal(text)
+                raise Refusal(_UNAUTHORIZED.format(message.target))
         invocation = HubInvocation(method.name, message.target, message.arguments)
 
         async def call_next() -> Any:
@@ -4104,9 +4102,8 @@ class Calls:
         self._waiting.remove(call)
         self.connection.release(call.size)
         self.connection.wake()
-        for following in itertools.islice(
-            self._waiting, _TASKS_AHEAD - 1, _TASKS_AHEAD
-        ):
+        if len(self._waiting) >= _TASKS_AHEAD:
+            following = self._waiting[_TASKS_AHEAD - 1]
             if following.task is None:
                 self._create_task(following, NO_RESULT, self._variables.copy())
 
@@ -4410,6 +4407,7 @@ class HubConnection:
         calls or `on_disconnected` still run. now: monotonic seconds.
         """
         connection, mapped = self._connection, self._mapped
+        reconnect, encode = connection.reconnect, connection.protocol.encode
         timeout = _or_infinite(mapped.options.close_timeout)
         if connection.state == CLOSED and now - connection.last_change > timeout:
             mapped.remove(connection, now - self._begun)
@@ -4424,14 +4422,9 @@ class HubConnection:
             log.info("connection %s timed out", connection)
             text = "Client hasn't sent a message/ping within the configured "
             self._fail(OperationCanceledException(f"{text}ClientTimeoutInterval."))
-        elif connection.transport is not None and connection.backlog() <= _HIGH_WATER:
-            self._keep_alive(now)
-
-    def _keep_alive(self, now: float) -> None:
-        """Send a ping and an acknowledgement if it is time for them."""
-        connection, reconnect = self._connection, self._connection.reconnect
-        encode = connection.protocol.encode
-        interval = _or_infinite(self._mapped.options.keep_alive_interval)
+        if connection.transport is None or connection.backlog() > _HIGH_WATER:
+            return
+        interval = _or_infinite(mapped.options.keep_alive_interval)
         polls = connection.transport_name == LONG_POLLING  # which keep it alive
         if now - self._last_ping >= interval and not polls:
             self._last_ping = now
@@ -4565,16 +4558,14 @@ class Tokens:
 def _apply_timeouts(connection: Connection, now: float) -> None:
     """Apply the timeouts of a transport. now: the monotonic time in seconds."""
     options, transport = connection.shared.options, connection.transport
-    away = now - connection.last_change
-    if transport is None:
-        if away > _or_infinite(options.disconnect_timeout):
-            connection.lost(End())
-    elif transport.socket.is_closing():
+    if transport is not None and transport.socket.is_closing():
         connection.wake()  # its request notices that the client is gone
-    elif connection.state == CLOSING:
-        if away > _or_infinite(options.close_timeout):
+    elif transport is None or connection.state == CLOSING:
+        limit = options.close_timeout if transport else options.disconnect_timeout
+        if now - connection.last_change > _or_infinite(limit):
             connection.lost(End())
-            transport.abort()
+            if transport is not None:
+                transport.abort()
     else:
         stalled = connection.outbox.stalled_for(connection.backlog(), now)
         if stalled > _or_infinite(options.transport_send_timeout):
@@ -4803,7 +4794,11 @@ class Endpoint:
             if request.method == "POST":
                 return await self._post(request, connection)
             if request.method == "DELETE":
-                return self._delete(connection)
+                if connection.transport_name != LONG_POLLING:
+                    text = "Cannot terminate this connection using the DELETE endpoint."
+                    raise web.HTTPBadRequest(text=text)
+                connection.lost(End(normal=True))  # which ends the pending poll, too
+                return Response(status=202, text="")
             # Not in a helper: each coroutine costs memory while a socket is open.
             return await self._get(request, connection, transport)
         except web.HTTPException as error:
@@ -4914,13 +4909,6 @@ class Endpoint:
         if not request.content.at_eof():  # the hub takes no more
             response.force_close()
         return response
-
-    def _delete(self, connection: Connection) -> Response:
-        if connection.transport_name != LONG_POLLING:
-            text = "Cannot terminate this connection using the DELETE endpoint."
-            raise web.HTTPBadRequest(text=text)
-        connection.lost(End(normal=True))  # which ends the pending poll, too
-        return Response(status=202, text="")
 
 
 def _query(request: Request) -> dict[str, str]:
