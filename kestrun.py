@@ -3706,9 +3706,9 @@ class MappedHub:
         make_hub: Callable[[], Hub],
         options: HubOptions,
     ) -> None:
-        self._app = app
+        self.app = app
         self.hub_class = hub_class
-        self._make_hub = make_hub
+        self.make_hub = make_hub
         self.options = options
         converters = Converters(options)
         self.methods = _hub_methods(hub_class, converters)
@@ -3716,37 +3716,21 @@ class MappedHub:
         #: Calls of one client that may run at the same time.
         self.slots = options.maximum_parallel_invocations_per_client or sys.maxsize
         self.registry = Registry(_load_protocols(options))
-        self.registry.handlers |= {"abort": self._abort, "abort user": self._abort_user}
+        self.registry.handlers |= {
+            "abort": lambda id: self._abort([id]) or None,
+            "abort user": lambda id: self._abort(self.registry.find("user", id)),
+        }
         self.registry.make_converter = converters.make
         self.contexts: dict[str, HubCallerContext] = {}
         #: The tasks of all calls, also of clients that have left.
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def _abort(self, connection_id: str) -> bool | None:
-        """Abort a connection of this process; return None if it is not here."""
-        if (context := self.contexts.get(connection_id)) is None:
-            return None
-        context.abort()
-        return True
-
-    def _abort_user(self, user_id: str) -> int:
-        """Abort the connections that a user has in this process; count them."""
-        ids = list(self.registry.members["user"].get(user_id, ()))
-        return sum(self._abort(id) or False for id in ids)
-
-    def add(self, connection: Connection, context: HubCallerContext) -> Hub:
-        """Make and return a connection's hub; register both."""
-        hub, id = self._make_hub(), context.connection_id
-        if type(hub) is not self.hub_class or getattr(hub, "context", None):
-            name = self.hub_class.__name__
-            raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
-        hub.app, hub.context, hub.groups = self._app, context, self.registry.groups
-        hub.clients = HubCallerClients(self.registry, id)
-        self.contexts[id] = context
-        self.registry.add(connection)
-        who = connection, context.user_id, context.transport
-        log.info("connection %s opened: user %r, %s", *who)
-        return hub
+    def _abort(self, ids: Iterable[str]) -> int:
+        """Abort those of the connections that are in this process; count them."""
+        contexts = [self.contexts[id] for id in ids if id in self.contexts]
+        for context in contexts:
+            context.abort()
+        return len(contexts)
 
     def remove(self, connection: Connection, seconds: float) -> None:
         """Forget a connection, if it was added. seconds: how long it lasted."""
@@ -4017,16 +4001,14 @@ class Calls:
             self.connection.inbox.hold(size)
             self._waiting.append(call)
             if len(self._waiting) <= _TASKS_AHEAD:
-                self._create_task(call, NO_RESULT, context)
+                self._spawn(call, NO_RESULT, context)
         elif (result := context.run(call.start)) is not NO_RESULT:
             self._running[call] = None
-            self._create_task(call, result, context)
+            self._spawn(call, result, context)
         elif method.uploads:
             call.close_uploads()
 
-    def _create_task(
-        self, call: Call, result: Any, context: contextvars.Context
-    ) -> None:
+    def _spawn(self, call: Call, result: Any, context: contextvars.Context) -> None:
         """Continue a call in a task: await its method's result, or wait to begin."""
         loop, name = asyncio.get_running_loop(), call.method.qualified_name
         task = loop.create_task(call.run(result), name=name, context=context)
@@ -4105,7 +4087,7 @@ class Calls:
         if len(self._waiting) >= _TASKS_AHEAD:
             following = self._waiting[_TASKS_AHEAD - 1]
             if following.task is None:
-                self._create_task(following, NO_RESULT, self._variables.copy())
+                self._spawn(following, NO_RESULT, self._variables.copy())
 
     def forget(self, call: Call) -> None:
         """Forget a call that has ended; its slot is free for another."""
@@ -4166,22 +4148,40 @@ class Calls:
 
 async def _shake_hands(mapped: MappedHub, connection: Connection) -> bool:
     """Answer the handshake request; return True if it succeeds."""
+    problem = None
     try:
-        name, version = _read_handshake(await _read_first_record(connection))
-        connection.protocol = _choose_protocol(mapped, connection, name, version)
+        await _choose_protocol(mapped, connection)
+        connection.state = OPEN
     except (ProtocolError, HubException) as error:
-        text = str(error)
-        log.warning("connection %s: %s", connection, _one_line(text, 200))
+        problem = str(error)
+        log.warning("connection %s: %s", connection, _one_line(problem, 200))
         if isinstance(error, ProtocolError):
             text = "An unexpected error occurred during connection handshake."
-            text = error_text(text, error, mapped.options)
-        connection.send(_handshake_response(text), sequenced=False)
-        return False
+            problem = error_text(text, error, mapped.options)
+    connection.send(_handshake_response(problem), sequenced=False)
+    return problem is None
+
+
+async def _choose_protocol(mapped: MappedHub, connection: Connection) -> None:
+    """Set up what the client asks for. Raises ProtocolError or HubException."""
+    name, version = _read_handshake(await _read_first_record(connection))
+    protocol = mapped.registry.protocols.get(name.lower())
+    if protocol is None:
+        if name.lower() == "messagepack":
+            log.warning("a client asks for MessagePack: pip install msgpack")
+        raise HubException(f"The protocol '{name}' is not supported.")
+    if version > 2:  # version 2 added stateful reconnect
+        raise HubException(
+            f"The server does not support version {version} of the '{name}' protocol."
+        )
+    if protocol.binary and connection.transport_name == SERVER_SENT_EVENTS:
+        raise HubException(
+            f"Cannot use the '{protocol.name}' protocol on the current transport. "
+            "The transport does not support 'Binary' transfer format."
+        )
+    connection.protocol = protocol
     if version < 2:
         connection.reconnect = None
-    connection.state = OPEN
-    connection.send(_handshake_response(), sequenced=False)
-    return True
 
 
 async def _read_first_record(connection: Connection) -> bytearray:
@@ -4198,26 +4198,6 @@ async def _read_first_record(connection: Connection) -> bytearray:
                     return record
                 await connection.changed()
     raise HubException("Handshake was canceled.")
-
-
-def _choose_protocol(
-    mapped: MappedHub, connection: Connection, name: str, version: int
-) -> HubProtocol:
-    protocol = mapped.registry.protocols.get(name.lower())
-    if protocol is None:
-        if name.lower() == "messagepack":
-            log.warning("a client asks for MessagePack: pip install msgpack")
-        raise HubException(f"The protocol '{name}' is not supported.")
-    if version > 2:  # version 2 added stateful reconnect
-        raise HubException(
-            f"The server does not support version {version} of the '{name}' protocol."
-        )
-    if protocol.binary and connection.transport_name == SERVER_SENT_EVENTS:
-        raise HubException(
-            f"Cannot use the '{protocol.name}' protocol on the current transport. "
-            "The transport does not support 'Binary' transfer format."
-        )
-    return protocol
 
 
 class HubConnection:
@@ -4265,13 +4245,22 @@ class HubConnection:
             connection.close(End())
 
     def _create_hub(self) -> None:
-        """Make and register the hub."""
+        """Make the hub of this connection, and register both."""
         mapped, connection = self._mapped, self._connection
-        who = connection.connection_id, connection.user_id, connection.transport_name
+        hub, id = mapped.make_hub(), connection.connection_id
+        if type(hub) is not mapped.hub_class or getattr(hub, "context", None):
+            name = mapped.hub_class.__name__
+            raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
+        who = id, connection.user_id, connection.transport_name
         protocol, ended = connection.protocol.name, connection.ended
         abort = functools.partial(self._close, End(), Close())
-        context = HubCallerContext(*who, protocol, self._request, ended, abort)
-        self._calls = Calls(mapped, connection, mapped.add(connection, context))
+        hub.context = HubCallerContext(*who, protocol, self._request, ended, abort)
+        hub.app, hub.groups = mapped.app, mapped.registry.groups
+        hub.clients = HubCallerClients(mapped.registry, id)
+        self._calls = Calls(mapped, connection, hub)
+        mapped.contexts[id] = hub.context
+        mapped.registry.add(connection)
+        log.info("connection %s opened: user %r, %s", connection, *who[1:])
 
     async def _accept(self) -> None:
         """Let the hub accept the client, once other processes reach it."""
@@ -4280,13 +4269,12 @@ class HubConnection:
         _current_call.set(self)
         await _result_of(self._calls.hub.on_connected())
 
-    @contextlib.asynccontextmanager
-    async def awaiting_result(self) -> AsyncIterator[None]:
+    def awaiting_result(self) -> contextlib.nullcontext[None]:
         """Forbid client results in `on_connected`; a hook has no slot."""
         if self._connection.on_data is None:
             text = "Client results inside OnConnectedAsync Hub methods are not allowed."
             raise HubException(text)
-        yield
+        return contextlib.nullcontext()
 
     async def _run_hook(
         self, name: str, hook: Callable[..., Any], *arguments: Any
@@ -4452,6 +4440,12 @@ _CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
 
 #: The header of an answer when the server is full.
 _RETRY_LATER = {"Retry-After": "5"}
+
+_UNKNOWN_TOKEN = (
+    "%s with an unknown token: it has expired, is from before a restart, or from "
+    "another process. Several processes need a common backplane, and a proxy that "
+    "sends all requests of a connection to one of them."
+)
 
 
 def access_token(request: Request) -> str | None:
@@ -4643,13 +4637,7 @@ class ConnectionManager:
             connection = self._connections.get(token)
             connection = connection or await self._open(token, user_id)
             if connection is None:
-                log.warning(
-                    "%s with an unknown token: it has expired, is from before a "
-                    "restart, or from another process. Several processes need a common "
-                    "backplane, and a proxy that sends all requests of a connection to "
-                    "one of them.",
-                    request.method,
-                )
+                log.warning(_UNKNOWN_TOKEN, request.method)
             if connection is None or connection.state == CLOSED:
                 raise web.HTTPNotFound(text="No Connection with that ID")
             if connection.user_id != user_id:
@@ -4741,9 +4729,7 @@ class ConnectionManager:
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
         for connection in self._connections.values():
-            if not connection.transport_name:  # no GET has opened it
-                connection.lost(End())
-            elif isinstance(connection.transport, WebSocketTransport):
+            if isinstance(connection.transport, WebSocketTransport):
                 # aiohttp reads nothing any more, so no close frame can arrive.
                 connection.transport.close_socket(self._mapped.options.close_timeout)
         begun = time.monotonic()
@@ -4754,7 +4740,7 @@ class ConnectionManager:
                 break
             for connection in self._connections.values():
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
-                    connection.lost(End())  # no poll fetched its Close
+                    connection.lost(End())  # no GET opened it, or fetched its Close
             await asyncio.sleep(0.02)
         for connection in self._connections.values():
             connection.drop("shutdown")
