@@ -3671,8 +3671,7 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
 # the other while the server reads. A plain method is called right where its
 # message is read; a call that is async or has to wait runs in a task of its own.
 
-#: Calls and streams of one client that may run at the same time, whether they
-#: hold a slot or not. Further ones wait as long as there is room for them.
+#: Calls and streams of one client that may run at the same time; further ones wait.
 _MAX_RUNNING = 1000
 
 #: Waiting calls of one client that get a task in advance. Calls that end in their
@@ -3995,8 +3994,7 @@ class Calls:
             self.reply(invocation, NO_RESULT, problem)
             return
         call = Call(self, invocation, method, size)
-        if method.uploads:
-            call.open_uploads()
+        call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self.connection.inbox.hold(size)
             self._waiting.append(call)
@@ -4015,6 +4013,7 @@ class Calls:
         if not task.done():  # as it may be, with an eager task factory
             call.task = task
             self.mapped.tasks.add(task)
+            task.add_done_callback(self.mapped.tasks.discard)
 
     def _bind(self, invocation: Invocation, method: HubMethod | None) -> str:
         """Convert a call's arguments; return its first error as ASP.NET Core does."""
@@ -4094,8 +4093,6 @@ class Calls:
         if call not in self._running:
             self._stop_waiting(call)
         self._running.pop(call, None)
-        if call.task is not None:
-            self.mapped.tasks.discard(call.task)
         call.task = None  # which refers to the call by its context
         call.close_uploads()
         self.connection.wake()
@@ -4203,12 +4200,9 @@ async def _read_first_record(connection: Connection) -> bytearray:
 class HubConnection:
     """One client and its hub, from the handshake to the end."""
 
-    def __init__(
-        self, mapped: MappedHub, connection: Connection, request: Request
-    ) -> None:
+    def __init__(self, mapped: MappedHub, connection: Connection) -> None:
         self._mapped = mapped
         self._connection = connection
-        self._request = request
         self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
@@ -4218,13 +4212,13 @@ class HubConnection:
         self._last_received = self._last_ping = self._begun
         self._calls: Calls
 
-    async def run(self) -> None:
-        """Serve a client from its handshake to its end."""
+    async def run(self, request: Request) -> None:
+        """Serve a client from its handshake to its end. request: its first GET."""
         connection = self._connection
         try:
             if not await _shake_hands(self._mapped, connection):
                 return
-            error = await self._run_hook("__init__", self._create_hub)
+            error = await self._run_hook("__init__", self._create_hub, request)
             error = error or await self._run_hook("on_connected", self._accept)
             if error is not None:
                 self._fail(error, allow_reconnect=False)
@@ -4244,7 +4238,7 @@ class HubConnection:
             self._mapped.remove(connection, time.monotonic() - self._begun)
             connection.close(End())
 
-    def _create_hub(self) -> None:
+    def _create_hub(self, request: Request) -> None:
         """Make the hub of this connection, and register both."""
         mapped, connection = self._mapped, self._connection
         hub, id = mapped.make_hub(), connection.connection_id
@@ -4254,7 +4248,7 @@ class HubConnection:
         who = id, connection.user_id, connection.transport_name
         protocol, ended = connection.protocol.name, connection.ended
         abort = functools.partial(self._close, End(), Close())
-        hub.context = HubCallerContext(*who, protocol, self._request, ended, abort)
+        hub.context = HubCallerContext(*who, protocol, request, ended, abort)
         hub.app, hub.groups = mapped.app, mapped.registry.groups
         hub.clients = HubCallerClients(mapped.registry, id)
         self._calls = Calls(mapped, connection, hub)
@@ -4389,10 +4383,9 @@ class HubConnection:
             self._calls.cancel_waiting()
 
     def check_timeouts(self, now: float) -> None:
-        """Send a due ping or ack, and disconnect a silent client.
+        """Send a due ping or ack; disconnect a silent client. now: monotonic seconds.
 
-        A connection that has closed is forgotten after `close_timeout`, even if its
-        calls or `on_disconnected` still run. now: monotonic seconds.
+        A closed connection is forgotten after `close_timeout`, even if its code runs.
         """
         connection, mapped = self._connection, self._mapped
         reconnect, encode = connection.reconnect, connection.protocol.encode
@@ -4466,9 +4459,8 @@ def _check_headers(
     """Refuse compressed bodies, and what pages of origins not `allowed` have caused.
 
     reads: the request only reads, so links of other sites may cause it.
-    Raises HTTP errors. Browsers send no Origin with images, links and prefetches;
-    other headers show where those come from. (Fetch Metadata Request Headers. Other
-    clients send none.)
+    Raises HTTP errors. Browsers send no Origin with images, links and prefetches, but
+    other headers show where those come from. (Fetch Metadata Request Headers)
     """
     headers, linked = request.headers, False
     if (origin := headers.get("Origin")) is None:
@@ -4684,8 +4676,8 @@ class ConnectionManager:
 
     def run(self, connection: Connection, request: Request) -> None:
         """Start serving a connection, at its first GET."""
-        hub_connection = HubConnection(self._mapped, connection, request)
-        task = asyncio.create_task(hub_connection.run())
+        hub_connection = HubConnection(self._mapped, connection)
+        task = asyncio.create_task(hub_connection.run(request))
         self._running[task] = hub_connection
         task.add_done_callback(self._running.pop)
 
