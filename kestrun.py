@@ -3683,9 +3683,6 @@ _WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invoc
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
 _UNAUTHORIZED = "Failed to invoke '{}' because user is unauthorized"
 
-#: Seconds for which a plain method may block the event loop before a warning.
-_BLOCKING = 0.1
-
 
 class OperationCanceledException(Exception):
     """Something timed out or was cancelled; clients see this name, which is .NET's."""
@@ -3850,7 +3847,7 @@ class Call:
             self._calls.reply(self.invocation, result)
         except BaseException as error:  # noqa: BLE001 (user code)
             self._fail(error)
-        if (seconds := time.perf_counter() - started) > _BLOCKING:
+        if (seconds := time.perf_counter() - started) > 0.1:
             text = "%s blocked the event loop for %.0f ms: use asyncio.to_thread"
             log.warning(text, method.qualified_name, seconds * 1000)
         return NO_RESULT
@@ -4453,9 +4450,7 @@ def access_token(request: Request) -> str | None:
     return request.query.get("access_token")
 
 
-def _check_headers(
-    request: Request, allowed: Collection[str], reads: bool = False
-) -> None:
+def _check_headers(request: Request, allowed: Collection[str], reads: bool) -> None:
     """Refuse compressed bodies, and what pages of origins not `allowed` have caused.
 
     reads: the request only reads, so links of other sites may cause it.
@@ -4789,7 +4784,7 @@ class Endpoint:
 
         Raises what `authenticate` raises, with an empty body, as the reference does.
         """
-        _check_headers(request, self._options.allowed_origins)
+        _check_headers(request, self._options.allowed_origins, reads=False)
         if request.method == "OPTIONS" and _CORS_ORIGIN in request:
             raise web.HTTPNoContent
         if request.method not in methods:
