@@ -3991,7 +3991,8 @@ class Calls:
             self.reply(invocation, NO_RESULT, problem)
             return
         call = Call(self, invocation, method, size)
-        call.open_uploads()
+        if method.uploads:
+            call.open_uploads()
         if self._waiting or not self._may_begin(call):
             self.connection.inbox.hold(size)
             self._waiting.append(call)
@@ -4103,8 +4104,7 @@ class Calls:
         """Take a slot again if the call needs one, and wait until it is free."""
         late: asyncio.CancelledError | None = None
         if call in self._running and not call.awaited_results:
-            del self._running[call]  # behind the others
-            self._running[call] = None
+            self._running[call] = self._running.pop(call)  # behind the others
         while call in self._slots()[self.mapped.slots :]:
             try:
                 await self.connection.changed()
@@ -4420,9 +4420,6 @@ class HubConnection:
 
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
-
-#: POSTs of one client that may wait for each other. Clients send one at a time.
-_MAX_POSTS = 64
 
 #: Seconds at shutdown: for running calls, for clients to fetch their Close by a poll,
 #: and for everything together.
@@ -4868,7 +4865,7 @@ class Endpoint:
             text = "POST requests are not allowed for WebSocket connections."
             raise web.HTTPMethodNotAllowed("POST", ["GET"], text=text)
         inbox = connection.inbox
-        if inbox.posts >= _MAX_POSTS:
+        if inbox.posts >= 64:  # clients send one at a time
             raise web.HTTPTooManyRequests(text="", headers={"Retry-After": "1"})
         inbox.posts += 1
         try:
