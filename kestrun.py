@@ -3714,7 +3714,9 @@ class MappedHub:
         self.registry = Registry(_load_protocols(options))
         self.registry.handlers |= {
             "abort": lambda id: self._abort([id]) or None,
-            "abort user": lambda id: self._abort(self.registry.find("user", id)),
+            "abort user": lambda id: self._abort(
+                self.registry.members["user"].get(id, ())
+            ),
         }
         self.registry.make_converter = converters.make
         self.contexts: dict[str, HubCallerContext] = {}
