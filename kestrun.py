@@ -3246,11 +3246,10 @@ class HubMethod:
         Returns them with the defaults of those left out, but without the upload
         streams, which the caller inserts at their positions. Raises BindingError.
         """
-        method, count, most = self.qualified_name, len(values), len(self._parameters)
+        count, most = len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
-            names = ", ".join(parameter.name for parameter, _ in self._parameters)
-            log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
             text = f"Invocation provides {count} argument(s) but target expects {most}."
+            log.warning("%s: %s", self.qualified_name, text)
             raise BindingError(text)
         parameters = self._parameters + self._rest * (count - most)
         bound = []
@@ -3260,13 +3259,11 @@ class HubMethod:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a converter may be user code
-            name, text = parameters[len(bound)][0].name, _text_of(error)
-            shown = _one_line(text, 200)
-            log.warning("%s: argument %r does not fit: %s", method, name, shown)
+            text = f"{parameters[len(bound)][0].name}: {_text_of(error)}"
+            log.warning("%s: argument %s", self.qualified_name, _one_line(text, 200))
             raise BindingError(
                 "Error binding arguments. Make sure that the types of the provided "
-                "values match the types of the hub method being invoked. "
-                f"({name}: {text})"
+                f"values match the types of the hub method being invoked. ({text})"
             ) from error
         return bound + [parameter.default for parameter, _ in self._parameters[count:]]
 
@@ -3377,14 +3374,12 @@ class Converters:
             return functools.partial(_to_items, kind, make(args[0] if args else Any))
         if kind is dict and args:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
-        if hasattr(kind, "__supertype__") or hasattr(kind, "__value__"):  # an alias
+        if isinstance(kind, type) and kind in _ACCEPTED:
+            return functools.partial(_to_type, kind, exact)
+        is_alias = hasattr(kind, "__supertype__") or hasattr(kind, "__value__")
+        is_object = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+        if is_alias or is_object or isinstance(kind, EnumType):
             return self._for_named(kind, exact)
-        if isinstance(kind, type):
-            if kind in _ACCEPTED:
-                return functools.partial(_to_type, kind, exact)
-            is_object = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
-            if is_object or isinstance(kind, EnumType):
-                return self._for_named(kind, exact)
         if self._fallback is not None:
             return self._fallback
         raise TypeError(
