@@ -3398,16 +3398,15 @@ class Converters:
         names, results = " or ".join(map(_type_text, members)), self._results
 
         def convert_once(value: Any) -> Any:
-            arrived, reason = type(value).__name__, ""
+            problem, reason = f"expected, got {type(value).__name__}", ""
             for converter in converters:
                 try:
                     return converter(value)
                 except Exception as error:  # noqa: BLE001 (a dataclass is user code)
-                    text = _text_of(error)
                     # An error inside the value says more than that its type differs.
-                    reason = reason if text.endswith(f", got {arrived}") else text
-            text = f"{names} expected, got {arrived}"
-            raise ValueError(f"{text} ({reason[:200]})" if reason else text)
+                    if not (text := _text_of(error)).endswith(problem):
+                        reason = f" ({text[:200]})"
+            raise ValueError(f"{names} {problem}{reason}")
 
         def convert(value: Any) -> Any:
             if not isinstance(value, (list, dict)):
@@ -3583,9 +3582,8 @@ def _type_text(annotation: Any) -> str:
     """Spell a type as Python source does, without modules."""
     if annotation is type(None):
         return "None"
-    text = inspect.formatannotation(annotation)
-    modules_or_literal = r"""('[^']*'|"[^"]*")|\b(?:[\w<>]+\.)+(?=\w)"""
-    return re.sub(modules_or_literal, lambda match: match[1] or "", text)
+    literal_or_module = r"""('[^']*'|"[^"]*")|\b(?:[\w<>]+\.)+(?=\w)"""
+    return re.sub(literal_or_module, r"\1", inspect.formatannotation(annotation))
 
 
 def _check_hub_class(hub_class: Any) -> None:
@@ -3647,15 +3645,14 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
         values = JsonProtocol(options).dumps({**kind.__members__})
         return {"values": json.loads(values)}
     hints = typing.get_type_hints(kind)
+    spelled = [(name, name) for name in hints]
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
-        fields, missing = dataclasses.fields(kind), dataclasses.MISSING
-        spelled = dict(JsonProtocol(options).spell(kind))
-        hints = {wire: hints[name] for name, wire in spelled.items()}
-        needed = {f.name for f in fields if f.default is f.default_factory is missing}
-        optional = frozenset(spelled[f.name] for f in fields if f.name not in needed)
-    members = {name: _type_text(hint) for name, hint in hints.items()}
-    return {"members": members, "optional": [m for m in members if m in optional]}
+        spelled, fields = JsonProtocol(options).spell(kind), dataclasses.fields(kind)
+        # The others have neither a default nor a factory: both are missing.
+        optional = {f.name for f in fields if f.default is not f.default_factory}
+    members = {wire: _type_text(hints[name]) for name, wire in spelled}
+    return {"members": members, "optional": [w for n, w in spelled if n in optional]}
 
 
 # ----------------------------------------------------------- hub connection
@@ -4944,9 +4941,8 @@ def map_hub(
 
 # ------------------------------------------------------------------- client
 #
-# A client for tests and scripts, made of the same messages and protocols: what a
-# server encodes it decodes, and the other way round. WebSockets only, without
-# negotiation.
+# A client for tests and scripts, made of the same messages and protocols. It uses
+# WebSockets only, without negotiation.
 
 
 class HubClient:
@@ -5023,10 +5019,9 @@ class HubClient:
         """Call a method of the hub and return its result.
 
         arguments: of any type that hubs can send; async iterators are uploaded.
-        returns: the type of the result, checked and converted like an argument of a
-            hub method; ValueError if it does not fit.
-        Raises HubException with the error that the hub reports, ConnectionError if
-        the connection ends.
+        returns: the type of the result, converted like an argument of a hub method.
+        Raises HubException with the error that the hub reports, ValueError if the
+        result does not fit `returns`, ConnectionError if the connection ends.
         """
         convert = Converters(HubOptions()).make(returns)
         call = Invocation(target, list(arguments))
@@ -5072,8 +5067,8 @@ class HubClient:
         call.arguments = [a for a in call.arguments if not isinstance(a, AsyncIterable)]
         call.stream_ids = tuple(next(self._ids) for _ in streams)
         await self._write(call)
-        pairs = zip(call.stream_ids, streams, strict=True)
-        return [self._start(self._upload(*pair)) for pair in pairs]
+        uploads = map(self._upload, call.stream_ids, streams)
+        return [self._start(upload) for upload in uploads]
 
     async def _upload(self, stream_id: str, items: AsyncIterable[Any]) -> None:
         end = Completion(stream_id, NO_RESULT)
