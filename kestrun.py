@@ -3374,11 +3374,12 @@ class Converters:
             return functools.partial(_to_items, kind, make(args[0] if args else Any))
         if kind is dict and args:
             return functools.partial(_to_dict, self.make(args[0]), make(args[1]))
-        if isinstance(kind, type) and kind in _ACCEPTED:
+        is_class = isinstance(kind, type)
+        if is_class and kind in _ACCEPTED:
             return functools.partial(_to_type, kind, exact)
         is_alias = hasattr(kind, "__supertype__") or hasattr(kind, "__value__")
-        is_object = dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
-        if is_alias or is_object or isinstance(kind, EnumType):
+        is_named = isinstance(kind, EnumType) or typing.is_typeddict(kind)
+        if is_alias or is_named or is_class and dataclasses.is_dataclass(kind):
             return self._for_named(kind, exact)
         if self._fallback is not None:
             return self._fallback
