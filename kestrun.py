@@ -6754,8 +6754,9 @@ class Demo:
         self.schedule.cron("0 * * * * *", name="admin_status")(self._send_admin_status)
         #: By how many seconds timers were late during the last second.
         self._delays = deque([0.0], maxlen=20)
-        #: The newest numbers of all processes, and the lock for collecting them.
-        self._numbers: dict[str, Any] = {"Uptime": -math.inf}
+        #: The newest numbers of all processes, when they were collected, and the lock.
+        self._numbers: dict[str, Any] = {}
+        self._collected_at = -math.inf
         self._collecting = asyncio.Lock()
 
     async def context(self, app: object) -> AsyncIterator[None]:
@@ -6938,14 +6939,15 @@ class Demo:
     async def numbers(self) -> dict[str, Any]:
         """Add up the counts of all processes, once a second for all that watch."""
         async with self._collecting:
-            uptime = round(time.monotonic() - self.started, 1)
-            if uptime - self._numbers["Uptime"] < 0.85:
+            now = time.monotonic()
+            if now - self._collected_at < 1:
                 return self._numbers
             try:
                 counts = await self.hub.everywhere.ask("stats")
             except ConnectionError:
                 counts = [self.count()]
-            total = {"Uptime": uptime, "Timestamp": _stamp(), "Processes": len(counts)}
+            total = {"Uptime": round(now - self.started, 1), "Timestamp": _stamp()}
+            total["Processes"] = len(counts)
             total["LoopLag"] = max(count.pop("LoopLag") for count in counts)
             for name, value in counts[0].items():
                 values = [count[name] for count in counts]
@@ -6953,7 +6955,7 @@ class Demo:
                     total[name] = dict(sum(map(Counter, values), Counter[str]()))
                 else:
                     total[name] = sum(values)
-            self._numbers = total
+            self._numbers, self._collected_at = total, now
             return total
 
 
