@@ -5575,9 +5575,8 @@ class Schedule:
             raise ValueError(f"every() needs at least 0.001 seconds, got {seconds!r}")
 
         def after(moment: float) -> float:
-            count = math.floor(moment / seconds) + 1
-            due = count * seconds
-            return due if due > moment else (count + 1) * seconds
+            due = (moment // seconds + 1) * seconds
+            return due if due > moment else (moment // seconds + 2) * seconds
 
         return functools.partial(self._register, name, f"every {seconds:g} s", after)
 
@@ -6493,20 +6492,13 @@ connection.start();
 # hub of four methods, routes that broadcast, operations that report progress,
 # two jobs. Names and payloads are those of Kestrun's PowerShell sample "SignalR".
 
-#: Where the demo application keeps its hub: `app[kestrun.HUB]`.
+#: Where the demo application keeps its hub, `app[kestrun.HUB]`, and itself.
 HUB: web.AppKey[HubContext] = web.AppKey("kestrun_hub", HubContext)
+_DEMO: web.AppKey[Demo] = web.AppKey("kestrun_demo")
 
 #: The levels of the sample, with Python's number for each.
 LEVELS = {"Trace": 5, "Verbose": 5, "Debug": 10, "Information": 20}
 LEVELS |= {"Warning": 30, "Error": 40, "Critical": 50, "Fatal": 50}
-
-#: Sent with every answer: no guessed content types, no referrers, no frames.
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-    "Server": "kestrun",
-}
 
 Handler = Callable[[Request], Awaitable[StreamResponse]]
 
@@ -6603,7 +6595,11 @@ async def _read_body(request: Request) -> None:
 
 
 async def _add_security_headers(request: Request, response: StreamResponse) -> None:
-    response.headers.update(_SECURITY_HEADERS)
+    """Forbid guessed content types, referrers and frames in every answer."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["X-Frame-Options"] = "DENY"
+    response.headers["Server"] = "kestrun"
 
 
 def _content_security_policy(page: str) -> str:
@@ -6858,8 +6854,7 @@ class Demo:
 
     async def list_operations(self, request: Request) -> Response:
         """List the operations of all processes, newest first."""
-        lists = await self.hub.everywhere.ask("operations")
-        entries = [entry for entries in lists for entry in entries]
+        entries = [*itertools.chain(*await self.hub.everywhere.ask("operations"))]
         entries.sort(key=lambda entry: entry["StartedAt"] or "new", reverse=True)
         return web.json_response(entries)
 
@@ -6924,7 +6919,6 @@ class Demo:
         # The largest 100 of 10,000 groups, because there may be any number.
         names = hub.groups.names()[:10_000]
         sizes = {name: len(hub.groups.members(name)) for name in names}
-        states = Counter(operation.state for operation in self.operations.list())
         return {
             "Clients": stats["connections"],
             "MessagesIn": stats["messages_in"],
@@ -6932,7 +6926,7 @@ class Demo:
             "QueuedBytes": stats["queued_bytes"],
             "Transports": stats["transports"],
             "Groups": dict(Counter(sizes).most_common(100)),
-            "Operations": dict(states),
+            "Operations": dict(Counter(o.state for o in self.operations.list())),
             "LoopLag": round(1000 * max(self._delays), 1),
         }
 
@@ -6957,10 +6951,6 @@ class Demo:
                     total[name] = sum(values)
             self._numbers, self._collected_at = total, now
             return total
-
-
-#: Where the demo keeps itself, for its hub.
-_DEMO: web.AppKey[Demo] = web.AppKey("kestrun_demo", Demo)
 
 
 def _page_route(path: str, page: str, hub_path: str) -> web.RouteDef:
