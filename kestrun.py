@@ -5286,8 +5286,7 @@ class Operations:
     """Starts operations, keeps the newest, and cancels them all on `close`.
 
     running: how many may be under way; `start` refuses more.
-    limit: how many are kept. The oldest final ones are forgotten first; running
-        ones are always kept.
+    limit: how many are kept; only final ones are forgotten, the oldest first.
     retention: seconds for which a final operation is kept.
     on_change: a function, plain or async, called with the operation when it
         starts, reports progress and ends. Its exceptions are only logged.
@@ -5331,7 +5330,6 @@ class Operations:
         call = functools.partial(work, Progress(operation, self._announce), *arguments)
         operation.task = asyncio.create_task(self._run(operation, call))
         self._operations[operation.id] = operation
-        self._forget_surplus()
         return operation
 
     def get(self, id: str) -> Operation | None:
@@ -5392,7 +5390,9 @@ class Operations:
         operation.completed_at = datetime.now(UTC)
         loop = asyncio.get_running_loop()
         loop.call_later(self.retention, self._operations.pop, operation.id, None)
-        self._forget_surplus()
+        final = [o.id for o in self._operations.values() if o.final]
+        for id in final[: max(0, len(self._operations) - self.limit)]:
+            del self._operations[id]
         await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
@@ -5401,12 +5401,6 @@ class Operations:
                 await _result_of(self.on_change(operation))
         except (Exception, SystemExit):
             log.exception("on_change failed for operation %r", operation.name)
-
-    def _forget_surplus(self) -> None:
-        """Forget the oldest final operations if there are more than `limit`."""
-        final = [o.id for o in self._operations.values() if o.final]
-        for id in final[: max(0, len(self._operations) - self.limit)]:
-            del self._operations[id]
 
 
 # ----------------------------------------------------------------- schedule
@@ -6830,11 +6824,10 @@ class Demo:
         """Show, cancel or remove an operation of any process, which its id names."""
         id, ask = request.match_info["taskId"], self.hub.everywhere.ask_process
         answer = await ask(id.rpartition(".")[0], "operation", request.method, id)
-        if answer is None:
-            text = "There is no operation with this id."
-            answer = 404, {"Success": False, "Message": text, "TaskId": id}
-        status, body = answer
-        return web.json_response(body, status=status)
+        status, shown = answer or (404, "There is no operation with this id.")
+        if isinstance(shown, str):
+            shown = {"Success": status == 200, "Message": shown, "TaskId": id}
+        return web.json_response(shown, status=status)
 
     async def act_on_operation(self, method: str, id: str) -> tuple[int, Any] | None:
         """Do it in this process; return None if the operation is not here."""
@@ -6850,7 +6843,7 @@ class Demo:
             text = "It was removed." if done else "It still runs. Cancel it first."
         else:
             return 200, _status(operation)
-        return 200 if done else 409, {"Success": done, "Message": text, "TaskId": id}
+        return 200 if done else 409, text
 
     async def list_operations(self, request: Request) -> Response:
         """List the operations of all processes, newest first."""
@@ -7268,9 +7261,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
         )
     if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
-    backplane: RedisBackplane | None = None
-    if arguments.redis:
-        backplane = RedisBackplane(arguments.redis, secret=arguments.secret)
+    redis, secret = arguments.redis, arguments.secret
+    backplane = RedisBackplane(redis, secret=secret) if redis else None
     app = create_app(
         hub_path=arguments.hub_path,
         allowed_origins=arguments.allow_origin,
