@@ -6600,8 +6600,7 @@ def _content_security_policy(page: str) -> str:
     """Allow a page its one script and style, by their hashes, and its server."""
     rules = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
     rules += "form-action 'self'; frame-ancestors 'none'"
-    pattern = r"<(script|style)\b[^>]*>(.*?)</\1>"
-    for tag, text in re.findall(pattern, page, re.DOTALL):
+    for tag, text in re.findall(r"(?s)<(script|style)\b[^>]*>(.*?)</\1>", page):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         more = " 'self'" if tag == "script" else ""  # kestrun.js
         rules += f"; {tag}-src 'sha256-{digest}'{more}"
@@ -7025,15 +7024,12 @@ def create_app(
 class _OneLine(logging.Formatter):
     """One line for each event, whatever its message contains; then a traceback."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:
         match record.exc_info:
             case (_, aiohttp.http.HttpProcessingError(code=code), _):
                 # Without its text, which may contain a token.
-                record.msg, record.args = f"refused a malformed request: {code}", ()
+                record.message = f"refused a malformed request: {code}"
                 record.levelname, record.exc_info = "WARNING", None
-        return super().format(record)
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
         return _one_line(super().formatMessage(record))
 
 
