@@ -5317,10 +5317,8 @@ class Operations:
         TypeError if `work` is not an async function.
         """
         if not _is_async(work):
-            raise TypeError(
-                "start(work, 3) takes a function such as `async def work(progress, "
-                f"count)` and its arguments, not {work!r}"
-            )
+            needed = "a function such as `async def work(progress, n)` and arguments"
+            raise TypeError(f"start(work, 3) takes {needed}, not {work!r}")
         if self._closed:
             raise RuntimeError("Operations is closed; create a new one")
         if sum(not o.final for o in self._operations.values()) >= self.running:
@@ -7100,12 +7098,10 @@ def _stop_event() -> asyncio.Event:
 
 async def _bind(arguments: argparse.Namespace) -> asyncio.Server:
     """Bind the address, which workers share, without listening yet."""
-    return await asyncio.get_running_loop().create_server(
-        asyncio.Protocol,
-        arguments.host,
-        arguments.port,
-        reuse_port=arguments.workers > 1,
-        start_serving=False,
+    loop, shared = asyncio.get_running_loop(), arguments.workers > 1
+    host, port = arguments.host, arguments.port
+    return await loop.create_server(
+        asyncio.Protocol, host, port, reuse_port=shared, start_serving=False
     )
 
 
@@ -7251,10 +7247,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     """Run the demo, or its workers, until SIGINT or SIGTERM."""
     public = not _is_loopback(arguments.host)
     if public and not (arguments.token or arguments.insecure):
-        raise ValueError(
-            f"--host {arguments.host} can be reached from other machines: give "
-            "--token, or --insecure to let anybody in"
-        )
+        exposed = f"--host {arguments.host} can be reached from other machines"
+        raise ValueError(f"{exposed}: give --token, or --insecure to let anybody in")
     if arguments.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
         raise ValueError("--workers needs SO_REUSEPORT, which this platform lacks")
     redis, secret = arguments.redis, arguments.secret
