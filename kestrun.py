@@ -6877,15 +6877,10 @@ class Demo:
 
     async def _send_heartbeat(self) -> None:
         """Send a heartbeat to this process's clients; the others do the same."""
-        numbers = await self.numbers()
-        data = {
-            "Type": "Heartbeat",
-            "ServerTime": _stamp(),
-            "Uptime": numbers["Uptime"],
-            "ConnectedClients": numbers["Clients"],
-            "Message": "Server is running",
-        }
-        event = {"eventName": "ServerHeartbeat", "data": data, "timestamp": _stamp()}
+        numbers, now = await self.numbers(), _stamp()
+        data = {"Type": "Heartbeat", "ServerTime": now, "Message": "Server is running"}
+        data |= {"Uptime": numbers["Uptime"], "ConnectedClients": numbers["Clients"]}
+        event = {"eventName": "ServerHeartbeat", "data": data, "timestamp": now}
         await self.hub.local.all.send("ReceiveEvent", event)
 
     async def _send_admin_status(self) -> None:
@@ -7267,12 +7262,11 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
             new_loop = importlib.import_module("uvloop").new_event_loop
         except ImportError:
             raise ValueError("--uvloop needs a package: pip install uvloop") from None
-    if arguments.workers == 1 or arguments.worker:
-        work = _serve(app, arguments)
-    else:
-        work = _run_workers(backplane, arguments, argv)
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(work)
+        if arguments.workers == 1 or arguments.worker:
+            runner.run(_serve(app, arguments))
+        else:
+            runner.run(_run_workers(backplane, arguments, argv))
 
 
 def main(argv: list[str] | None = None) -> int:
