@@ -6929,11 +6929,8 @@ class Demo:
             total["Processes"] = len(counts)
             total["LoopLag"] = max(count.pop("LoopLag") for count in counts)
             for name, value in counts[0].items():
-                values = [count[name] for count in counts]
-                if isinstance(value, dict):
-                    total[name] = dict(sum(map(Counter, values), Counter[str]()))
-                else:
-                    total[name] = sum(values)
+                kind: type[Any] = Counter if isinstance(value, dict) else int
+                total[name] = sum((kind(count[name]) for count in counts), kind())
             self._numbers, self._collected_at = total, now
             return total
 
