@@ -4886,6 +4886,19 @@ def _query(request: Request) -> dict[str, str]:
     return query
 
 
+def _required_arguments(function: Any) -> str:
+    """Return the names of the arguments without which a function cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # it has no signature
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind not in optional
+    ]
+    return ", ".join(parameter.name for parameter in required)
+
+
 def map_hub(
     app: web.Application,
     path: str,
@@ -4911,9 +4924,11 @@ def map_hub(
     and two methods with the same wire name.
     """
     _check_hub_class(hub_class)
-    name, make_hub = hub_class.__name__, factory or hub_class
-    usage = f"{name} is made without arguments, or by factory=lambda: {name}(...)"
-    _check_call(make_hub, usage, 0)
+    make_hub = factory or hub_class
+    if arguments := _required_arguments(make_hub):
+        name = hub_class.__name__
+        call = f"map_hub(app, path, {name}, factory=lambda: {name}({arguments}))"
+        raise TypeError(f"{name} cannot be made without arguments; use {call}")
     if not isinstance(path, str) or not re.fullmatch("/[^{}]*", path):
         raise ValueError(f'path must start with "/" and be no pattern, got {path!r}')
     options = dataclasses.replace(options or HubOptions(), **overrides)

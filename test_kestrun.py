@@ -4141,7 +4141,7 @@ class Needy(kestrun.Hub):
 
 
 @pytest.mark.parametrize("hub, reason", [
-    (Needy, r"factory=lambda: Needy\(...\): missing a required argument: 'database'"),
+    (Needy, r"use map_hub\(app, path, Needy, factory=lambda: Needy\(database\)\)"),
     (no_hub(on_disconnected=lambda self: None), "Odd.on_disconnected: too many"),
     (no_hub(on_invocation=lambda self, call_next: None), "Odd.on_invocation: too many"),
     (no_hub(ping=lambda: None), "Odd.ping: the first parameter must be self"),
