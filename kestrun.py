@@ -5772,9 +5772,8 @@ export class HubConnection {
     this.#setState(this.state === "Reconnecting" ? "Reconnecting" : "Connecting");
     try {
       const url = `${this.url}/negotiate?negotiateVersion=1`;
-      const negotiating = request("POST", url, { token: this.token() });
-      negotiating.catch(() => { this.#failures = 0; });   // no fault of a transport
-      const answer = await negotiating;
+      const answer = await request("POST", url, { token: this.token() })
+        .catch((error) => { this.#failures = 0; throw error; });   // no transport's fault
       if (attempt === this.#link) this.#open(answer);
     } catch (error) {
       if (attempt !== this.#link) return;
@@ -5786,8 +5785,7 @@ export class HubConnection {
   #open({ error, connectionId, connectionToken, availableTransports: available }) {
     if (error) throw new Error(error);
     this.connectionId = connectionId;   // no secret, unlike the token
-    const names = Object.keys(TRANSPORTS).filter((name) =>
-      available.some(({ transport }) => transport === name));
+    const names = available.map((one) => one.transport).filter((name) => name in TRANSPORTS);
     if (!names.length) throw new Error("The server offers no transport of this client.");
     const name = names[this.#failures % names.length];
     this.#failures += 1;                // until the handshake has succeeded
