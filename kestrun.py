@@ -6163,7 +6163,7 @@ operation = operations.start(work, name="LongOperation")</pre>
     <details id="wire"><summary><b>Hub messages as they travel</b></summary>
       <p>Type 1 calls a function, 3 is an answer, 4 starts a stream, 6 is a ping that
         keeps the connection open. Left out: the items of streams, type 2.</p>
-      <ol id="frames" tabindex="0" aria-label="Hub messages, newest last"></ol>
+      <ol id="frames" tabindex="0" aria-label="Hub messages, newest first"></ol>
     </details>
   </fieldset>
 
@@ -6197,34 +6197,31 @@ function element(name, text, properties) {
   return Object.assign(document.createElement(name), { textContent: text }, properties);
 }
 
-/** A list that keeps its newest entries and is drawn once a frame, however many come. */
-class Feed {
-  paused = false;
-  shows = (item) => true;   // or what a filter says
-  #waiting = [];            // not drawn yet
+// The log: its newest entries, drawn once a frame, however many come.
 
-  constructor(list, scroller, limit, draw) {   // draw(entry) returns a list item
-    Object.assign(this, { list, scroller, limit, draw });
-  }
+const waiting = [];         // entries that are not drawn yet
+let paused = false;
 
-  add(entry) {
-    if (!this.#waiting.length) requestAnimationFrame(() => this.update());
-    this.#waiting.push(entry);
-    if (this.#waiting.length > this.limit) this.#waiting.shift();
-  }
-
-  update() {                // draws 20 at most, so that the page stays quick
-    const { list, scroller } = this, added = this.paused ? [] : this.#waiting.splice(0, 20);
-    if (added.length && this.#waiting.length) requestAnimationFrame(() => this.update());
-    const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 32;
-    list.append(...added.map(this.draw));
-    while (list.children.length > this.limit) list.firstChild.remove();
-    for (const item of list.children) item.hidden = !this.shows(item);
-    if (atEnd) scroller.scrollTop = scroller.scrollHeight;   // unless scrolled up
-  }
+function note(kind, text, more) {
+  if (!waiting.length) requestAnimationFrame(drawLog);
+  waiting.push({ time: new Date().toISOString(), kind, text, ...more });
+  if (waiting.length > 500) waiting.shift();
 }
 
-const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
+function drawLog() {        // adds 20 at most, so that the page stays quick
+  const list = byId("log"), { scrollHeight, scrollTop, clientHeight } = byId("scroll");
+  const wanted = byId("filter").value.toLowerCase();
+  list.append(...waiting.splice(0, paused ? 0 : 20).map(makeItem));
+  while (list.children.length > 500) list.firstChild.remove();
+  for (const item of list.children) {
+    item.hidden = !item.textContent.toLowerCase().includes(wanted);
+  }
+  const atEnd = scrollHeight - scrollTop - clientHeight < 32;   // it was, before this
+  if (atEnd) byId("scroll").scrollTop = byId("scroll").scrollHeight;
+  if (waiting.length && !paused) requestAnimationFrame(drawLog);
+}
+
+function makeItem(entry) {
   const { time, kind, text, action, group } = entry;
   const item = element("li", "", { className: "row", entry });
   const clock = element("time", new Date(time).toTimeString().slice(0, 8), { dateTime: time });
@@ -6234,11 +6231,6 @@ const log = new Feed(byId("log"), byId("scroll"), 500, (entry) => {
   if (action) item.append(element("button", action, { name, value: group }));
   byId("newest").textContent = text;          // all that a folded log shows
   return item;
-});
-const frames = new Feed(byId("frames"), byId("frames"), 100, (text) => element("li", text));
-
-function note(kind, text, more) {
-  log.add({ time: new Date().toISOString(), kind, text, ...more });
 }
 
 /** Run an action and write its answer or its error to the log. */
@@ -6449,13 +6441,13 @@ const buttons = {           // by name, or by id; each gets the button's value
       .finally(refreshOperations).then(() => "Removed what is finished"),
   retry() { connection.start(); },
   pause() {
-    log.paused = !log.paused;
-    byId("pause").textContent = log.paused ? "Resume" : "Pause";
-    log.update();
+    paused = !paused;
+    byId("pause").textContent = paused ? "Resume" : "Pause";
+    drawLog();
   },
-  clear: () => { log.list.replaceChildren(); byId("newest").textContent = ""; },
+  clear: () => { byId("log").replaceChildren(); byId("newest").textContent = ""; },
   async copy() {
-    const shown = log.list.querySelectorAll("li:not([hidden])");
+    const shown = document.querySelectorAll("#log li:not([hidden])");
     const lines = Array.from(shown, ({ entry }) => `${JSON.stringify(entry)}\n`);
     if (!navigator.clipboard) throw new Error("Copying needs HTTPS or localhost.");
     await navigator.clipboard.writeText(lines.join(""));
@@ -6474,15 +6466,15 @@ document.addEventListener("submit", (event) => {
   const { name, id, value } = event.submitter;
   perform(() => buttons[name || id](value));
 });
-log.shows = ({ textContent }) =>
-  textContent.toLowerCase().includes(byId("filter").value.toLowerCase());
-byId("filter").oninput = () => log.update();
+byId("filter").oninput = drawLog;
 for (const [name, react] of Object.entries(methods)) {
   connection.on(name, (...args) => perform(() => react(...args)));
 }
 connection.onstate = showState;
 connection.onmessage = (way, message) => {
-  if (byId("wire").open && message.type !== 2) frames.add(`${way} ${JSON.stringify(message)}`);
+  if (!byId("wire").open || message.type === 2) return;
+  byId("frames").prepend(element("li", `${way} ${JSON.stringify(message)}`));
+  if (byId("frames").children.length > 100) byId("frames").lastChild.remove();
 };
 connection.start();
 </script>
