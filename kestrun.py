@@ -6311,7 +6311,6 @@ function showStats(item) {
   plot("rate", seconds > 0 ? Math.max(0, count(item) - count(before)) / seconds : 0);
   byId("uptime").textContent = duration(item.Uptime);
   showGroups();
-  rows().forEach(showElapsed);
   const states = (s) => JSON.stringify(s.Operations);   // of others' operations, too
   if (states(item) !== states(before)) perform(refreshOperations);
 }
@@ -6372,20 +6371,16 @@ function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
   if (more.StartedAt) row.dataset.started = more.StartedAt;
   if (!isFinal(row)) {          // else this answer is older than the operation's end
     const running = ["NotStarted", "Running"].includes(State);
-    if (!running) row.dataset.ended = more.CompletedAt ?? more.Timestamp;
+    if (!running) row.dataset.ended = "";
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
     row.querySelector(".message").textContent = `${Progress} %, ${message}`;
   }
-  showElapsed(row);
+  const now = more.CompletedAt ?? more.Timestamp;   // by the server's clock
+  const seconds = (Date.parse(now) - Date.parse(row.dataset.started)) / 1000;
+  if (seconds >= 0) row.querySelector(".elapsed").textContent = duration(seconds);
   if (more.Success) row.scrollIntoView({ block: "nearest" });   // this page started it
   return `${short(TaskId)} · ${State}: ${Progress} %, ${message}`;
-}
-
-function showElapsed(row) { // by the server's clock
-  const { started, ended = stats?.Timestamp } = row.dataset;
-  const seconds = (Date.parse(ended) - Date.parse(started)) / 1000;
-  if (seconds >= 0) row.querySelector(".elapsed").textContent = duration(seconds);
 }
 
 async function refreshOperations() {
