@@ -6293,7 +6293,7 @@ async function echo(message) {
 // The header: the server's numbers, which it sends once a second.
 
 let stats = null;           // the newest of them
-const history = { clients: [], rate: [] };   // of the last minute
+const history = { clients: [], rate: [] };   // of the last minute, newest first
 
 async function watchStats() {
   try {
@@ -6316,9 +6316,9 @@ function showStats(item) {
 }
 
 function plot(name, value) {
-  const values = history[name] = [...history[name].slice(-59), value];
-  const left = 60 - values.length, scale = 18 / Math.max(1, ...values);
-  const points = values.map((v, index) => `${left + index} ${19 - scale * v}`);
+  const values = history[name] = [value, ...history[name].slice(0, 59)];
+  const scale = 18 / Math.max(1, ...values);
+  const points = values.map((v, age) => `${59 - age} ${19 - scale * v}`);
   document.querySelector(`#plot .${name}`).setAttribute("d", `M${points.join("L")}`);
   byId(name).textContent = Math.round(value);
 }
