@@ -5943,59 +5943,52 @@ PAGE = r"""<!doctype html>
   }
   * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; padding: 0;
     overflow-wrap: anywhere; scrollbar-width: thin; }
-  li { list-style: none; }
   [hidden], #operations:empty { display: none !important; }
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
-    background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
+    background: var(--paper); font: .875rem/1.5 system-ui, sans-serif; }
   .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
   header.row { gap: .75rem 2.5rem; }
-  .brand, #log-panel h2, .short { margin-right: auto; }
+  .brand, #log-panel h2, .short, .message { margin-right: auto; }
   .brand svg { width: 2.75rem; stroke-width: 4px; stroke-linecap: round; }
   path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
-  section > h2 + p { margin-top: -.5rem; }
-  p, label, dt, summary, a, #detail, ::after { color: var(--muted); font-size: .875rem; }
+  p, label, dt, summary, time, #detail, ::after, [data-kind="Answer"] * { color: var(--muted); }
   b, a { color: var(--ink); }
-  pre, time, #frames li { font: .8125rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
-  main, fieldset, section { display: grid; gap: 1rem; border: 0; align-content: start; }
-  section, #wire, #token-form, #intro { padding: 1rem 1.125rem; border: 1px solid var(--line);
-    border-radius: .75rem; background: var(--panel); gap: .75rem; }
-  #intro { gap: 0 2rem; padding: .625rem 1.125rem; background: none; }
-  #intro p { flex: 1 1 20rem; }
-  #intro a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
-  form.row { align-items: end; }
-  label { display: grid; gap: .25rem; }
-  label, input { flex: 1 1 4rem; width: 100%; max-width: 27rem; }
-  input, button { min-height: 2.75rem; padding: .375rem .75rem; border-radius: .5rem;
-    border: 1px solid var(--edge); background: var(--panel); color: var(--ink);
-    font: inherit; font-size: .875rem; }
+  pre, time, #frames li { font: .75rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+  main, fieldset, section { display: grid; gap: 1rem; border: 0; }
+  section, #wire, #token-form { padding: 1rem 1.125rem; border: 1px solid var(--line);
+    border-radius: .75rem; background: var(--panel); gap: .625rem; }
+  a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
+  form.row { align-items: end; line-height: 1.75; }
+  label, input { display: block; flex: 1 1 4rem; width: 100%; max-width: 27rem; }
+  input, button { min-height: 2.75rem; padding: 0 .625rem; border: 1px solid var(--edge);
+    border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
   button { border-color: var(--line); background: var(--raised); cursor: pointer; }
   button:hover { border-color: var(--edge); }
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
   summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
   pre { margin: .5rem -.5rem 0; padding: .625rem .5rem; border-radius: .5rem;
-    font-size: .75rem; background: var(--raised); white-space: pre-wrap; }
+    background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
-  #numbers { display: grid; grid-template-columns: repeat(4, max-content) minmax(3rem, 9rem);
-    gap: .25rem 2rem; white-space: nowrap; }
+  #numbers { gap: .25rem 1rem; }
+  #numbers div { flex: 1 0 auto; min-width: 6rem; white-space: nowrap; }
   body:not([data-state="Connected"]) :is(dd, #groups) { opacity: .6; }
-  dd, #state, .state { font-weight: 600; font-variant-numeric: tabular-nums; }
+  dd, #state { font-size: 1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   .clients { --feather: var(--accent); }
   #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
   #connection { flex: none; min-height: 2.875rem; }    /* with and without its button */
   #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
-  #groups li { padding: .125rem .75rem; border: 1px solid var(--edge);
-    border-radius: 1rem; font-size: .875rem; }
+
+  li { list-style: none; padding: .3125rem 0; border-bottom: 1px solid var(--line); }
+  #groups li { padding: .125rem .75rem; border: 1px solid var(--edge); border-radius: 1rem; }
   #groups [data-size]::after { content: " · " attr(data-size); }
-  #operations li { row-gap: .375rem; padding: .75rem 0; font-size: .875rem; }
-  #operations form { margin-left: auto; }
-  :is(#operations, #log-panel > .row) button { padding: 0 .5rem; }
+  #operations li { row-gap: .375rem; padding: .75rem 0; }
   [data-ended] .cancel, #operations li:not([data-ended]) .remove,
   body:not(:has([data-ended])) #clear-finished { display: none; }
   progress, #token-hint { flex: 1 0 100%; accent-color: var(--feather); }
@@ -6005,23 +5998,17 @@ PAGE = r"""<!doctype html>
   #frames { overflow-y: auto; max-height: 18rem; margin-top: .5rem; }
   :is(#log, #frames):not(:has(> :not([hidden])))::after { content: "No entries"; }
   #groups:empty::after { content: "This page is in no group."; }
-  #log li { gap: 0 .75rem; align-items: baseline; padding: .3125rem 0; font-size: .9375rem; }
-  :is(#log, #frames) li + li, #operations li { border-top: 1px solid var(--line); }
-  #log strong { flex: 0 0 13.25rem; color: var(--accent); font-size: .8125rem; }
+  #log li { gap: 0 .75rem; align-items: baseline; }
+  strong { flex: 0 0 13.25rem; color: var(--accent); font-size: .8125rem; }
   #log span { flex: 1 1 15rem; }             /* below its heading if space is short */
-  #log time, #log [data-kind="Answer"] * { color: var(--muted); }
-  #log [data-kind~="Warning"] strong { color: var(--warn); }
-  #log [data-kind~="Error"] strong { color: var(--bad); }
+  [data-kind~="Warning"] strong { color: var(--warn); }
+  [data-kind~="Error"] strong { color: var(--bad); }
   @media (width < 75rem) { #numbers { order: 1; flex: 1 0 100%; } }
   @media (width >= 75rem) { header.row { flex-wrap: nowrap; } .brand { flex: none; } }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
     html { scroll-padding-bottom: 50dvh; }   /* keeps the focus above it */
-    #numbers { grid-template-columns: max-content max-content 1fr; column-gap: 1rem; }
-    #numbers > :last-child { grid-area: 1 / 3 / 3; }
-    #plot { height: 4.5rem; }
-    #log-panel { height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
+    #log-panel { max-height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
       padding: .5rem 1rem; gap: .5rem; border-width: 1px 0 0; border-radius: 0; }
-    #log-panel.folded { height: auto; }
     .folded :is(#filter, #pause, #copy, #clear, #scroll),
     #log-panel:not(.folded) #newest { display: none; }
     #newest { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -6030,8 +6017,7 @@ PAGE = r"""<!doctype html>
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
     body { height: max(100dvh, 40rem); padding: 1.25rem 2rem 2rem; }
     #fold, #newest { display: none; }
-    main { flex: 1; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr;
-      align-content: stretch; }
+    main { flex: 1; grid-template: 1fr / clamp(20rem, 38%, 29rem) 1fr; }
     .controls { overflow-y: auto; grid-auto-rows: max-content; border-radius: .75rem; }
   }
 </style>
@@ -6043,7 +6029,7 @@ PAGE = r"""<!doctype html>
       <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
     <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
   </div>
-  <dl id="numbers">
+  <dl id="numbers" class="row">
     <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
     <div><dt class="rate">Messages/s</dt> <dd id="rate">–</dd></div>
     <div><dt>Round trip</dt> <dd id="round-trip">–</dd></div>
@@ -6066,11 +6052,11 @@ PAGE = r"""<!doctype html>
   <button id="token-send" class="main">Connect</button>
 </form>
 
-<aside id="intro" class="row"><p><b>New to SignalR?</b> It keeps a connection open, over
+<aside><p><b>New to SignalR?</b> It keeps a connection open, over
   which the server calls functions of this page, and the page those of the server. Open
   this page in <a href="" target="_blank" rel="noopener">a second tab</a>, press
-  <b>Join</b> in both, then <b>Broadcast</b>.</p>
-  <a id="monitor" href="monitor" hidden>Watch the server</a></aside>
+  <b>Join</b> in both, then <b>Broadcast</b>. <a id="monitor" href="monitor" hidden>Watch the
+  server</a></p></aside>
 
 <main>
   <fieldset class="controls" disabled>
@@ -6162,7 +6148,7 @@ operation = operations.start(work, name="LongOperation")</pre>
 
     <details id="wire"><summary><b>Hub messages as they travel</b></summary>
       <p>Type 1 calls a function, 3 is an answer, 4 starts a stream, 6 is a ping that
-        keeps the connection open. Left out: the items of streams, type 2.</p>
+        keeps the connection open. Newest first, without streams' items, type 2.</p>
       <ol id="frames" tabindex="0" aria-label="Hub messages, newest first"></ol>
     </details>
   </fieldset>
