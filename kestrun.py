@@ -5941,16 +5941,13 @@ PAGE = r"""<!doctype html>
     --feather: light-dark(#a9582b, #e0935f); --good: light-dark(#1c6b48, #7ccba2);
     --warn: light-dark(#855000, #e6b566); --bad: light-dark(#b02a20, #f0938a);
   }
-  * { box-sizing: border-box; min-width: 0; min-height: 0; margin: 0; padding: 0;
-    overflow-wrap: anywhere; scrollbar-width: thin; }
+  * { box-sizing: border-box; min-width: 0; margin: 0; padding: 0; scrollbar-width: thin; }
   [hidden], #operations:empty { display: none !important; }
   body { display: flex; flex-direction: column; gap: 1rem; min-height: 100dvh;
     max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
-    background: var(--paper); font: .875rem/1.5 system-ui, sans-serif; }
+    background: var(--paper); font: .875rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
   .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-  header.row { gap: .75rem 2.5rem; }
   .brand, #log-panel h2, .short, .message { margin-right: auto; }
-  .brand svg { width: 2.75rem; stroke-width: 4px; stroke-linecap: round; }
   path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
@@ -5960,7 +5957,6 @@ PAGE = r"""<!doctype html>
   main, fieldset, section { display: grid; gap: 1rem; border: 0; }
   section, #wire, #token-form { padding: 1rem 1.125rem; border: 1px solid var(--line);
     border-radius: .75rem; background: var(--panel); gap: .625rem; }
-  a { display: inline-block; margin: -.75rem 0; padding: .75rem 0; }
   form.row { align-items: end; line-height: 1.75; }
   label, input { display: block; flex: 1 1 4rem; width: 100%; max-width: 27rem; }
   input, button { min-height: 2.75rem; padding: 0 .625rem; border: 1px solid var(--edge);
@@ -5969,26 +5965,25 @@ PAGE = r"""<!doctype html>
   button:hover { border-color: var(--edge); }
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
-  summary { margin: -.25rem 0 -.75rem; padding: .75rem 0; cursor: pointer; }
+  summary, a { margin: -.5rem 0 -.75rem; padding: 1rem 0; cursor: pointer; }
   pre { margin: .5rem -.5rem 0; padding: .625rem .5rem; border-radius: .5rem;
     background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
-  #numbers { gap: .25rem 1rem; }
+  #numbers { flex: 0 1 38rem; gap: .25rem 1rem; }
   #numbers div { flex: 1 0 auto; min-width: 6rem; white-space: nowrap; }
   body:not([data-state="Connected"]) :is(dd, #groups) { opacity: .6; }
   dd, #state { font-size: 1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   .clients { --feather: var(--accent); }
   #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
-  #connection { flex: none; min-height: 2.875rem; }    /* with and without its button */
+  #connection { min-width: 15rem; min-height: 2.875rem; }   /* with or without its button */
   #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
 
   li { list-style: none; padding: .3125rem 0; border-bottom: 1px solid var(--line); }
   #groups li { padding: .125rem .75rem; border: 1px solid var(--edge); border-radius: 1rem; }
   #groups [data-size]::after { content: " · " attr(data-size); }
-  #operations li { row-gap: .375rem; padding: .75rem 0; }
   [data-ended] .cancel, #operations li:not([data-ended]) .remove,
   body:not(:has([data-ended])) #clear-finished { display: none; }
   progress, #token-hint { flex: 1 0 100%; accent-color: var(--feather); }
@@ -6003,8 +5998,6 @@ PAGE = r"""<!doctype html>
   #log span { flex: 1 1 15rem; }             /* below its heading if space is short */
   [data-kind~="Warning"] strong { color: var(--warn); }
   [data-kind~="Error"] strong { color: var(--bad); }
-  @media (width < 75rem) { #numbers { order: 1; flex: 1 0 100%; } }
-  @media (width >= 75rem) { header.row { flex-wrap: nowrap; } .brand { flex: none; } }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
     html { scroll-padding-bottom: 50dvh; }   /* keeps the focus above it */
     #log-panel { max-height: 50dvh; position: sticky; bottom: 0; margin: 0 -1rem -1rem;
@@ -6017,7 +6010,7 @@ PAGE = r"""<!doctype html>
   @media (width >= 46rem) {                  /* two columns that scroll on their own */
     body { height: max(100dvh, 40rem); padding: 1.25rem 2rem 2rem; }
     #fold, #newest { display: none; }
-    main { flex: 1; grid-template: 1fr / clamp(20rem, 38%, 29rem) 1fr; }
+    main { flex: 1; min-height: 0; grid-template: minmax(0, 1fr) / clamp(20rem, 38%, 29rem) 1fr; }
     .controls { overflow-y: auto; grid-auto-rows: max-content; border-radius: .75rem; }
   }
 </style>
@@ -6025,9 +6018,13 @@ PAGE = r"""<!doctype html>
 <body>
 <header class="row">
   <div class="brand row">
-    <svg viewBox="0 0 24 24" aria-hidden="true">
+    <svg viewBox="0 0 24 24" width="44" stroke-width="4" stroke-linecap="round" aria-hidden="true">
       <path d="M3 21C4 10 11 3 21 3M3 21C8 14 13 11 20 11M3 21C8 18 12 17 17 18"/></svg>
     <div><h1>Kestrun</h1> <p>A SignalR server in one Python file</p></div>
+  </div>
+  <div id="connection" class="row">
+    <div><output id="state">Connecting</output> <div id="detail"></div></div>
+    <button id="retry" form="actions" hidden>Try now</button>
   </div>
   <dl id="numbers" class="row">
     <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
@@ -6039,10 +6036,6 @@ PAGE = r"""<!doctype html>
         <title>Clients and messages a second during the last minute</title>
         <path class="clients"/><path class="rate"/></svg></dd></div>
   </dl>
-  <div id="connection" class="row">
-    <div><output id="state">Connecting</output> <div id="detail"></div></div>
-    <button id="retry" form="actions" hidden>Try now</button>
-  </div>
 </header>
 
 <form id="token-form" class="row" aria-label="Access" hidden>
@@ -6118,8 +6111,7 @@ await connection.invoke("JoinGroup", "Admins");</pre>
       <h2>Long operations</h2>
       <p>Work on the server reports its progress to every page.</p>
       <form class="row">
-        <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"
-          required></label>
+        <label>Seconds <input id="seconds" type="number" min="1" max="3600" value="5"></label>
         <button id="start" class="main">Start</button>
         <button id="clear-finished" formnovalidate>Clear finished</button>
       </form>
@@ -6356,8 +6348,7 @@ function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
   if (more.Name) row.querySelector(".name").textContent = more.Name;
   if (more.StartedAt) row.dataset.started = more.StartedAt;
   if (!isFinal(row)) {          // else this answer is older than the operation's end
-    const running = ["NotStarted", "Running"].includes(State);
-    if (!running) row.dataset.ended = "";
+    if (!["NotStarted", "Running"].includes(State)) row.dataset.ended = "";
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
     row.querySelector(".message").textContent = `${Progress} %, ${message}`;
@@ -6387,8 +6378,7 @@ const methods = {
   },
   ReceiveGroupMessage: ({ Message, Sender }) =>
     note("Group message", `${Message} (from ${Sender})`),
-  ReceiveAdminUpdate({ Message, SystemInfo }) {
-    const { ProcessorCount, PythonVersion, MemoryMB } = SystemInfo;
+  ReceiveAdminUpdate({ Message, SystemInfo: { ProcessorCount, PythonVersion, MemoryMB } }) {
     const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
     note("Admin update", `${Message} (${info})`);
   },
