@@ -5787,20 +5787,18 @@ export class HubConnection {
     this.connectionId = connectionId;   // no secret, unlike the token
     const names = available.map((one) => one.transport).filter((name) => name in TRANSPORTS);
     if (!names.length) throw new Error("The server offers no transport of this client.");
-    const name = names[this.#failures % names.length];
+    const name = this.transport = names[this.#failures % names.length];
     this.#failures += 1;                // until the handshake has succeeded
-    this.transport = name;
     const query = new URLSearchParams({ id: connectionToken });
     // Neither transport can send an Authorization header, so the query has the token.
     if (this.token()) query.set("access_token", this.token());
-    const link = TRANSPORTS[name](`${this.url}?${query}`);
+    const link = this.#link = TRANSPORTS[name](`${this.url}?${query}`);
     link.onopen = () => this.#send({ protocol: "json", version: 1 });
     link.onmessage = ({ data }) => this.#receive(data);
     link.onclose = link.onerror = () => {
       if (link === this.#link) this.#lost(this.state === "Connected"
         ? "The connection was lost." : `${name} did not reach the server.`);
     };
-    this.#link = link;
     this.#expectData();
   }
 
@@ -6039,17 +6037,16 @@ PAGE = r"""<!doctype html>
 </header>
 
 <form id="token-form" class="row" aria-label="Access" hidden>
-  <p id="token-hint"></p>
+  <p id="token-hint">This server requires a token.</p>
   <label>Token <input id="token" type="password" autocomplete="off" required
     pattern="[ -~]+" title="Latin letters, digits and signs"></label>
   <button id="token-send" class="main">Connect</button>
 </form>
 
-<aside><p><b>New to SignalR?</b> It keeps a connection open, over
-  which the server calls functions of this page, and the page those of the server. Open
-  this page in <a href="" target="_blank" rel="noopener">a second tab</a>, press
-  <b>Join</b> in both, then <b>Broadcast</b>. <a id="monitor" href="monitor" hidden>Watch the
-  server</a></p></aside>
+<aside><p><b>New to SignalR?</b> It keeps a connection open, over which the server calls functions
+  of this page, and the page those of the server. Open this page in <a href="" target="_blank"
+  rel="noopener">a second tab</a>, press <b>Join</b> in both, then <b>Broadcast</b>.
+  <a id="monitor" href="monitor" hidden>Watch the server</a></p></aside>
 
 <main>
   <fieldset class="controls" disabled>
@@ -6228,7 +6225,7 @@ const states = { Reconnecting: "Connection lost.", Unauthorized: "Token required
 const transports = { WebSockets: "WebSockets", ServerSentEvents: "Server-Sent Events" };
 let countdown = 0, focused = null, explained = false;
 
-function showState(state, { reason, delay }) {
+connection.onstate = (state, { reason, delay }) => {
   const connected = state === "Connected", previous = document.body.dataset.state;
   document.body.dataset.state = state;
   byId("state").textContent = states[state] ?? state;
@@ -6240,9 +6237,7 @@ function showState(state, { reason, delay }) {
   if (reason && !explained) note("Connection", reason);   // once, not for each attempt
   explained = !connected && (explained || reason);
   if (state === "Unauthorized") {
-    byId("token-hint").textContent = token()
-      ? "The server did not accept this token. Check it and try again."
-      : "This server requires a token.";
+    if (token()) byId("token-hint").textContent = "This token was refused. Check it and try again.";
     byId("token-form").hidden = false;
     byId("token").focus();
   }
@@ -6254,7 +6249,7 @@ function showState(state, { reason, delay }) {
     const measure = () => echo("");     // the round trip
     for (const action of [refreshOperations, measure, watchStats]) perform(action);
   }
-}
+};
 
 function showDetail(text, seconds = 0) {
   clearTimeout(countdown);
@@ -6344,20 +6339,20 @@ function addRow(taskId) {
 /** Update the row of an operation; return its state in words. */
 function showOperation({ TaskId, State = "Running", Progress = 0, ...more }) {
   const row = rows().find(({ dataset }) => dataset.taskId === TaskId) ?? addRow(TaskId);
-  const message = more.Status || more.Message;
+  const text = `${Progress} %, ${more.Status || more.Message}`;
   if (more.Name) row.querySelector(".name").textContent = more.Name;
   if (more.StartedAt) row.dataset.started = more.StartedAt;
   if (!isFinal(row)) {          // else this answer is older than the operation's end
     if (!["NotStarted", "Running"].includes(State)) row.dataset.ended = "";
     row.querySelector("progress").value = Progress;
     row.querySelector(".state").textContent = State;
-    row.querySelector(".message").textContent = `${Progress} %, ${message}`;
+    row.querySelector(".message").textContent = text;
   }
   const now = more.CompletedAt ?? more.Timestamp;   // by the server's clock
   const seconds = (Date.parse(now) - Date.parse(row.dataset.started)) / 1000;
   if (seconds >= 0) row.querySelector(".elapsed").textContent = duration(seconds);
   if (more.Success) row.scrollIntoView({ block: "nearest" });   // this page started it
-  return `${short(TaskId)} · ${State}: ${Progress} %, ${message}`;
+  return `${short(TaskId)} · ${State}: ${text}`;
 }
 
 async function refreshOperations() {
@@ -6378,10 +6373,8 @@ const methods = {
   },
   ReceiveGroupMessage: ({ Message, Sender }) =>
     note("Group message", `${Message} (from ${Sender})`),
-  ReceiveAdminUpdate({ Message, SystemInfo: { ProcessorCount, PythonVersion, MemoryMB } }) {
-    const info = `${ProcessorCount} processors, Python ${PythonVersion}, ${MemoryMB} MB`;
-    note("Admin update", `${Message} (${info})`);
-  },
+  ReceiveAdminUpdate: ({ Message, SystemInfo: { PythonVersion, MemoryMB } }) =>
+    note("Admin update", `${Message} (Python ${PythonVersion}, ${MemoryMB} MB)`),
   ReceiveEcho: (text) => text && note("Echo", text),   // empty: it measured the round trip
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
@@ -6441,7 +6434,6 @@ byId("filter").oninput = drawLog;
 for (const [name, react] of Object.entries(methods)) {
   connection.on(name, (...args) => perform(() => react(...args)));
 }
-connection.onstate = showState;
 connection.onmessage = (way, message) => {
   if (!byId("wire").open || message.type === 2) return;
   byId("frames").prepend(element("li", `${way} ${JSON.stringify(message)}`));
