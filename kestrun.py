@@ -5957,7 +5957,7 @@ PAGE = r"""<!doctype html>
     border-radius: .75rem; background: var(--panel); gap: .625rem; }
   form.row { align-items: end; line-height: 1.75; }
   label, input { display: block; flex: 1 1 4rem; width: 100%; max-width: 27rem; }
-  input, button { min-height: 2.75rem; padding: 0 .625rem; border: 1px solid var(--edge);
+  input, button { min-height: 2.75rem; padding: 0 .5rem; border: 1px solid var(--edge);
     border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
   button { border-color: var(--line); background: var(--raised); cursor: pointer; }
   button:hover { border-color: var(--edge); }
