@@ -5975,7 +5975,7 @@ PAGE = r"""<!doctype html>
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
   .clients { --feather: var(--accent); }
   #plot { display: block; width: 100%; height: 1.5rem; box-shadow: 0 1px var(--line); }
-  #connection { min-width: 15rem; min-height: 2.875rem; }   /* with or without its button */
+  #connection { min-width: 17rem; min-height: 2.875rem; }   /* with or without its button */
   #state::before { content: "●" / ""; margin-right: .375rem; color: var(--warn); }
   [data-state="Connected"] #state::before { color: var(--good); }
 
