@@ -2200,17 +2200,14 @@ _AT_ONCE = 200
 
 
 def _make_pool(url: str) -> Any:
-    """Return a pool whose connections never retry by themselves."""
+    """Return what makes connections; they retry nothing by themselves."""
     try:
         from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
-        from redis.asyncio.retry import Retry  # type: ignore[import-not-found,unused-ignore]
-        from redis.backoff import NoBackoff  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise ImportError("RedisBackplane needs a package: pip install redis") from None
-    options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "protocol": 2}
-    options |= {"socket_timeout": None, "socket_connect_timeout": _DIAL_TIMEOUT}
+    options = {"socket_timeout": None, "socket_connect_timeout": _DIAL_TIMEOUT}
     try:
-        pool: Any = redis.ConnectionPool.from_url(url, **options)
+        pool: Any = redis.ConnectionPool.from_url(url, protocol=2, **options)
         pool.make_connection()  # which checks the options in the URL
     except (ValueError, TypeError, AttributeError):  # their text may show the password
         raise ValueError("the URL must be like redis://host:6379/0") from None
@@ -2327,10 +2324,8 @@ class RedisLink:
 
     async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
         """Pass each published message to `receive`, with its channel."""
-        count = 0
-        while True:
+        for count in itertools.count(1):
             kind, channel, data = await self._next_message()
-            count += 1
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
             if kind == b"message":
