@@ -2428,9 +2428,11 @@ class RedisBackplane:
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self._missed_beats = 0
-        #: Links lost (False) and made (True), not yet reported to the application.
-        self._link_changes: asyncio.Queue[bool]
-        self._counts = Counter[str]()
+        #: For each question of this process, its answers: lists of one, or of none.
+        self.questions: dict[str, asyncio.Queue[list[Any]]] = {}
+        #: Tasks that answer questions of other processes.
+        self.replies: set[asyncio.Task[None]] = set()
+        self._counts = Counter(processes=0, dropped=0, reconnects=0, rejected=0)
 
     def for_hub(self, path: str, registry: Registry) -> Backplane:
         """Return the backplane of one hub."""
@@ -2448,23 +2450,25 @@ class RedisBackplane:
         if self._tasks:
             raise RuntimeError("a RedisBackplane can serve one application only")
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
-        self._link_changes = asyncio.Queue()  # of this event loop
         for hub in self._hubs.values():
             hub.process_id = self.process_id
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
-        works = self._run(await self._connect()), self._run_callbacks()
+        link, changes = await self._connect(), asyncio.Queue[bool]()
+        works = self._run(link, changes), self._run_callbacks(changes)
         self._tasks = [asyncio.create_task(work) for work in works]
         yield
         with contextlib.suppress(ConnectionError):
             await self.command("PING")  # answered after all that is queued
-        replies = [task for hub in self._hubs.values() for task in hub.replies]
-        await _end_tasks([*self._tasks, *replies], (0, 1))
+        await _end_tasks([*self._tasks, *self.replies], (0, 1))
         self._tasks.clear()
         self._wanted.clear()
 
-    async def _run(self, link: RedisLink) -> None:
-        """Keep a link to Redis: when one is lost, dial the next."""
+    async def _run(self, link: RedisLink, changes: asyncio.Queue[bool]) -> None:
+        """Keep a link to Redis: when one is lost, dial the next.
+
+        changes: gets False for a link that is lost, and True for a new one.
+        """
         while True:
             works = link.write(), link.read(self._receive), link.subscribe()
             # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
@@ -2480,18 +2484,15 @@ class RedisBackplane:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._counts["dropped"] += await link.close()
-            self._link_changes.put_nowait(False)
-            link = await self._connect_again()
+            changes.put_nowait(False)
+            while self.link is None:
+                await asyncio.sleep(random.uniform(*_DIAL_DELAYS))
+                try:
+                    link = await self._connect()
+                except ConnectionError as error:
+                    log.debug("backplane: %s", _one_line(str(error), 200))
             self._counts["reconnects"] += 1
-            self._link_changes.put_nowait(True)
-
-    async def _connect_again(self) -> RedisLink:
-        while True:
-            await asyncio.sleep(random.uniform(*_DIAL_DELAYS))
-            try:
-                return await self._connect()
-            except ConnectionError as error:
-                log.debug("backplane: %s", _one_line(str(error), 200))
+            changes.put_nowait(True)
 
     async def _connect(self) -> RedisLink:
         """Make a new link and use it. Raises ConnectionError."""
@@ -2515,13 +2516,13 @@ class RedisBackplane:
         raise ConnectionError("Redis does not answer.")
 
     def _count_processes(self, reply: asyncio.Future[Any]) -> None:
-        if not reply.cancelled() and reply.exception() is None:
+        if reply.exception() is None:
             _, self._counts["processes"] = reply.result()
 
-    async def _run_callbacks(self) -> None:
+    async def _run_callbacks(self, changes: asyncio.Queue[bool]) -> None:
         """Call the `on_backplane` callbacks in order."""
         while True:
-            connected = await self._link_changes.get()
+            connected = await changes.get()
             for callback in self.callbacks:
                 try:
                     await _result_of(callback(connected))
@@ -2563,8 +2564,7 @@ class RedisBackplane:
         signature, packet = data[:_SIGNATURE_SIZE], data[_SIGNATURE_SIZE:]
         sender, content = packet[:_PROCESS_ID_SIZE], packet[_PROCESS_ID_SIZE:]
         own = sender == self.process_id.encode()
-        asking = any(hub.questions for hub in self._hubs.values())
-        if own and not (asking or channel.endswith(sender)):
+        if own and not (self.questions or channel.endswith(sender)):
             return  # a message of this process, which it has delivered itself
         try:
             if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
@@ -2584,8 +2584,7 @@ class RedisBackplane:
     def report(self) -> dict[str, Any]:
         """Describe the state, for `HubContext.stats`."""
         state = "Disconnected" if self.link is None else "Connected"
-        names = "processes", "dropped", "reconnects", "rejected"
-        return {"state": state, **{name: self._counts[name] for name in names}}
+        return {"state": state, **self._counts}
 
 
 @dataclass(slots=True, eq=False)
@@ -2595,10 +2594,6 @@ class HubBackplane(Backplane):
     _redis: RedisBackplane
     path: str
     _registry: Registry
-    #: For each question of this process, its answers: lists of one, or of none.
-    questions: dict[str, asyncio.Queue[list[Any]]] = field(default_factory=dict)
-    #: Tasks that answer questions of other processes.
-    replies: set[asyncio.Task[None]] = field(default_factory=set)
     process_id: str = ""
 
     def channel(self, name: str) -> bytes:
@@ -2619,14 +2614,13 @@ class HubBackplane(Backplane):
                     await link.active_changed.wait()
         return link is not None and name in link.active
 
-    async def subscribers(self, channel: str) -> int:
-        _, number = await self._redis.command("PUBSUB", "NUMSUB", self.channel(channel))
+    async def subscribers(self, channel: str, seconds: float = _REPLY_TIMEOUT) -> int:
+        command = "PUBSUB", "NUMSUB", self.channel(channel)
+        _, number = await self._redis.command(*command, seconds=seconds)
         return int(number)
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
-        if kind != "all" and not names:
-            return
         if kind == "connection" and self._registry.connections.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
@@ -2646,28 +2640,29 @@ class HubBackplane(Backplane):
     async def ask(
         self, seconds: float, channel: str, question: str, *arguments: Any
     ) -> tuple[list[Any], int]:
-        id, name, found = _new_id(), self.channel(channel), list[Any]()
-        answers = self.questions[id] = asyncio.Queue[list[Any]]()
+        id, found = _new_id(), list[Any]()
+        answers = self._redis.questions[id] = asyncio.Queue[list[Any]]()
+        header = ["ask", self.path, id, question, arguments]
         try:
-            self._redis.publish(name, ["ask", self.path, id, question, arguments])
-            reply = self._redis.command("PUBSUB", "NUMSUB", name, seconds=seconds)
-            _, missing = await reply
+            self._redis.publish(self.channel(channel), header)
+            missing = await self.subscribers(channel, seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     while missing:
                         found += await answers.get()
                         missing -= 1
         finally:
-            del self.questions[id]
+            del self._redis.questions[id]
         if missing:
             log.warning("backplane: %d processes did not answer %r", missing, question)
         return found, missing
 
     def receive(self, sender: str, kind: str, rest: list[Any], body: bytes) -> None:
         """Act on a packet of another process, or on one that came back."""
+        questions, replies = self._redis.questions, self._redis.replies
         match kind, rest:
-            case "ask", [id, *_] if id in self.questions:
-                self.questions[id].put_nowait([])  # Redis counts this process, too
+            case "ask", [id, *_] if id in questions:
+                questions[id].put_nowait([])  # Redis counts this process, too
             case _ if sender == self.process_id:
                 pass
             case "send", [kind, names, excluding, sizes, id]:
@@ -2680,10 +2675,10 @@ class HubBackplane(Backplane):
                 self._registry.handlers[handler](*arguments)
             case "ask", [id, question, arguments]:
                 task = asyncio.create_task(self._reply(sender, id, question, arguments))
-                self.replies.add(task)
-                task.add_done_callback(self.replies.discard)
-            case "answer", [id, answer] if id in self.questions:
-                self.questions[id].put_nowait([answer])
+                replies.add(task)
+                task.add_done_callback(replies.discard)
+            case "answer", [id, answer] if id in questions:
+                questions[id].put_nowait([answer])
 
     async def _reply(
         self, sender: str, id: str, question: str, arguments: list[Any]
