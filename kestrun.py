@@ -2709,13 +2709,6 @@ def _invocation(method: str, args: tuple[Any, ...]) -> Invocation:
     return Invocation(method, list(args))
 
 
-def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
-    """Check a collection of names; a lone string is a mistake, not a list."""
-    if isinstance(names, str):
-        raise TypeError(f"{what}: a list of strings, not the string {names!r}")
-    return tuple(dict.fromkeys(names))
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class ClientProxy:
     """Sends messages to the receivers of one address."""
@@ -2816,8 +2809,12 @@ class HubClients:
     _local: bool = field(default=False, kw_only=True)
 
     def _proxy(
-        self, kind: str, names: tuple[str, ...] = (), excluding: Iterable[str] = ()
+        self, kind: str, names: Iterable[str] = (), excluding: Iterable[str] = ()
     ) -> ClientProxy:
+        for given in (names, excluding):
+            if isinstance(given, str):
+                raise TypeError(f"give a list of strings, not the string {given!r}")
+        names = tuple(dict.fromkeys(names))
         address = Address(kind, names, frozenset(excluding), self._local)
         return ClientProxy(self._registry, address)
 
@@ -2828,7 +2825,7 @@ class HubClients:
 
     def all_except(self, ids: Iterable[str]) -> ClientProxy:
         """Every connection but those with these connection ids."""
-        return self._proxy("all", (), _names(ids, "ids"))
+        return self._proxy("all", (), ids)
 
     def client(self, id: str) -> SingleClientProxy:
         """The connection with this connection id."""
@@ -2837,7 +2834,7 @@ class HubClients:
 
     def clients(self, ids: Iterable[str]) -> ClientProxy:
         """The connections with these connection ids."""
-        return self._proxy("connection", _names(ids, "ids"))
+        return self._proxy("connection", ids)
 
     def group(self, name: str) -> ClientProxy:
         """The members of a group."""
@@ -2845,11 +2842,11 @@ class HubClients:
 
     def groups(self, names: Iterable[str]) -> ClientProxy:
         """The members of any of these groups, each of them once."""
-        return self._proxy("group", _names(names, "names"))
+        return self._proxy("group", names)
 
     def group_except(self, name: str, ids: Iterable[str]) -> ClientProxy:
         """The members of a group but those with these connection ids."""
-        return self._proxy("group", (name,), _names(ids, "ids"))
+        return self._proxy("group", (name,), ids)
 
     def user(self, id: str) -> ClientProxy:
         """All connections of one user, compared exactly."""
@@ -2857,7 +2854,7 @@ class HubClients:
 
     def users(self, ids: Iterable[str]) -> ClientProxy:
         """All connections of these users."""
-        return self._proxy("user", _names(ids, "ids"))
+        return self._proxy("user", ids)
 
 
 @dataclass(slots=True, eq=False, repr=False)
