@@ -3035,30 +3035,27 @@ class Everywhere:
         return await self._registry.ask_elsewhere(channel, question, *arguments)
 
 
+@dataclass(eq=False, repr=False)
 class HubContext:
     """A hub seen from outside: from routes, operations and jobs."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        shared: Shared,
-        contexts: dict[str, HubCallerContext],
-        backplane: RedisBackplane | None,
-    ) -> None:
-        self._registry, self._shared, self._backplane = registry, shared, backplane
+    _registry: Registry
+    _shared: Shared
+    _backplane: RedisBackplane | None
+    #: The connections, by id; a live read-only mapping.
+    connections: Mapping[str, HubCallerContext]
+
+    def __post_init__(self) -> None:
         #: The receivers of messages.
-        self.clients = HubClients(registry)
+        self.clients = HubClients(self._registry)
         #: Those of them that are connected to this process.
-        self.local = HubClients(registry, _local=True)
+        self.local = HubClients(self._registry, _local=True)
         #: Questions to all processes that serve the hub.
-        self.everywhere = Everywhere(registry)
+        self.everywhere = Everywhere(self._registry)
         #: Groups of connections.
-        self.groups = registry.groups
-        #: The connections, by id; a live read-only mapping.
-        self.connections: Mapping[str, HubCallerContext]
-        self.connections = types.MappingProxyType(contexts)
+        self.groups = self._registry.groups
         #: The options this hub was mapped with.
-        self.options = shared.options
+        self.options = self._shared.options
 
     async def abort_user(self, user_id: str) -> int:
         """Close all connections of a user, in every process; return their number.
@@ -4939,7 +4936,8 @@ def map_hub(
         app.on_shutdown.append(_stop_all)
     app[_MANAGERS].append(manager)
     app.on_startup.append(manager.start)
-    return HubContext(mapped.registry, mapped.shared, mapped.contexts, backplane)
+    connections = types.MappingProxyType(mapped.contexts)
+    return HubContext(mapped.registry, mapped.shared, backplane, connections)
 
 
 # ------------------------------------------------------------------- client
