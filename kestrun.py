@@ -2427,7 +2427,7 @@ class RedisBackplane:
         self.link: RedisLink | None = None
         self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
-        self._missed_beats = 0
+        self.missed_beats = 0
         #: For each question of this process, its answers: lists of one, or of none.
         self.questions: dict[str, asyncio.Queue[list[Any]]] = {}
         #: Tasks that answer questions of other processes.
@@ -2506,10 +2506,10 @@ class RedisBackplane:
 
     async def _beat(self, link: RedisLink) -> None:
         """Detect a Redis that hangs: beats do not come back. Count the processes."""
-        self._missed_beats, hub = 0, next(iter(self._hubs.values()))
-        while self._missed_beats < _MISSED_BEATS:
-            self._missed_beats += 1
-            self.publish(hub.channel(f"process:{self.process_id}"), ["beat", hub.path])
+        self.missed_beats, hub = 0, next(iter(self._hubs.values()))
+        while self.missed_beats < _MISSED_BEATS:
+            self.missed_beats += 1
+            self.publish(hub, f"process:{self.process_id}", "beat")
             reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
             reply.add_done_callback(self._count_processes)
             await asyncio.sleep(_BEAT)
@@ -2550,12 +2550,14 @@ class RedisBackplane:
         except TimeoutError:
             raise ConnectionError("Redis does not answer.") from None
 
-    def publish(self, channel: bytes, header: list[Any], body: bytes = b"") -> None:
+    def publish(
+        self, hub: HubBackplane, channel: str, *header: Any, body: bytes = b""
+    ) -> None:
         """Publish a packet, or drop and count it. Raises what `_dumps` raises."""
         if self.link is not None:
-            text = f"{self.process_id}{_dumps(header)}\n"
-            packet = text.encode(errors="surrogatepass") + body
-            if self.link.publish(channel, _sign(self.key, channel, packet) + packet):
+            text, name = f"{_dumps([hub.path, *header])}\n", hub.channel(channel)
+            packet = f"{self.process_id}{text}".encode(errors="surrogatepass") + body
+            if self.link.publish(name, _sign(self.key, name, packet) + packet):
                 return
         self._counts["dropped"] += 1
 
@@ -2570,11 +2572,8 @@ class RedisBackplane:
             if not secrets.compare_digest(signature, _sign(self.key, channel, packet)):
                 raise ValueError("it is not signed with our secret")
             header, _, body = content.partition(b"\n")
-            kind, path, *rest = json.loads(header.decode(errors="surrogatepass"))
-            if kind == "beat" and own:
-                self._missed_beats = 0
-            elif (hub := self._hubs.get(path)) is not None:
-                hub.receive(sender.decode(), kind, rest, body)
+            path, *rest = json.loads(header.decode(errors="surrogatepass"))
+            self._hubs[path].receive(sender.decode(), rest, body)
         except Exception as error:  # noqa: BLE001 (it may contain anything)
             self._counts["rejected"] += 1
             if self._counts["rejected"] <= 10:
@@ -2629,22 +2628,20 @@ class HubBackplane(Backplane):
                 with contextlib.suppress(TypeError, ValueError):
                     encoded[protocol.name] = protocol.encode(message)
         sizes = {protocol: len(data) for protocol, data in encoded.items()}
-        more = list(excluding), sizes, message.invocation_id
-        header = ["send", self.path, kind, names, *more]
-        self._redis.publish(self.channel(name), header, b"".join(encoded.values()))
+        header = "send", kind, names, list(excluding), sizes, message.invocation_id
+        body = b"".join(encoded.values())
+        self._redis.publish(self, name, *header, body=body)
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
-        header = ["tell", self.path, handler, arguments]
-        self._redis.publish(self.channel(channel), header)
+        self._redis.publish(self, channel, "tell", handler, arguments)
 
     async def ask(
         self, seconds: float, channel: str, question: str, *arguments: Any
     ) -> tuple[list[Any], int]:
         id, found = _new_id(), list[Any]()
         answers = self._redis.questions[id] = asyncio.Queue[list[Any]]()
-        header = ["ask", self.path, id, question, arguments]
         try:
-            self._redis.publish(self.channel(channel), header)
+            self._redis.publish(self, channel, "ask", id, question, arguments)
             missing = await self.subscribers(channel, seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -2657,37 +2654,38 @@ class HubBackplane(Backplane):
             log.warning("backplane: %d processes did not answer %r", missing, question)
         return found, missing
 
-    def receive(self, sender: str, kind: str, rest: list[Any], body: bytes) -> None:
+    def receive(self, sender: str, header: list[Any], body: bytes) -> None:
         """Act on a packet of another process, or on one that came back."""
         questions, replies = self._redis.questions, self._redis.replies
-        match kind, rest:
-            case "ask", [id, *_] if id in questions:
+        match header:
+            case ["beat"]:
+                self._redis.missed_beats = 0
+            case ["ask", id, *_] if id in questions:
                 questions[id].put_nowait([])  # Redis counts this process, too
             case _ if sender == self.process_id:
                 pass
-            case "send", [kind, names, excluding, sizes, id]:
+            case ["send", kind, names, excluding, sizes, id]:
                 address = Address(kind, tuple(names), frozenset(excluding))
                 encoded: Encoded = {}
                 for protocol, size in sizes.items():
                     encoded[protocol], body = body[:size], body[size:]
                 self._registry.deliver(address, encoded, id)
-            case "tell", [handler, arguments]:
+            case ["tell", handler, arguments]:
                 self._registry.handlers[handler](*arguments)
-            case "ask", [id, question, arguments]:
+            case ["ask", id, question, arguments]:
                 task = asyncio.create_task(self._reply(sender, id, question, arguments))
                 replies.add(task)
                 task.add_done_callback(replies.discard)
-            case "answer", [id, answer] if id in questions:
+            case ["answer", id, answer] if id in questions:
                 questions[id].put_nowait([answer])
 
     async def _reply(
         self, sender: str, id: str, question: str, arguments: list[Any]
     ) -> None:
         """Answer a question of another process; log a handler that fails."""
-        channel = self.channel(f"process:{sender}")
         try:
             answer = await self._registry.answer(question, *arguments)
-            self._redis.publish(channel, ["answer", self.path, id, answer])
+            self._redis.publish(self, f"process:{sender}", "answer", id, answer)
         except (Exception, SystemExit):
             log.exception("backplane: the question %r failed", question)
 
