@@ -2205,9 +2205,8 @@ def _make_pool(url: str) -> Any:
         from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise ImportError("RedisBackplane needs a package: pip install redis") from None
-    options = {"socket_timeout": None, "socket_connect_timeout": _DIAL_TIMEOUT}
     try:
-        pool: Any = redis.ConnectionPool.from_url(url, protocol=2, **options)
+        pool: Any = redis.ConnectionPool.from_url(url, protocol=2, socket_timeout=None)
         pool.make_connection()  # which checks the options in the URL
     except (ValueError, TypeError, AttributeError):  # their text may show the password
         raise ValueError("the URL must be like redis://host:6379/0") from None
@@ -2318,9 +2317,8 @@ class RedisLink:
 
     # Messages
 
-    def _next_message(self) -> Awaitable[list[Any]]:
-        read: Callable[..., Awaitable[list[Any]]] = self._messages.read_response
-        return read(disable_decoding=True, timeout=math.inf)
+    def _next_message(self) -> Any:
+        return self._messages.read_response(disable_decoding=True, timeout=math.inf)
 
     async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
         """Pass each published message to `receive`, with its channel."""
@@ -2459,7 +2457,8 @@ class RedisBackplane:
         self._tasks = [asyncio.create_task(work) for work in works]
         yield
         with contextlib.suppress(ConnectionError):
-            await self.command("PING")  # answered after all that is queued
+            for hub in self._hubs.values():
+                await hub.subscribers("all")  # answered after all that is queued
         await _end_tasks([*self._tasks, *self.replies], (0, 1))
         self._tasks.clear()
         self._wanted.clear()
@@ -2473,7 +2472,7 @@ class RedisBackplane:
             works = link.write(), link.read(self._receive), link.subscribe()
             # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
             # cancelled once, and then a timeout of the next dial would end the task.
-            tasks = [asyncio.create_task(work) for work in (*works, self._beat(link))]
+            tasks = [asyncio.create_task(work) for work in (*works, self._beat())]
             try:
                 ended, _ = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
                 reason = _one_line(str(ended.pop().exception()), 200)
@@ -2504,20 +2503,16 @@ class RedisBackplane:
         log.info("backplane: connected as process %s", self.process_id)
         return link
 
-    async def _beat(self, link: RedisLink) -> None:
+    async def _beat(self) -> None:
         """Detect a Redis that hangs: beats do not come back. Count the processes."""
         self.missed_beats, hub = 0, next(iter(self._hubs.values()))
         while self.missed_beats < _MISSED_BEATS:
             self.missed_beats += 1
             self.publish(hub, f"process:{self.process_id}", "beat")
-            reply = link.submit("PUBSUB", "NUMSUB", hub.channel("all"))
-            reply.add_done_callback(self._count_processes)
-            await asyncio.sleep(_BEAT)
+            with contextlib.suppress(ConnectionError):  # raised after a beat's time
+                self._counts["processes"] = await hub.subscribers("all", _BEAT)
+                await asyncio.sleep(_BEAT)
         raise ConnectionError("Redis does not answer.")
-
-    def _count_processes(self, reply: asyncio.Future[Any]) -> None:
-        if reply.exception() is None:
-            _, self._counts["processes"] = reply.result()
 
     async def _run_callbacks(self, changes: asyncio.Queue[bool]) -> None:
         """Call the `on_backplane` callbacks in order."""
@@ -2536,19 +2531,6 @@ class RedisBackplane:
         (self._wanted.add if wanted else self._wanted.discard)(channel)
         if self.link is not None:
             self.link.want(channel, wanted)
-
-    async def command(self, *command: Any, seconds: float = _REPLY_TIMEOUT) -> Any:
-        """Send a command. Raises ConnectionResetError if the link is lost.
-
-        Raises another ConnectionError if Redis does not reply in time.
-        """
-        if self.link is None:
-            raise ConnectionResetError("Redis is not connected.")
-        try:
-            async with asyncio.timeout(seconds):
-                return await self.link.submit(*command)
-        except TimeoutError:
-            raise ConnectionError("Redis does not answer.") from None
 
     def publish(
         self, hub: HubBackplane, channel: str, *header: Any, body: bytes = b""
@@ -2614,9 +2596,18 @@ class HubBackplane(Backplane):
         return link is not None and name in link.active
 
     async def subscribers(self, channel: str, seconds: float = _REPLY_TIMEOUT) -> int:
-        command = "PUBSUB", "NUMSUB", self.channel(channel)
-        _, number = await self._redis.command(*command, seconds=seconds)
-        return int(number)
+        """Count the processes. Raises ConnectionResetError if the link is lost.
+
+        Raises another ConnectionError if Redis does not reply in time.
+        """
+        link, command = self._redis.link, ("PUBSUB", "NUMSUB", self.channel(channel))
+        if link is None:
+            raise ConnectionResetError("Redis is not connected.")
+        try:
+            async with asyncio.timeout(seconds):
+                return int((await link.submit(*command))[1])
+        except TimeoutError:
+            raise ConnectionError("Redis does not answer.") from None
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
