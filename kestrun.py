@@ -2243,15 +2243,14 @@ class RedisLink:
         #: Wakes those who wait for a channel to become active.
         self.active_changed = asyncio.Event()
 
-    async def open(self, channels: Collection[bytes] = ()) -> None:
+    async def open(self, channels: Collection[bytes]) -> None:
         """Dial, and subscribe to channels. Raises ConnectionError in one sentence."""
         try:
             async with asyncio.timeout(_DIAL_TIMEOUT):
                 await self._commands.connect()
                 await self._messages.connect()
                 await self._commands.send_command("HELLO", 2, check_health=False)
-                answer = await self._commands.read_response(timeout=math.inf)
-                if b"cluster" in answer:
+                if b"cluster" in await self._commands.read_response(timeout=math.inf):
                     raise ConnectionError("it is a Redis Cluster; give a single server")
             for some in _portions(channels):
                 async with asyncio.timeout(_DIAL_TIMEOUT):
@@ -2367,13 +2366,11 @@ class RedisLink:
 # again. While Redis is away, local delivery continues; messages to other processes
 # are dropped and counted.
 #
-#   channel, after PREFIX:HUB PATH:   who subscribes           what it carries
-#   all                               every process            messages, questions,
-#                                                              used tokens
-#   group:NAME, user:ID               those with members       messages, questions
-#   connection:ID                     the one with it          messages, questions
-#   process:ID                        that process             questions, answers,
-#                                                              client results, beats
+#   PREFIX:HUB PATH:…     who subscribes       what it carries
+#   all                   every process        messages, questions, used tokens
+#   group:NAME, user:ID   those with members   messages, questions
+#   connection:ID         the one with it      messages, questions
+#   process:ID            that process         questions, answers, results, beats
 #
 # Each packet is signed with the secret: signature, sender, a header in JSON, and after
 # a line break what is not JSON, such as an encoded message.
@@ -2390,10 +2387,8 @@ _SIGNATURE_SIZE = _PROCESS_ID_SIZE = 16
 
 def _sign(key: bytes, *parts: bytes) -> bytes:
     """Return a signature: keyed BLAKE2b. (RFC 7693)"""
-    signature = hashlib.blake2b(key=key, digest_size=_SIGNATURE_SIZE)
-    for part in parts:
-        signature.update(len(part).to_bytes(8, "big") + part)
-    return signature.digest()
+    data = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    return hashlib.blake2b(data, key=key, digest_size=_SIGNATURE_SIZE).digest()
 
 
 class RedisBackplane:
@@ -2402,8 +2397,7 @@ class RedisBackplane:
     url: "redis://user:password@host:6379/0"; "rediss://" for TLS; "unix://".
     secret: at least 16 characters, the same in all processes. It signs what they
         publish, and the connection tokens, so that each process takes any token.
-    prefix: the beginning of each channel's name. Processes with different prefixes
-        ignore each other.
+    prefix: begins channels' names; processes with different ones ignore each other.
     Give one object to all hubs of one application. It connects when the application
     starts, which fails with ConnectionError if Redis cannot be used then. Raises
     ValueError for a wrong url or secret, ImportError without the `redis` package.
@@ -2423,7 +2417,6 @@ class RedisBackplane:
         self._wanted: set[bytes] = set()
         #: None while Redis is away.
         self.link: RedisLink | None = None
-        self._tasks: list[asyncio.Task[None]] = []
         #: Beats in a row that have not come back.
         self.missed_beats = 0
         #: For each question of this process, its answers: lists of one, or of none.
@@ -2445,7 +2438,7 @@ class RedisBackplane:
         Raises ConnectionError if Redis cannot be used. Queued messages are sent
         before it disconnects.
         """
-        if self._tasks:
+        if self.link is not None:
             raise RuntimeError("a RedisBackplane can serve one application only")
         self.process_id = secrets.token_hex(_PROCESS_ID_SIZE // 2)
         for hub in self._hubs.values():
@@ -2454,13 +2447,12 @@ class RedisBackplane:
             hub.subscribe(f"process:{self.process_id}")
         link, changes = await self._connect(), asyncio.Queue[bool]()
         works = self._run(link, changes), self._run_callbacks(changes)
-        self._tasks = [asyncio.create_task(work) for work in works]
+        tasks = [asyncio.create_task(work) for work in works]
         yield
         with contextlib.suppress(ConnectionError):
             for hub in self._hubs.values():
                 await hub.subscribers("all")  # answered after all that is queued
-        await _end_tasks([*self._tasks, *self.replies], (0, 1))
-        self._tasks.clear()
+        await _end_tasks([*tasks, *self.replies], (0, 1))
         self._wanted.clear()
 
     async def _run(self, link: RedisLink, changes: asyncio.Queue[bool]) -> None:
@@ -2596,10 +2588,7 @@ class HubBackplane(Backplane):
         return link is not None and name in link.active
 
     async def subscribers(self, channel: str, seconds: float = _REPLY_TIMEOUT) -> int:
-        """Count the processes. Raises ConnectionResetError if the link is lost.
-
-        Raises another ConnectionError if Redis does not reply in time.
-        """
+        """Raises ConnectionResetError if the link is lost, ConnectionError if slow."""
         link, command = self._redis.link, ("PUBSUB", "NUMSUB", self.channel(channel))
         if link is None:
             raise ConnectionResetError("Redis is not connected.")
@@ -2670,13 +2659,11 @@ class HubBackplane(Backplane):
             case ["answer", id, answer] if id in questions:
                 questions[id].put_nowait([answer])
 
-    async def _reply(
-        self, sender: str, id: str, question: str, arguments: list[Any]
-    ) -> None:
+    async def _reply(self, asker: str, id: str, question: str, arguments: Any) -> None:
         """Answer a question of another process; log a handler that fails."""
         try:
             answer = await self._registry.answer(question, *arguments)
-            self._redis.publish(self, f"process:{sender}", "answer", id, answer)
+            self._redis.publish(self, f"process:{asker}", "answer", id, answer)
         except (Exception, SystemExit):
             log.exception("backplane: the question %r failed", question)
 
@@ -2726,8 +2713,6 @@ class ClientProxy:
 
 class SingleClientProxy(ClientProxy):
     """One receiver, which can also be asked for a result."""
-
-    __slots__ = ()
 
     async def send(self, method: str, *args: Any) -> None:
         """Call `method` on the client; wait while the client is behind.
@@ -2887,10 +2872,7 @@ class HubCallerContext:
     items: dict[Any, Any] = field(default_factory=dict)
 
     def abort(self) -> None:
-        """Close the connection, from any code; return at once.
-
-        The client is told not to reconnect by itself.
-        """
+        """Close the connection without waiting; tell the client not to reconnect."""
         self._abort()
 
     @property
@@ -3057,8 +3039,7 @@ class HubContext:
     def on_backplane(self, callback: Callable[[bool], Any]) -> None:
         """Call a function, plain or async, when the link to Redis is lost or back.
 
-        callback: gets False or True. Messages between processes in the meantime
-            are lost.
+        callback: gets False or True. Messages between processes meanwhile are lost.
         """
         if self._backplane is not None:
             self._backplane.callbacks.append(callback)
