@@ -2206,7 +2206,10 @@ def _make_pool(url: str) -> Any:
     except ImportError:
         raise ImportError("RedisBackplane needs a package: pip install redis") from None
     try:
-        pool: Any = redis.ConnectionPool.from_url(url, protocol=2, socket_timeout=None)
+        pool: Any = redis.ConnectionPool.from_url(url, protocol=2)
+        # Whatever the URL says: `RedisLink` has timeouts and checks of its own.
+        pool.connection_kwargs |= {"socket_timeout": None, "health_check_interval": 0}
+        pool.connection_kwargs |= {"decode_responses": False}
         pool.make_connection()  # which checks the options in the URL
     except (ValueError, TypeError, AttributeError):  # their text may show the password
         raise ValueError("the URL must be like redis://host:6379/0") from None
@@ -2249,14 +2252,14 @@ class RedisLink:
             async with asyncio.timeout(_DIAL_TIMEOUT):
                 await self._commands.connect()
                 await self._messages.connect()
-                await self._commands.send_command("HELLO", 2, check_health=False)
-                if b"cluster" in await self._commands.read_response(timeout=math.inf):
+                await self._commands.send_command("HELLO", 2)
+                if b"cluster" in await self._commands.read_response():
                     raise ConnectionError("it is a Redis Cluster; give a single server")
             for some in _portions(channels):
                 async with asyncio.timeout(_DIAL_TIMEOUT):
-                    await self._send("SUBSCRIBE", some)
+                    await self._messages.send_command("SUBSCRIBE", *some)
                     for _ in some:
-                        while (await self._next_message())[0] != b"subscribe":
+                        while (await self._messages.read_response())[0] != b"subscribe":
                             pass  # a message; the link is not in use yet
                     await asyncio.sleep(0)
             self.active.update(channels)
@@ -2302,9 +2305,9 @@ class RedisLink:
             self._queued.clear()
             batch = list(itertools.islice(queue, _AT_ONCE))
             packed = connection.pack_commands([command for command, _ in batch])
-            await connection.send_packed_command(packed, check_health=False)
+            await connection.send_packed_command(packed)
             for command, future in batch:
-                reply = await connection.read_response(timeout=math.inf)
+                reply = await connection.read_response()
                 queue.popleft()
                 if future is None:
                     self._waiting_bytes -= len(command[2])
@@ -2316,13 +2319,10 @@ class RedisLink:
 
     # Messages
 
-    def _next_message(self) -> Any:
-        return self._messages.read_response(disable_decoding=True, timeout=math.inf)
-
     async def read(self, receive: Callable[[bytes, bytes], None]) -> None:
         """Pass each published message to `receive`, with its channel."""
         for count in itertools.count(1):
-            kind, channel, data = await self._next_message()
+            kind, channel, data = await self._messages.read_response()
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
             if kind == b"message":
@@ -2346,15 +2346,12 @@ class RedisLink:
             self.active -= less
             for command, channels in (("UNSUBSCRIBE", less), ("SUBSCRIBE", more)):
                 for some in _portions(channels):
-                    await self._send(command, some)
+                    await self._messages.send_command(command, *some)
             for _ in (*less, *more):
                 await self._confirmed.acquire()
             self.active |= more
             self.active_changed.set()  # for those who wait now
             self.active_changed.clear()
-
-    async def _send(self, command: str, channels: list[bytes]) -> None:
-        await self._messages.send_command(command, *channels, check_health=False)
 
 
 # ---------------------------------------------------------------- backplane
