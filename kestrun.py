@@ -2231,8 +2231,7 @@ class RedisLink:
 
     def __init__(self, pool: Any) -> None:
         self._commands, self._messages = pool.make_connection(), pool.make_connection()
-        #: Commands without a reply yet, each with the future for it. Messages have
-        #: None; their bytes are counted.
+        #: Commands without a reply yet, each with a future for it, or None: messages.
         self._queue: deque[tuple[tuple[Any, ...], asyncio.Future[Any] | None]] = deque()
         self._queued = asyncio.Event()
         self._waiting_bytes = 0
@@ -2432,8 +2431,7 @@ class RedisBackplane:
     async def context(self, app: object) -> AsyncIterator[None]:
         """Stay connected while an application runs: for its `cleanup_ctx`.
 
-        Raises ConnectionError if Redis cannot be used. Queued messages are sent
-        before it disconnects.
+        Raises ConnectionError if Redis cannot be used. Sends what is queued at the end.
         """
         if self.link is not None:
             raise RuntimeError("a RedisBackplane can serve one application only")
@@ -2453,10 +2451,7 @@ class RedisBackplane:
         self._wanted.clear()
 
     async def _run(self, link: RedisLink, changes: asyncio.Queue[bool]) -> None:
-        """Keep a link to Redis: when one is lost, dial the next.
-
-        changes: gets False for a link that is lost, and True for a new one.
-        """
+        """Dial again when the link is lost: put False, then True into `changes`."""
         while True:
             works = link.write(), link.read(self._receive), link.subscribe()
             # Not in a TaskGroup: before Python 3.11.3, one that fails leaves its task
@@ -2553,8 +2548,7 @@ class RedisBackplane:
 
     def report(self) -> dict[str, Any]:
         """Describe the state, for `HubContext.stats`."""
-        state = "Disconnected" if self.link is None else "Connected"
-        return {"state": state, **self._counts}
+        return {"state": "Connected" if self.link else "Disconnected", **self._counts}
 
 
 @dataclass(slots=True, eq=False)
@@ -2702,8 +2696,7 @@ class ClientProxy:
         registry = self._registry
         registry.publish(self._address, _invocation(method, args))
         if registry.published_bytes > _HIGH_WATER:
-            # A broadcast waits for no client, but a long loop of them must let the
-            # event loop write and read in between.
+            # A long loop of broadcasts must let the event loop write and read.
             registry.published_bytes = 0
             await asyncio.sleep(0)
 
@@ -2752,13 +2745,12 @@ class SingleClientProxy(ClientProxy):
         be written. Inside `on_connected` it raises HubException: the client does not
         listen yet.
         """
-        call = _current_call.get()
+        call, results = _current_call.get(), self._registry.results
         convert = self._registry.make_converter(returns)
         message = _invocation(method, args)
         async with contextlib.nullcontext() if call is None else call.awaiting_result():
             try:
                 async with asyncio.timeout(timeout):
-                    results = self._registry.results
                     completion = await results.invoke(self._address, message)
             except TimeoutError:
                 name = self._address.names[0][:_ID_LENGTH]
@@ -2915,10 +2907,7 @@ class Hub:
     groups: GroupManager
 
     async def on_connected(self) -> None:
-        """Run after the handshake and before the client's first call.
-
-        An exception refuses the connection.
-        """
+        """Run after the handshake, before any call; an exception refuses the client."""
 
     async def on_disconnected(self, error: Exception | None) -> None:
         """Run when a connection that `on_connected` accepted has ended.
