@@ -536,9 +536,14 @@ class Inbox(bytearray):
         super().clear()
         self._searched = 0
 
-    def read_until(self, separator: bytes) -> bytearray | None:
-        """Remove the next record and its separator; None if it is incomplete."""
-        end = self.find(separator, self._searched)
+    def read_record(self, limit: float = math.inf) -> bytearray | None:
+        """Remove a text and the byte 0x1E that ends it; None if it is incomplete.
+
+        Raises MessageTooLarge if it has more bytes than that, complete or not.
+        """
+        end = self.find(b"\x1e", self._searched)
+        if (len(self) if end < 0 else end + 1) > limit:
+            raise MessageTooLarge(limit)
         if end < 0:
             self._searched = len(self)
             return None
@@ -792,8 +797,6 @@ class HubProtocol:
         return plain if items is value else list(plain.values())
 
 
-RECORD_SEPARATOR = b"\x1e"
-
 #: Nesting of one JSON message; the reference server's limit.
 _JSON_DEPTH = 64
 
@@ -910,13 +913,8 @@ class JsonProtocol(HubProtocol):
         return f'{{"type":{number},"invocationId":{id},"{name}":{value}}}'
 
     def decode(self, inbox: Inbox, limit: float) -> Decoded:
-        while inbox and (record := inbox.read_until(RECORD_SEPARATOR)) is not None:
-            size = len(record) + 1
-            if size > limit:
-                raise MessageTooLarge(limit)
-            yield _build(_json_object(record, self._loads)), size
-        if len(inbox) > limit:
-            raise MessageTooLarge(limit)
+        while (record := inbox.read_record(limit)) is not None:
+            yield _build(_json_object(record, self._loads)), len(record) + 1
 
 
 class MessagePackProtocol(HubProtocol):
@@ -4117,13 +4115,10 @@ async def _read_first_record(connection: Connection) -> bytearray:
     """Wait for the handshake request; HubException if it is late or too large."""
     inbox, options = connection.inbox, connection.shared.options
     limit = _or_infinite(options.maximum_receive_message_size)
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, MessageTooLarge):
         async with asyncio.timeout(options.handshake_timeout):
             while connection.state < CLOSING:
-                record = inbox.read_until(RECORD_SEPARATOR)
-                if len(inbox if record is None else record) >= limit:
-                    break
-                if record is not None:
+                if (record := inbox.read_record(limit)) is not None:
                     return record
                 await connection.changed()
     raise HubException("Handshake was canceled.")
@@ -4923,7 +4918,7 @@ class HubClient:
         request = _dumps({"protocol": self._protocol.name, "version": 1})
         await self._websocket.send_str(request + "\x1e")
         async with asyncio.timeout(HubOptions().handshake_timeout):
-            while (record := self._inbox.read_until(RECORD_SEPARATOR)) is None:
+            while (record := self._inbox.read_record()) is None:
                 await self._read()
         try:
             response = _json_object(record)
