@@ -685,9 +685,8 @@ class HubProtocol:
         try:
             return self._write(message)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            text = str(error)
-        self._to_plain_fields(message)  # which names the part
-        raise ValueError(text)
+            self._to_plain_fields(message)  # which names the part
+            raise ValueError(str(error)) from None
 
     def _write(self, message: Message) -> bytes:
         raise NotImplementedError
@@ -763,14 +762,10 @@ class HubProtocol:
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
             raise ValueError(": text with a lone surrogate")
-        if (
-            isinstance(value, float)
-            and self.name == "json"
-            and not math.isfinite(value)
-        ):
+        if isinstance(value, float) and not (self.binary or math.isfinite(value)):
             raise ValueError(": a number that is not finite")
         beyond = isinstance(value, int) and not -(2**63) <= value < 2**64
-        if beyond and not (self.name == "json" and self._options.json is json):
+        if beyond and (self.binary or self._options.json is not json):
             raise ValueError(": an integer beyond 64 bits")
         if isinstance(value, self._types):
             return value
@@ -999,14 +994,13 @@ class MessagePackProtocol(HubProtocol):
             raise ProtocolError("Reading 'messageType' as Int32 failed.")
         _, names = _MESSAGES.get(array[0], (None, ()))
         fields = dict(zip(("type", *names), array, strict=False))
-        if array[0] == 3:
-            # signalrcore ends an upload stream with three elements.
-            kind = fields.pop("kind", 2)
-            if kind not in (1, 2, 3):
-                raise ProtocolError("Invalid invocation result kind.")
-            if kind != 2:
-                _check_fields(fields, "value")
-                fields["error" if kind == 1 else "result"] = fields["value"]
+        # signalrcore ends an upload stream with three elements.
+        kind = fields.get("kind", 2)
+        if kind not in (1, 2, 3):
+            raise ProtocolError("Invalid invocation result kind.")
+        if kind != 2:
+            _check_fields(fields, "value")
+            fields["error" if kind == 1 else "result"] = fields["value"]
         return fields
 
 
