@@ -599,22 +599,19 @@ _FIELDS = {
 }
 
 
-def _check_field(name: str, value: Any, kind: type) -> None:
-    """Raise ProtocolError for a wrong type, or text that no answer could repeat."""
-    if type(value) is not kind and not (value is None and name in _NULLABLE):
-        raise ProtocolError(f"Expected '{name}' to be {_FIELD_TYPES[kind][0]}.")
-    if type(value) is str and not _is_unicode(value):
-        raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
-
-
 def _check_fields(fields: dict[str, Any], *required: str, detail: str = "") -> None:
-    """Raise ProtocolError for a field of the wrong type, or one that is missing.
+    """Raise ProtocolError for a field that is missing or of the wrong type.
 
-    Unknown fields may have any type.
+    No answer could repeat text with a lone surrogate. Unknown fields have any type.
     """
     for name, value in fields.items():
-        if (kind := _TYPE_OF.get(name)) is not None:
-            _check_field(name, value, kind)
+        kind = _TYPE_OF.get(name)
+        if kind is None or (value is None and name in _NULLABLE):
+            continue
+        if type(value) is not kind:
+            raise ProtocolError(f"Expected '{name}' to be {_FIELD_TYPES[kind][0]}.")
+        if type(value) is str and not _is_unicode(value):
+            raise ProtocolError(f"Expected '{name}' to be valid UTF-8.")
     for name in required:
         if name not in fields:
             raise ProtocolError(f"Missing required property '{name}'.{detail}")
@@ -627,29 +624,28 @@ def _build(fields: dict[str, Any]) -> Message | None:
         return None
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
-    _check_fields(fields, *(("type", "invocationId") if kind == 4 else ("type",)))
+    _check_fields(fields, "invocationId" if kind == 4 else "type")
     for key, value in (fields.get("headers") or {}).items():  # otherwise unused
         if type(value) is not str:
             raise ProtocolError(f"Expected header '{key}' to be of type String.")
-    match kind:
-        case 1 | 4:
-            stream_ids = fields.get("streamIds") or ()
-            if None in stream_ids:
-                raise ProtocolError("Null value for 'streamIds' is not valid.")
-            for stream_id in stream_ids:
-                _check_field("streamIds", stream_id, str)
-            fields["streamIds"], fields["streaming"] = tuple(stream_ids), kind == 4
-        case 3 if "result" in fields and fields.get("error") is not None:
-            text = "The 'error' and 'result' properties are mutually exclusive."
-            raise ProtocolError(text)
+    if kind == 3 and "result" in fields and fields.get("error") is not None:
+        text = "The 'error' and 'result' properties are mutually exclusive."
+        raise ProtocolError(text)
     message, _ = _MESSAGES[kind]
-    values = {}
-    for name, wire, default in _FIELDS[message]:
-        if wire in fields:
-            values[name] = fields[wire]
-        elif default is dataclasses.MISSING:
+    for _, wire, default in _FIELDS[message]:
+        if default is dataclasses.MISSING and wire not in fields:
             raise ProtocolError(f"Missing required property '{wire}'.")
-    return message(**values)
+    if message is Invocation:
+        stream_ids = tuple(fields.get("streamIds") or ())
+        for stream_id in stream_ids:
+            if stream_id is None:
+                raise ProtocolError("Null value for 'streamIds' is not valid.")
+            if type(stream_id) is not str or not _is_unicode(stream_id):
+                raise ProtocolError("Expected 'streamIds' to be of type String.")
+        call = fields["target"], fields["arguments"], stream_ids, kind == 4
+        return Invocation(*call, invocation_id=fields.get("invocationId"))
+    values = [fields.get(wire, default) for _, wire, default in _FIELDS[message]]
+    return message(*values)
 
 
 def _to_fields(message: Message) -> dict[str, Any]:
