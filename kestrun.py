@@ -232,8 +232,7 @@ class HubOptions:
     enable_detailed_errors: bool = False
     #: What negotiate offers, out of `TRANSPORTS`.
     transports: Collection[str] = TRANSPORTS
-    #: Seconds after which a long poll without data is answered empty; less than the
-    #: 60 that nginx waits. SignalR's default is 90.
+    #: Seconds until a poll is answered empty. nginx waits 60; SignalR's default is 90.
     poll_timeout: float | None = 50
     #: Seconds for which an unused token (an hour at most), a client between two
     #: polls, or a stateful client without a socket is kept.
@@ -260,10 +259,9 @@ class HubOptions:
     #: Return the name on the wire of a dataclass's field, for the protocol "json" or
     #: "messagepack". By default user_name is userName.
     member_name: Callable[[str, str], str] | None = None
-    #: Reads and writes JSON: an object with `dumps(value, default=…)` and
-    #: `loads(data)`, text or bytes, such as the module orjson. orjson does not write
-    #: integers beyond 64 bits, and reads them as floats. With any library, NaN is
-    #: never written, and the limits on size and depth stay.
+    #: Reads and writes JSON by `dumps(value, default=…)` and `loads(data)`, text or
+    #: bytes, such as the module orjson, which does not write integers beyond 64 bits and
+    #: reads them as floats. NaN is never written; the limits on size and depth stay.
     json: Any = json
     #: Async: return a request's user id, or None for an anonymous user; or raise
     #: web.HTTPUnauthorized or web.HTTPForbidden. Called for each GET, POST, DELETE.
@@ -278,8 +276,7 @@ class HubOptions:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"allowed_origins: {origin!r} is not an origin that browsers send, "
-                    "such as 'https://example.com' (no path, no final slash, no '*', "
-                    "no port that is the scheme's own, ASCII)"
+                    "such as 'https://example.com' (ASCII, no final slash, '*' or :443)"
                 )
 
     @staticmethod
@@ -300,9 +297,7 @@ class HubOptions:
             raise TypeError(f"authenticate: an async function, not {value!r}")
         elif "Callable" in annotation and not (value is None or callable(value)):
             raise TypeError(f"{name}: a function or None, not {value!r}")
-        elif name == "json" and not (
-            hasattr(value, "dumps") and hasattr(value, "loads")
-        ):
+        elif name == "json" and not all(hasattr(value, n) for n in ("dumps", "loads")):
             raise TypeError("json: an object with dumps and loads, such as orjson")
 
 
@@ -780,10 +775,9 @@ class HubProtocol:
                 self._walk(key, convert)  # not every text or number can be written
                 plain[key] = self._walk(item, convert, depth + 1)
             except (TypeError, ValueError) as error:
-                step = f"[{key}]"
-                if items is value:
-                    named = isinstance(key, str) and key.isidentifier()
-                    step = f".{key}" if named else "[…]"
+                step = "[…]" if items is value else f"[{key}]"
+                if isinstance(key, str) and key.isidentifier():
+                    step = f".{key}"
                 raise type(error)(f"{step}{error}") from None
         return plain if items is value else list(plain.values())
 
@@ -984,9 +978,7 @@ class MessagePackProtocol(HubProtocol):
                 array = self._unpack(body)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"Error reading MessagePack: {error}") from None
-        if type(array) is not list or not array:
-            raise ProtocolError("Reading array length for 'elementCount' failed.")
-        if type(array[0]) is not int:
+        if type(array) is not list or not array or type(array[0]) is not int:
             raise ProtocolError("Reading 'messageType' as Int32 failed.")
         _, names = _MESSAGES.get(array[0], (None, ()))
         fields = dict(zip(("type", *names), array, strict=False))
@@ -1023,11 +1015,8 @@ def _load_protocols(options: HubOptions) -> dict[str, HubProtocol]:
     return protocols
 
 
-# The handshake, which is JSON whatever protocol it asks for
-
-
 def _read_handshake(record: bytes | bytearray) -> tuple[str, int]:
-    """Return the protocol and version that a client asks for. Raises ProtocolError."""
+    """Return the protocol and version that a client asks for, always in JSON."""
     fields = _json_object(record)
     detail = f" Message content: {record.decode(errors='replace')}"
     _check_fields(fields, "protocol", "version", detail=detail)
@@ -1035,7 +1024,7 @@ def _read_handshake(record: bytes | bytearray) -> tuple[str, int]:
 
 
 def _handshake_response(error: str | None = None) -> bytes:
-    """Write the answer to a handshake: empty for success, else the error."""
+    """Write the answer to a handshake, in JSON: empty for success, else the error."""
     return f"{'{}' if error is None else _dumps({'error': error})}\x1e".encode()
 
 
