@@ -7,8 +7,7 @@
 
 Any ASP.NET Core SignalR client connects to it unchanged: JavaScript, .NET,
 Python; over WebSockets, Server-Sent Events or long polling; in JSON, or in
-MessagePack if the `msgpack` package is installed. aiohttp is the only
-dependency.
+MessagePack if `msgpack` is installed. aiohttp is the only dependency.
 
 Run it, then open http://127.0.0.1:5000/ for the demo page:
 
@@ -364,7 +363,6 @@ def _or_infinite(limit: float | None) -> float:
 # inside this section. Follows HubProtocol.md of ASP.NET Core SignalR, and
 # the shipped clients where they differ from it.
 
-
 #: Stands for a result that is missing, which is not the same as null.
 NO_RESULT: Any = object()
 
@@ -512,8 +510,8 @@ class Inbox(bytearray):
 
     __slots__ = ("_searched", "full", "held", "limit", "lock", "posts", "unfinished")
 
-    def __init__(self, limit: float) -> None:
-        super().__init__()
+    def __init__(self, limit: float, data: bytes = b"") -> None:
+        super().__init__(data)
         #: Bytes already searched for a separator, so that reading takes linear time.
         self._searched = 0
         #: Bytes of decoded calls and stream items that wait for user code, and may.
@@ -693,8 +691,7 @@ class HubProtocol:
     def spell(self, kind: Any) -> list[tuple[str, str]]:
         """Return the fields of a dataclass, each with its spelling on the wire."""
         spell = self._options.member_name or (lambda name, _: _camel_case(name))
-        names = [field.name for field in dataclasses.fields(kind)]
-        return [(name, spell(name, self.name)) for name in names]
+        return [(f.name, spell(f.name, self.name)) for f in dataclasses.fields(kind)]
 
     def to_plain(self, value: Any) -> Any:
         """Convert one value of a type that JSON lacks, but not what it contains.
@@ -745,10 +742,7 @@ class HubProtocol:
         return fields
 
     def _walk(self, value: Any, convert: Converter, depth: int = 0) -> Any:
-        """Convert a value and all that it contains.
-
-        The errors say where the first part that cannot be written is, then what.
-        """
+        """Convert a value and all that it contains; errors say where, then what fails."""
         if depth > 500:  # .NET reads no deeper
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
@@ -820,9 +814,7 @@ def _check_depth(text: str) -> None:
         raise ValueError("nested too deeply")
 
 
-def _json_object(
-    data: bytes | bytearray, loads: Callable[[str], Any] = _loads
-) -> dict[str, Any]:
+def _json_object(data: bytearray, loads: Converter = _loads) -> dict[str, Any]:
     """Read a JSON text that is an object. Raises ProtocolError."""
     try:
         text = data.decode().strip(" \t\r\n")
@@ -846,7 +838,7 @@ class JsonProtocol(HubProtocol):
     def __init__(self, options: HubOptions) -> None:
         super().__init__(options)
         library = options.json
-        self._loads: Callable[[str], Any] = _loads if library is json else library.loads
+        self._loads: Converter = _loads if library is json else library.loads
         # They write a value and a result; raise TypeError, ValueError, RecursionError.
         self.dumps = self._make_writer(self.to_plain)
         self.dumps_result = self._make_writer(self.result_to_plain)
@@ -999,9 +991,7 @@ _dumps = JSON.dumps
 
 def decode_one(protocol: HubProtocol, data: bytes) -> Message:
     """Decode one whole message, of any size. Raises ProtocolError."""
-    inbox = Inbox(math.inf)
-    inbox.extend(data)
-    for message, _ in protocol.decode(inbox, math.inf):
+    for message, _ in protocol.decode(Inbox(math.inf, data), math.inf):
         if message is not None:
             return message
     raise ProtocolError("not a whole message")
@@ -1015,7 +1005,7 @@ def _load_protocols(options: HubOptions) -> dict[str, HubProtocol]:
     return protocols
 
 
-def _read_handshake(record: bytes | bytearray) -> tuple[str, int]:
+def _read_handshake(record: bytearray) -> tuple[str, int]:
     """Return the protocol and version that a client asks for, always in JSON."""
     fields = _json_object(record)
     detail = f" Message content: {record.decode(errors='replace')}"
