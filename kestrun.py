@@ -351,11 +351,6 @@ async def _result_of(result: Any) -> Any:
     return await result if hasattr(result, "__await__") else result
 
 
-def _or_infinite(limit: float | None) -> float:
-    """Read an option for comparisons: None means no limit."""
-    return math.inf if limit is None else limit
-
-
 # ----------------------------------------------------------------- messages
 #
 # A hub message is a small value; a protocol turns messages into bytes and bytes
@@ -1293,8 +1288,8 @@ class Connection:
 
     def __post_init__(self) -> None:
         options = self.shared.options
-        self.inbox = Inbox(_or_infinite(options.receive_buffer_limit))
-        limit = _or_infinite(options.outbox_limit)
+        self.inbox = Inbox(options.receive_buffer_limit or math.inf)
+        limit = options.outbox_limit or math.inf
         self.outbox = Outbox(limit, min(limit, _HIGH_WATER))
 
     # The hub's end
@@ -1334,7 +1329,7 @@ class Connection:
     def writable(self) -> bool:
         """Return True if code that sends to this client alone may go on."""
         full = self.outbox.size > self.outbox.high_water
-        limit = _or_infinite(self.shared.options.stateful_reconnect_buffer_size)
+        limit = self.shared.options.stateful_reconnect_buffer_size or math.inf
         if self.reconnect is not None and self.reconnect.size > limit:
             # Not while reading is paused: the acknowledgement could not arrive.
             full = full or self.can_read()
@@ -2056,7 +2051,7 @@ class Registry:
         limit = connection.shared.options.maximum_groups_per_client
         joined = self.groups_of.setdefault(connection_id, set())
         if name not in joined:
-            if len(joined) >= _or_infinite(limit):
+            if len(joined) >= (limit or math.inf):
                 return f"A connection can be in at most {limit} groups."
             joined.add(name)
             self._enter("group", name, connection)
@@ -3934,7 +3929,7 @@ class Calls:
             return f"Invocation ID '{invocation.invocation_id}' is already in use."
         limit, expected = options.maximum_streams_per_client, len(method.uploads)
         streams = streaming + sum(call.invocation.streaming for call in self._all())
-        if max(streams, len(ids) + len(self.uploads)) > _or_infinite(limit):
+        if max(streams, len(ids) + len(self.uploads)) > (limit or math.inf):
             text = f"A client can have at most {limit} streams at the same time."
         elif len(ids) != expected:
             text = f"Client sent {len(ids)} stream(s), Hub method expects {expected}."
@@ -4083,7 +4078,7 @@ async def _choose_protocol(mapped: MappedHub, connection: Connection) -> None:
 async def _read_first_record(connection: Connection) -> bytearray:
     """Wait for the handshake request; HubException if it is late or too large."""
     inbox, options = connection.inbox, connection.shared.options
-    limit = _or_infinite(options.maximum_receive_message_size)
+    limit = options.maximum_receive_message_size or math.inf
     with contextlib.suppress(TimeoutError, MessageTooLarge):
         async with asyncio.timeout(options.handshake_timeout):
             while connection.state < CLOSING:
@@ -4099,7 +4094,7 @@ class HubConnection:
     def __init__(self, mapped: MappedHub, connection: Connection) -> None:
         self._mapped = mapped
         self._connection = connection
-        self._size_limit = _or_infinite(mapped.options.maximum_receive_message_size)
+        self._size_limit = mapped.options.maximum_receive_message_size or math.inf
         #: Messages that may be sent now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
         self._begun = self._counted_at = time.monotonic()
@@ -4285,7 +4280,7 @@ class HubConnection:
         """
         connection, mapped = self._connection, self._mapped
         reconnect, encode = connection.reconnect, connection.protocol.encode
-        timeout = _or_infinite(mapped.options.close_timeout)
+        timeout = mapped.options.close_timeout or math.inf
         if connection.state == CLOSED and now - connection.last_change > timeout:
             mapped.remove(connection, now - self._begun)
         if connection.state != OPEN:
@@ -4293,7 +4288,7 @@ class HubConnection:
         # What it sent may not have been read yet, or it has no socket to send on.
         if self._active or not connection.can_read() or connection.transport is None:
             self._active, self._last_received = False, now
-        limit = _or_infinite(mapped.options.client_timeout_interval)
+        limit = mapped.options.client_timeout_interval or math.inf
         if self._pinged and now - self._last_received > limit:
             mapped.shared.drops["client timeout"] += 1
             log.info("connection %s timed out", connection)
@@ -4301,7 +4296,7 @@ class HubConnection:
             self._fail(OperationCanceledException(f"{text}ClientTimeoutInterval."))
         if connection.transport is None or connection.backlog() > _HIGH_WATER:
             return
-        interval = _or_infinite(mapped.options.keep_alive_interval)
+        interval = mapped.options.keep_alive_interval or math.inf
         polls = connection.transport_name == LONG_POLLING  # which keep it alive
         if now - self._last_ping >= interval and not polls:
             self._last_ping = now
@@ -4439,13 +4434,13 @@ def _apply_timeouts(connection: Connection, now: float) -> None:
         connection.wake()  # its request notices that the client is gone
     elif transport is None or connection.state == CLOSING:
         limit = options.close_timeout if transport else options.disconnect_timeout
-        if now - connection.last_change > _or_infinite(limit):
+        if now - connection.last_change > (limit or math.inf):
             connection.lost(End())
             if transport is not None:
                 transport.abort()
     else:
         stalled = connection.outbox.stalled_for(connection.backlog(), now)
-        if stalled > _or_infinite(options.transport_send_timeout):
+        if stalled > (options.transport_send_timeout or math.inf):
             connection.drop("send timeout")
 
 
@@ -4473,7 +4468,7 @@ class ConnectionManager:
     ) -> tuple[str, str]:
         """Return a new token and its connection id. Raises HTTP errors."""
         self._check_room(len(self._unused))
-        lifetime = min(3600.0, _or_infinite(self._mapped.options.disconnect_timeout))
+        lifetime = min(3600.0, self._mapped.options.disconnect_timeout or math.inf)
         token = self._tokens.create(user_id, lifetime, version, stateful)
         connection_id, _, expires_at = self._tokens.read(token, user_id)
         self._unused[connection_id] = expires_at
@@ -4485,7 +4480,7 @@ class ConnectionManager:
 
     def _check_room(self, tokens: int = 0) -> None:
         """Raise HTTPServiceUnavailable if there are too many connections, or tokens."""
-        limit = _or_infinite(self._mapped.options.maximum_connections)
+        limit = self._mapped.options.maximum_connections or math.inf
         if self._heartbeat is None or max(self._open_connections, tokens) >= limit:
             text = "Too many connections, or the server is shutting down: try later."
             raise web.HTTPServiceUnavailable(text=text, headers=_RETRY_LATER)
@@ -4582,7 +4577,7 @@ class ConnectionManager:
         checked = [options.keep_alive_interval, options.client_timeout_interval]
         checked += [options.disconnect_timeout, options.transport_send_timeout]
         checked += [options.close_timeout]
-        interval = min(1.0, *(_or_infinite(seconds) / 4 for seconds in checked))
+        interval = min(1.0, *((seconds or math.inf) / 4 for seconds in checked))
         while True:
             await asyncio.sleep(interval)
             # After a stall, let pending reads run before checking timeouts.
@@ -4616,7 +4611,7 @@ class ConnectionManager:
                 # aiohttp reads nothing any more, so no close frame can arrive.
                 connection.transport.close_socket(self._mapped.options.close_timeout)
         begun = time.monotonic()
-        seconds = min(_CALLS_TIMEOUT, _or_infinite(self._mapped.options.close_timeout))
+        seconds = min(_CALLS_TIMEOUT, self._mapped.options.close_timeout or math.inf)
         await _end_tasks(self._mapped.tasks, (seconds, min(seconds, 0.5)))
         while (passed := time.monotonic() - begun) < _SHUTDOWN_TIMEOUT:
             if not (self._open_connections or self._running):
