@@ -3148,10 +3148,11 @@ class HubMethod:
         Returns them with the defaults of those left out, but without the upload
         streams, which the caller inserts at their positions. Raises BindingError.
         """
-        count, most = len(values), len(self._parameters)
+        method, count, most = self.qualified_name, len(values), len(self._parameters)
         if count < self._required or count > most and not self._rest:
+            names = ", ".join(parameter.name for parameter, _ in self._parameters)
+            log.warning("%s: %d argument(s) do not fit (%s)", method, count, names)
             text = f"Invocation provides {count} argument(s) but target expects {most}."
-            log.warning("%s: %s", self.qualified_name, text)
             raise BindingError(text)
         parameters = self._parameters + self._rest * (count - most)
         bound = []
@@ -3161,11 +3162,12 @@ class HubMethod:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a converter may be user code
-            text = f"{parameters[len(bound)][0].name}: {_text_of(error)}"
-            log.warning("%s: argument %s", self.qualified_name, _one_line(text, 200))
+            name, text = parameters[len(bound)][0].name, _text_of(error)
+            shown = _one_line(text, 200)
+            log.warning("%s: argument %r does not fit: %s", method, name, shown)
             raise BindingError(
-                "Error binding arguments. Make sure that the types of the provided "
-                f"values match the types of the hub method being invoked. ({text})"
+                "Error binding arguments. Make sure that the types of the provided values "
+                f"match the types of the hub method being invoked. ({name}: {text})"
             ) from error
         return bound + [parameter.default for parameter, _ in self._parameters[count:]]
 
