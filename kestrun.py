@@ -1888,7 +1888,7 @@ class PendingResults:
             if name not in self._watches:
                 self._watches[name] = asyncio.create_task(self._watch(name))
         elif connection is None or connection.ended.done():
-            self.fail(name)
+            self.fail(name, [id])
         try:
             # Shielded, it wakes one iteration later: after a cancellation read with it.
             completion: Completion = await asyncio.shield(result)
@@ -1920,7 +1920,7 @@ class PendingResults:
                 pass  # nothing can come from Redis
             except ConnectionError:
                 ids.clear()  # it may only be slow
-            self.fail(name, ids)
+            self.fail(name, ids, "Redis was away; the result may be lost.")
             await asyncio.sleep(_WATCH_INTERVAL)
         del self._watches[name]
 
@@ -1936,13 +1936,12 @@ class PendingResults:
             del self.asked[name]
         return self._results.pop(id, None)
 
-    def fail(self, name: str, lost: Collection[str] | None = None) -> None:
+    def fail(
+        self, name: str, lost: Collection[str] | None = None, problem: str = ""
+    ) -> None:
         """Forget lost calls, or all to a client that is gone: here they raise."""
-        problem = "Redis was away; the result may be lost."
-        if lost is None:
-            problem = f"Connection '{name[:_ID_LENGTH]}' does not exist."
-            lost = tuple(self.asked.get(name, ()))
-        for id in lost:
+        problem = problem or f"Connection '{name[:_ID_LENGTH]}' does not exist."
+        for id in tuple(self.asked.get(name, ())) if lost is None else lost:
             if (result := self.forget(name, id)) is not None:
                 result.set_exception(ConnectionError(problem))
 

@@ -11679,6 +11679,8 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
     await early.open()  # without a handshake it is no client yet
     clients = one.hub.clients
     asked = [clients.client(id) for id in (client.id, "nobody", early.id)]
+    asking = asyncio.create_task(clients.client(near.id).invoke("GetName"))
+    question = await near.next(1)
     for proxy in (
         *asked,
         one.hub.local.client(near.id),
@@ -11688,6 +11690,8 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
         with pytest.raises(ConnectionError, match="does not exist"):
             await proxy.invoke("GetName")
         assert time.monotonic() - begun < 0.05
+    await answer(near, question, result="Ann")  # a call of its own
+    assert await soon(asking) == "Ann"
     assert not [message for message in near.unread if message != {"type": 6}]
 
 
