@@ -738,22 +738,23 @@ class HubProtocol:
 
     def _walk(self, value: Any, convert: Converter, depth: int = 0) -> Any:
         """Convert a value and all that it contains; errors say where, then what fails."""
-        if depth > 500:  # .NET reads no deeper
+        if depth > (500 if self.binary else _JSON_DEPTH - 2):  # .NET reads no deeper
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
             raise ValueError(": text with a lone surrogate")
         if isinstance(value, float) and not (self.binary or math.isfinite(value)):
             raise ValueError(": a number that is not finite")
         beyond = isinstance(value, int) and not -(2**63) <= value < 2**64
-        if beyond and (self.binary or self._options.json is not json):
+        if beyond and not self.binary and self._options.json is not json:
             raise ValueError(": an integer beyond 64 bits")
-        if isinstance(value, self._types):
+        if isinstance(value, self._types) and not (beyond and self.binary):
             return value
         if not isinstance(value, (dict, list, tuple)):
             try:
                 value = convert(value)
             except (TypeError, ValueError):
-                raise TypeError(f": {_a(value)}") from None
+                what = "an integer beyond 64 bits" if beyond else _a(value)
+                raise TypeError(f": {what}") from None
             return self._walk(value, convert, depth + 1)
         items = value if isinstance(value, dict) else dict(enumerate(value))
         plain = {}
@@ -761,7 +762,8 @@ class HubProtocol:
             if not isinstance(key, _SCALARS):
                 raise TypeError(f": a dict with {_a(key)} as a key")
             try:
-                self._walk(key, convert)  # not every text or number can be written
+                if items is value:  # not every text or number can be written
+                    key = self._walk(key, convert)
                 plain[key] = self._walk(item, convert, depth + 1)
             except (TypeError, ValueError) as error:
                 step = "[…]" if items is value else f"[{key}]"
@@ -1936,14 +1938,12 @@ class PendingResults:
             del self.asked[name]
         return self._results.pop(id, None)
 
-    def fail(
-        self, name: str, lost: Collection[str] | None = None, problem: str = ""
-    ) -> None:
+    def fail(self, name: str, lost: Iterable[str] | None = None, why: str = "") -> None:
         """Forget lost calls, or all to a client that is gone: here they raise."""
-        problem = problem or f"Connection '{name[:_ID_LENGTH]}' does not exist."
+        why = why or f"Connection '{name[:_ID_LENGTH]}' does not exist."
         for id in tuple(self.asked.get(name, ())) if lost is None else lost:
             if (result := self.forget(name, id)) is not None:
-                result.set_exception(ConnectionError(problem))
+                result.set_exception(ConnectionError(why))
 
     def awaits(self, connection: Connection, message: Message | None) -> bool:
         """Return True for a result of this client that somebody waits for."""
