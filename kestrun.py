@@ -275,7 +275,8 @@ class HubOptions:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"allowed_origins: {origin!r} is not an origin that browsers send, "
-                    "such as 'https://example.com' (ASCII, no final slash, '*' or :443)"
+                    "such as 'https://example.com' (ASCII, no path, no final slash, "
+                    "no '*', no default port)"
                 )
 
     @staticmethod
