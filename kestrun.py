@@ -510,7 +510,7 @@ class Inbox(bytearray):
         super().__init__(data)
         #: Bytes already searched for a separator, so that reading takes linear time.
         self._searched = 0
-        #: Bytes of decoded calls and stream items that wait for user code, and may.
+        #: Bytes of calls and stream items that wait for user code, and that may wait.
         self.held, self.limit = 0, limit
         #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
@@ -528,7 +528,7 @@ class Inbox(bytearray):
     def read_record(self, limit: float = math.inf) -> bytearray | None:
         """Remove a text and the byte 0x1E that ends it; None if it is incomplete.
 
-        Raises MessageTooLarge if it has more bytes than that, complete or not.
+        Raises MessageTooLarge if it has more than `limit` bytes, complete or not.
         """
         end = self.find(b"\x1e", self._searched)
         if (len(self) if end < 0 else end + 1) > limit:
@@ -1893,7 +1893,7 @@ class PendingResults:
         elif connection is None or connection.ended.done():
             self.fail(name, [id])
         try:
-            # Shielded, it wakes one iteration later: after a cancellation read with it.
+            # Shielded, so that a cancellation read together with the result comes first.
             completion: Completion = await asyncio.shield(result)
         finally:
             self.forget(name, id)
