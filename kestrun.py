@@ -2553,7 +2553,8 @@ class HubBackplane(Backplane):
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
         kind, names, excluding, _ = address
-        if kind == "connection" and self._registry.connections.keys() >= set(names):
+        here = self._registry.connections if kind == "connection" else {}
+        if kind != "all" and here.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
         for protocol in self._registry.protocols.values():  # others may use any
@@ -2562,8 +2563,7 @@ class HubBackplane(Backplane):
                     encoded[protocol.name] = protocol.encode(message)
         sizes = {protocol: len(data) for protocol, data in encoded.items()}
         header = "send", kind, names, list(excluding), sizes, message.invocation_id
-        body = b"".join(encoded.values())
-        self._redis.publish(self, name, *header, body=body)
+        self._redis.publish(self, name, *header, body=b"".join(encoded.values()))
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
         self._redis.publish(self, channel, "tell", handler, arguments)

@@ -11758,6 +11758,9 @@ async def test_calls_that_wait_and_lies_cost_redis_little(cluster, redis) -> Non
         return (await redis.do("INFO", "commandstats"))["cmdstat_publish"]["calls"]
 
     before = await published()
+    for proxy in (one.hub.clients.groups([]), one.hub.clients.users([])):
+        for _ in range(50):
+            await proxy.send("Note")
     await liar.send(*({"type": 3, "invocationId": id, "result": 1} for id in ids * 5))
     assert await liar.invoke("Add", 1, 2) == 3
     await silence(1.5)  # the owner of the client is asked every 0.7 s
