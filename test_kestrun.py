@@ -11686,6 +11686,8 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
     await early.negotiate()
     await early.open()  # without a handshake it is no client yet
     clients = one.hub.clients
+    asking = asyncio.create_task(clients.client(near.id).invoke("GetName"))
+    question = await near.next(1)
     asked = [clients.client(id) for id in (client.id, "nobody", early.id)]
     asking = asyncio.create_task(clients.client(near.id).invoke("GetName"))
     question = await near.next(1)
@@ -11701,6 +11703,8 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
     await answer(near, question, result="Ann")  # a call of its own
     assert await soon(asking) == "Ann"
     assert not [message for message in near.unread if message != {"type": 6}]
+    await answer(near, question, result="near")
+    assert await soon(asking) == "near"
 
 
 @pytest.mark.parametrize("how", ["cancelled", "timed out", "Redis stopped"])
