@@ -100,7 +100,7 @@ import time
 import types
 import typing
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -3547,8 +3547,7 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
         other = getattr(kind, "__supertype__", None) or kind.__value__
         return {"alias": _type_text(other)}
     if issubclass(kind, Enum):
-        values = JsonProtocol(options).dumps({**kind.__members__})
-        return {"values": json.loads(values)}
+        return {"values": json.loads(JsonProtocol(options).dumps({**kind.__members__}))}
     hints = typing.get_type_hints(kind)
     spelled = [(name, name) for name in hints]
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
@@ -3609,11 +3608,10 @@ class MappedHub:
         #: Calls of one client that may run at the same time.
         self.slots = options.maximum_parallel_invocations_per_client or sys.maxsize
         self.registry = Registry(_load_protocols(options))
+        users = self.registry.members["user"]
         self.registry.handlers |= {
             "abort": lambda id: self._abort([id]) or None,
-            "abort user": lambda id: self._abort(
-                self.registry.members["user"].get(id, ())
-            ),
+            "abort user": lambda id: self._abort(users.get(id, ())),
         }
         self.registry.make_converter = converters.make
         self.contexts: dict[str, HubCallerContext] = {}
@@ -3853,6 +3851,7 @@ class Call:
     async def awaiting_result(self) -> AsyncIterator[None]:
         """Release the slot until user code waits for no more client results."""
         self.awaited_results += 1
+        self._calls.slot_queue.pop(self, None)
         self._calls.connection.wake()
         try:
             yield
@@ -3875,8 +3874,9 @@ class Calls:
     #: which queue for the lock.
     _waiting: deque[Call] = field(default_factory=deque)
     _beginning: asyncio.Lock = field(default_factory=asyncio.Lock)
-    #: The calls that run, in the order in which they begin or go on.
     _running: dict[Call, None] = field(default_factory=dict)
+    #: Running calls that hold a slot; behind them those that wait to go on.
+    slot_queue: OrderedDict[Call, None] = field(default_factory=OrderedDict)
     #: The upload streams that are open, by stream id.
     uploads: dict[str, UploadStream] = field(default_factory=dict)
 
@@ -3898,7 +3898,7 @@ class Calls:
             if len(self._waiting) <= _TASKS_AHEAD:
                 self._spawn(call, NO_RESULT, context)
         elif (result := context.run(call.start)) is not NO_RESULT:
-            self._running[call] = None
+            self._run(call)
             self._spawn(call, result, context)
         elif method.uploads:
             call.close_uploads()
@@ -3956,7 +3956,7 @@ class Calls:
 
     def _may_begin(self, call: Call) -> bool:
         """Return True if a slot is free, and the client reads or closed normally."""
-        no_slot = call.method.needs_slot and len(self._slots()) >= self.mapped.slots
+        no_slot = call.method.needs_slot and len(self.slot_queue) >= self.mapped.slots
         if no_slot or len(self._running) >= _MAX_RUNNING:
             return False
         outbox = self.connection.outbox
@@ -3973,7 +3973,13 @@ class Calls:
                     raise HubException("The client has too many calls at once.")
                 await self.connection.changed()
             self._stop_waiting(call)
-            self._running[call] = None
+            self._run(call)
+
+    def _run(self, call: Call) -> None:
+        """Count a call as running; if it needs a slot, it takes one or queues for it."""
+        self._running[call] = None
+        if call.method.needs_slot and not call.awaited_results:
+            self.slot_queue[call] = None
 
     def _stop_waiting(self, call: Call) -> None:
         """Remove a call from those that wait; the next one gets a task."""
@@ -3990,21 +3996,18 @@ class Calls:
         if call not in self._running:
             self._stop_waiting(call)
         self._running.pop(call, None)
+        self.slot_queue.pop(call, None)
         call.task = None  # which refers to the call by its context
         call.close_uploads()
         self.connection.wake()
 
-    def _slots(self) -> list[Call]:
-        """List the calls that hold a slot; behind them those that wait to go on."""
-        running = self._running
-        return [c for c in running if c.method.needs_slot and not c.awaited_results]
-
     async def resume(self, call: Call) -> None:
         """Take a slot again if the call needs one, and wait until it is free."""
         late: asyncio.CancelledError | None = None
-        if call in self._running and not call.awaited_results:
-            self._running[call] = self._running.pop(call)  # behind the others
-        while call in self._slots()[self.mapped.slots :]:
+        if call in self._running:
+            self._run(call)
+        slots, queue = self.mapped.slots, self.slot_queue
+        while call in queue and call not in itertools.islice(queue, slots):
             try:
                 await self.connection.changed()
             except asyncio.CancelledError as error:  # its own timeout, perhaps
@@ -4255,8 +4258,9 @@ class HubConnection:
 
     def _fail(self, error: BaseException, allow_reconnect: bool = True) -> None:
         """End the connection because of an error; a Close message reports it."""
-        text = "Connection closed with an error."
-        text = error_text(text, error, self._mapped.options)
+        text = error_text(
+            "Connection closed with an error.", error, self._mapped.options
+        )
         failure = error if isinstance(error, Exception) else None
         self._close(End(failure), Close(text, allow_reconnect))
 
