@@ -1941,7 +1941,7 @@ class PendingResults:
 
     def fail(self, name: str, lost: Iterable[str] | None = None, why: str = "") -> None:
         """Forget lost calls, or all to a client that is gone: here they raise."""
-        why = why or f"Connection '{name[:_ID_LENGTH]}' does not exist."
+        why = why or f"Connection '{name!s:.{_ID_LENGTH}}' does not exist."
         for id in tuple(self.asked.get(name, ())) if lost is None else lost:
             if (result := self.forget(name, id)) is not None:
                 result.set_exception(ConnectionError(why))
