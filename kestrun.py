@@ -1910,7 +1910,7 @@ class PendingResults:
         that, so a call that neither is in the list nor has its result is lost.
         """
         await asyncio.sleep(0)  # an eager task would begin before it is in `_watches`
-        question = f"connection:{name}", "unanswered", name
+        question = _ALL_TIMEOUT, f"connection:{name}", "unanswered", name
         while name in self.asked:
             ids = set(self.asked[name])
             try:
@@ -1919,8 +1919,9 @@ class PendingResults:
                     self.fail(name)
                     break
                 ids.difference_update(unanswered)
-            except ConnectionResetError:
-                pass  # nothing can come from Redis
+            except ConnectionResetError:  # nothing can come from Redis
+                self.fail(name, set(self.asked.get(name, ())))
+                break
             except ConnectionError:
                 ids.clear()  # it may only be slow
             self.fail(name, ids, "Redis was away; the result may be lost.")
@@ -2129,16 +2130,15 @@ class Registry:
         answer = await self.answer(question, connection_id, *more)
         if answer is not None:
             return answer
-        channel = f"connection:{connection_id}"
-        return await self.ask_elsewhere(channel, question, connection_id, *more)
+        asking = _OWNER_TIMEOUT, f"connection:{connection_id}", question, connection_id
+        return await self.ask_elsewhere(*asking, *more)
 
-    async def ask_elsewhere(self, channel: str, question: str, *arguments: Any) -> Any:
+    async def ask_elsewhere(self, seconds: float, channel: str, *question: Any) -> Any:
         """Return the answer of the one other process that knows; None if none does.
 
         Raises ConnectionError if a process that does not answer may know.
         """
-        ask = self.backplane.ask
-        answers, missing = await ask(_OWNER_TIMEOUT, channel, question, *arguments)
+        answers, missing = await self.backplane.ask(seconds, channel, *question)
         known = [answer for answer in answers if answer is not None]
         if missing and not known:
             raise ConnectionError("Another process does not answer.")
@@ -2950,8 +2950,8 @@ class Everywhere:
         question = f"own {question}"
         if process_id == self.process_id:
             return await self._registry.answer(question, *arguments)
-        channel = f"process:{process_id}"
-        return await self._registry.ask_elsewhere(channel, question, *arguments)
+        asking = _OWNER_TIMEOUT, f"process:{process_id}", question, *arguments
+        return await self._registry.ask_elsewhere(*asking)
 
 
 @dataclass(eq=False, repr=False)

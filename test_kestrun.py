@@ -11620,8 +11620,14 @@ async def test_an_application_may_be_started_again_and_leaves_nothing(redis) -> 
     assert sizes[0] == sizes[1]
 
 
-async def test_a_killed_process_is_missed_within_half_a_second(redis, sample) -> None:
-    """What waits there for a client's result is told within two seconds."""
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_killed_process_is_missed_within_half_a_second(
+    redis, sample, stopped
+) -> None:
+    """What waits there for a client's result is told within two seconds.
+
+    stopped: it does not answer when it is killed.
+    """
     here = await sample()
     mine, everywhere = await visitor(here, group="g"), here.hub.everywhere
     async with worker(redis) as there:
@@ -11634,6 +11640,9 @@ async def test_a_killed_process_is_missed_within_half_a_second(redis, sample) ->
         proxy = here.hub.clients.client(theirs[0].id)
         asking = asyncio.create_task(proxy.invoke("GetName"))
         await theirs[0].next(1)
+        if stopped:
+            there.process.send_signal(signal.SIGSTOP)
+            await silence(0.8)  # it is asked every 0.7 s
         there.process.kill()
         async with asyncio.timeout(2):
             async with asyncio.timeout(0.5):
@@ -11886,6 +11895,8 @@ async def test_no_local_message_is_lost_while_redis_is_dead(cluster, redis) -> N
     ):  # fmt: skip
         with pytest.raises(ConnectionError):
             await soon(question)
+    with pytest.raises(ConnectionError):  # at once, also when it is called again
+        await asyncio.wait_for(hub.clients.client(there).invoke("GetName"), 0.3)
     while time.monotonic() < begun + 2:
         await hub.clients.all.send("Note", "still")
         assert await notes(here, 1) == ["still"]
