@@ -1775,7 +1775,7 @@ class Backplane(Protocol):
     process_id: str = ""
 
     def publish(self, address: Address, message: Invocation, encoded: Encoded) -> None:
-        """Hand a message to the others. Never waits, never fails."""
+        """Hand a message to the others. Only a call that cannot be written fails."""
         return
 
     def tell(self, channel: str, handler: str, *arguments: Any) -> None:
@@ -2557,9 +2557,10 @@ class HubBackplane(Backplane):
         if kind != "all" and here.keys() >= set(names):
             return  # they are all here
         name = "all" if len(names) != 1 else f"{kind}:{names[0]}"
+        ignored = () if message.invocation_id else (TypeError, ValueError)
         for protocol in self._registry.protocols.values():  # others may use any
             if protocol.name not in encoded:
-                with contextlib.suppress(TypeError, ValueError):
+                with contextlib.suppress(*ignored):  # but a caller must know
                     encoded[protocol.name] = protocol.encode(message)
         sizes = {protocol: len(data) for protocol, data in encoded.items()}
         header = "send", kind, names, list(excluding), sizes, message.invocation_id

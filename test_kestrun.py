@@ -11701,6 +11701,9 @@ async def test_a_client_of_another_process_answers(cluster, wire) -> None:
     assert results[:2] == [{"got": [i, [i]]} for i in range(2)]
     assert all(isinstance(error, kestrun.HubException) for error in results[2:])
     assert [*map(str, results[2:])] == ["busy", "Client didn't provide a result."]
+    for beyond in (2**70, float("nan"), {1}):
+        with pytest.raises((TypeError, ValueError), match="Echo, argument 1: "):
+            await soon(proxy.invoke("Echo", beyond))
     with pytest.raises(TimeoutError):
         await soon(proxy.invoke("Echo", timeout=0.05))
     await answer(client, await client.next(1), result="too late")
