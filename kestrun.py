@@ -5852,7 +5852,8 @@ PAGE = r"""<!doctype html>
     max-width: 90rem; margin: auto; padding: 1rem; color: var(--ink);
     background: var(--paper); font: .875rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
   .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-  .brand, #log-panel h2, .short, .message { margin-right: auto; }
+  header.row, aside { column-gap: 2rem; }
+  #connection, #log-panel h2, .short, .message { margin-right: auto; }
   path { fill: none; stroke: var(--feather); vector-effect: non-scaling-stroke; }
   h1 { font-size: 1.5rem; line-height: 1.2; }
   h2 { font-size: 1.0625rem; overflow-wrap: normal; }
@@ -5863,10 +5864,11 @@ PAGE = r"""<!doctype html>
   section, #wire, #token-form { padding: 1rem 1.125rem; border: 1px solid var(--line);
     border-radius: .75rem; background: var(--panel); gap: .625rem; }
   form.row { align-items: end; line-height: 1.75; }
-  label, input { display: block; flex: 1 1 4rem; width: 100%; max-width: 27rem; }
-  input, button { min-height: 2.75rem; padding: 0 .5rem; border: 1px solid var(--edge);
+  label, input { display: block; flex: 1 1 4.75rem; width: 100%; max-width: 27rem; }
+  input, button { min-height: 2.75rem; padding: 0 .75rem; border: 1px solid var(--edge);
     border-radius: .5rem; background: var(--panel); color: var(--ink); font: inherit; }
   button { border-color: var(--line); background: var(--raised); cursor: pointer; }
+  :is(#operations, #log-panel) button { min-width: 2.75rem; padding: 0 .5rem; }
   button:hover { border-color: var(--edge); }
   .main { border-color: var(--accent); background: var(--accent); color: var(--panel); }
   :is(button, input):disabled { opacity: .5; cursor: default; }
@@ -5875,8 +5877,8 @@ PAGE = r"""<!doctype html>
     background: var(--raised); white-space: pre-wrap; }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 
-  #numbers { flex: 0 1 38rem; gap: .25rem 1rem; }
-  #numbers div { flex: 1 0 auto; min-width: 6rem; white-space: nowrap; }
+  #numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+    flex: 0 1 36rem; gap: .25rem 1rem; white-space: nowrap; }
   body:not([data-state="Connected"]) :is(dd, #groups) { opacity: .6; }
   dd, #state { font-size: 1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
   dt[class]::before { content: "▬" / ""; margin-right: .375rem; color: var(--feather); }
@@ -5900,7 +5902,7 @@ PAGE = r"""<!doctype html>
   #groups:empty::after { content: "This page is in no group."; }
   #log li { gap: 0 .75rem; align-items: baseline; }
   strong { flex: 0 0 13.25rem; color: var(--accent); font-size: .8125rem; }
-  #log span { flex: 1 1 15rem; }             /* below its heading if space is short */
+  #log span, aside p { flex: 1 1 15rem; }    /* below its heading if space is short */
   [data-kind~="Warning"] strong { color: var(--warn); }
   [data-kind~="Error"] strong { color: var(--bad); }
   @media (width < 46rem) {                   /* the log is docked at the bottom */
@@ -5931,7 +5933,7 @@ PAGE = r"""<!doctype html>
     <div><output id="state">Connecting</output> <div id="detail"></div></div>
     <button id="retry" form="actions" hidden>Try now</button>
   </div>
-  <dl id="numbers" class="row">
+  <dl id="numbers">
     <div><dt class="clients">Clients</dt> <dd id="clients">–</dd></div>
     <div><dt class="rate">Messages/s</dt> <dd id="rate">–</dd></div>
     <div><dt>Round trip</dt> <dd id="round-trip">–</dd></div>
@@ -5950,10 +5952,10 @@ PAGE = r"""<!doctype html>
   <button id="token-send" class="main">Connect</button>
 </form>
 
-<aside><p><b>New to SignalR?</b> It keeps a connection open, over which the server calls functions
-  of this page, and the page those of the server. Open this page in <a href="" target="_blank"
-  rel="noopener">a second tab</a>, press <b>Join</b> in both, then <b>Broadcast</b>.
-  <a id="monitor" href="monitor" hidden>Watch the server</a></p></aside>
+<aside class="row"><p><b>New to SignalR?</b> It keeps a connection open, over which the server
+  calls functions of this page, and the page those of the server. Open this page in
+  <a href="" target="_blank" rel="noopener">a&nbsp;second&nbsp;tab</a>, press <b>Join</b> in both,
+  then <b>Broadcast</b>.</p> <a id="monitor" href="monitor" hidden>Watch the server</a></aside>
 
 <main>
   <fieldset class="controls" disabled>
@@ -6153,8 +6155,7 @@ connection.onstate = (state, { reason, delay }) => {
     if (document.activeElement === document.body) focused?.focus();
     // A new connection is in no group, so the page joins its groups again.
     for (const name of groups) perform(() => buttons.join(name));
-    const measure = () => echo("");     // the round trip
-    for (const action of [refreshOperations, measure, watchStats]) perform(action);
+    for (const action of [refreshOperations, echo, watchStats]) perform(action);
   }
 };
 
@@ -6164,7 +6165,7 @@ function showDetail(text, seconds = 0) {
   if (seconds) countdown = setTimeout(() => showDetail("", seconds - 1), 1000);
 }
 
-async function echo(message) {
+async function echo(message = "") {     // an empty one only measures the round trip
   const begun = performance.now();
   await connection.invoke("Echo", message);
   byId("round-trip").textContent = `${(performance.now() - begun).toFixed(1)} ms`;
@@ -6282,7 +6283,7 @@ const methods = {
     note("Group message", `${Message} (from ${Sender})`),
   ReceiveAdminUpdate: ({ Message, SystemInfo: { PythonVersion, MemoryMB } }) =>
     note("Admin update", `${Message} (Python ${PythonVersion}, ${MemoryMB} MB)`),
-  ReceiveEcho: (text) => text && note("Echo", text),   // empty: it measured the round trip
+  ReceiveEcho: (text) => text && note("Echo", text),
   GroupJoined: (groupName) => changeGroups("add", groupName, "Joined"),
   GroupLeft: (groupName) => changeGroups("delete", groupName, "Left"),
 };
@@ -6297,8 +6298,7 @@ const buttons = {           // by name, or by id; each gets the button's value
   join: (name) => connection.invoke("JoinGroup", name || group()),
   leave: (name) => connection.invoke("LeaveGroup", name || group()),
   group: (verb) => call("POST", `group/${verb}/${encodeURIComponent(group())}`),
-  start: () => call("POST", `operation/start?seconds=${byId("seconds").value}`)
-    .then(showOperation),
+  start: () => call("POST", `operation/start?seconds=${byId("seconds").value}`).then(showOperation),
   "token-send"() {
     sessionStorage.setItem("kestrun-token", byId("token").value);
     byId("token-form").reset();

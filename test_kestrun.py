@@ -8170,13 +8170,13 @@ def axe(npm_folder: Path) -> str:
 VIEWS = [
     (path, theme, width)
     for path in ("", "monitor")
-    for theme, width in (("light", 360), ("dark", 1440))
+    for theme, width in (("light", 360), ("dark", 768), ("dark", 1440))
 ]
 
 
 @pytest.mark.parametrize("path, theme, width", VIEWS)
 async def test_the_pages_are_accessible(chromium, errors, axe, path, theme, width):
-    """And as wide as the window, with targets for fingers."""
+    """And as wide as the window, with targets for fingers that nothing covers or cuts."""
     words = {"color_scheme": theme, "viewport": {"width": width, "height": 900}}
     async with (
         Server(kestrun.create_app()) as server,
@@ -8197,10 +8197,20 @@ async def test_the_pages_are_accessible(chromium, errors, axe, path, theme, widt
         found = await tab.evaluate("axe.run().then(({ violations }) => violations)")
         assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in found] == []
         assert await tab.evaluate("document.documentElement.scrollWidth") <= width
+        await tab.evaluate("scrollTo(0, 0)")
         small = """[...document.querySelectorAll("a, button, input, summary, fieldset label")]
-          .map((one) => [one.outerHTML, one.getBoundingClientRect().height])
-          .filter(([html, height]) => height && height < 44 && !html.includes("radio"))"""
+          .map((one) => [one.outerHTML, one.getBoundingClientRect()])
+          .map(([html, box]) => [html, Math.min(box.width, box.height)])
+          .filter(([html, size]) => size && size < 44 && !html.includes("radio"))"""
         assert await tab.evaluate(small) == []
+        covered = """[...document.querySelectorAll("header ~ * a")].filter((link) => {
+          const { x, y, width, height } = link.getBoundingClientRect();
+          return document.elementFromPoint(x + width / 2, y + height / 2) !== link; })
+          .map((link) => link.outerHTML)"""
+        assert await tab.evaluate(covered) == []
+        cut = """[...document.querySelectorAll("input")]
+          .filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.id)"""
+        assert await tab.evaluate(cut) == []
 
 
 async def test_the_log_is_folded_on_a_phone_until_it_is_wanted(page) -> None:
