@@ -4834,7 +4834,7 @@ def map_hub(
     if arguments := _required_arguments(make_hub):
         name = hub_class.__name__
         call = f"map_hub(app, path, {name}, factory=lambda: {name}({arguments}))"
-        raise TypeError(f"{name} cannot be made without arguments; use {call}")
+        raise TypeError(f"a {name} is made without arguments; use {call}")
     if not isinstance(path, str) or not re.fullmatch("/[^{}]*", path):
         raise ValueError(f'path must start with "/" and be no pattern, got {path!r}')
     options = dataclasses.replace(options or HubOptions(), **overrides)

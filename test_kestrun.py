@@ -4196,6 +4196,13 @@ def test_a_mistake_in_a_hub_class_shows_when_it_is_mapped(hub, reason: str) -> N
         kestrun.map_hub(web.Application(), "/hub", hub)
 
 
+def test_a_factory_that_takes_an_argument_is_refused_when_the_hub_is_mapped() -> None:
+    with pytest.raises(
+        TypeError, match=r"^a Hub is made without arguments; use map_hub"
+    ):
+        kestrun.map_hub(web.Application(), "/hub", kestrun.Hub, factory=lambda db: None)
+
+
 @pytest.mark.parametrize("wrong", [None, True, "admin", lambda: True, Needy.__init__])
 def test_a_check_is_a_function_of_a_context(wrong: Any) -> None:
     with pytest.raises(TypeError, match="authorize takes a function"):
