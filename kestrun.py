@@ -177,9 +177,9 @@ T = TypeVar("T")
 
 # ------------------------------------------------------------------ options
 #
-# All settings of a hub. Where SignalR has the option, name and default are
-# SignalR's, in snake case. Options are checked when they are made, so a running
-# server never meets a wrong one.
+# All settings of a hub, and checks of functions that users pass. Where SignalR has
+# the option, name and default are SignalR's, in snake case. Options are checked when
+# they are made, so a running server never meets a wrong one.
 
 WEBSOCKETS = "WebSockets"
 SERVER_SENT_EVENTS = "ServerSentEvents"
@@ -281,6 +281,7 @@ class HubOptions:
 
     @staticmethod
     def _check(name: str, annotation: str, value: Any) -> None:
+        """Check an option by its annotation, which is text here. Raises an error."""
         if annotation == "Collection[str]":
             strings = isinstance(value, Collection) and not isinstance(value, str)
             if not (strings and all(isinstance(v, str) for v in value)):
@@ -438,7 +439,7 @@ class HubException(Exception):
 class ProtocolError(Exception):
     """The peer violated the protocol: its connection ends."""
 
-    reported_as = "InvalidDataException"
+    reported_as = "InvalidDataException"  # what clients read, the name in .NET
 
 
 class MessageTooLarge(ProtocolError):
@@ -461,7 +462,7 @@ def error_text(message: str, error: BaseException, options: HubOptions) -> str:
 
 
 def _text_of(error: BaseException) -> str:
-    """Return the text of an error of user code, whose `__str__` may fail as well."""
+    """Return an error's text; the `__str__` of user code may fail as well."""
     try:
         return str(error)
     except (Exception, SystemExit):  # noqa: BLE001
@@ -493,7 +494,7 @@ _SCALARS = (str, int, float, types.NoneType)
 def _a(value: Any) -> str:
     """Name the type of a value, with its article."""
     name = type(value).__name__
-    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"  # a UUID
+    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"  # but a UUID
 
 
 def _is_unicode(text: str) -> bool:
@@ -510,8 +511,10 @@ class Inbox(bytearray):
         super().__init__(data)
         #: Bytes already searched for a separator, so that reading takes linear time.
         self._searched = 0
-        #: Bytes of calls and stream items that wait for user code, and that may wait.
-        self.held, self.limit = 0, limit
+        #: Bytes of decoded calls and stream items that wait for user code.
+        self.held = 0
+        #: How many bytes may wait.
+        self.limit = limit
         #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
         #: Complete messages may remain, to be decoded in a later iteration.
@@ -526,7 +529,7 @@ class Inbox(bytearray):
         self._searched = 0
 
     def read_record(self, limit: float = math.inf) -> bytearray | None:
-        """Remove a text and the byte 0x1E that ends it; None if it is incomplete.
+        """Remove and return the text before the next byte 0x1E; None without one.
 
         Raises MessageTooLarge if it has more than `limit` bytes, complete or not.
         """
@@ -554,9 +557,10 @@ class Inbox(bytearray):
         return may_go_on
 
 
+#: What `decode` yields: messages with their sizes; None for one of a later version.
 Decoded = Iterator[tuple[Message | None, int]]
 
-#: For each type of a field its name in the errors of .NET, and the fields.
+#: By the type of a field's value: what .NET calls it in errors, and the fields.
 _FIELD_TYPES = {
     int: ("of type Number", ("type", "sequenceId", "version")),
     str: ("of type String", ("invocationId", "target", "error", "protocol")),
@@ -567,7 +571,7 @@ _FIELD_TYPES = {
 _TYPE_OF = {name: kind for kind, (_, names) in _FIELD_TYPES.items() for name in names}
 _NULLABLE = ("headers", "streamIds", "error")
 
-#: For each type on the wire the message, and its other fields as MessagePack has them.
+#: By type number: the message, and what follows the number in MessagePack, in order.
 _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
     1: (Invocation, ("headers", "invocationId", "target", "arguments", "streamIds")),
     2: (StreamItem, ("headers", "invocationId", "item")),
@@ -579,7 +583,7 @@ _MESSAGES: dict[int, tuple[type[Message], tuple[str, ...]]] = {
     8: (Ack, ("sequenceId",)),
     9: (Sequence, ("sequenceId",)),
 }
-#: The type of each message; 1 for an Invocation, though one that streams has 4.
+#: The type number of each message: for an Invocation 1, though one that streams has 4.
 _TYPES = {message: number for number, (message, _) in reversed(_MESSAGES.items())}
 #: The fields of each message: name, spelling on the wire, default.
 _FIELDS = {
@@ -591,7 +595,7 @@ _FIELDS = {
 def _check_fields(fields: dict[str, Any], *required: str, detail: str = "") -> None:
     """Raise ProtocolError for a field that is missing or of the wrong type.
 
-    No answer could repeat text with a lone surrogate. Unknown fields have any type.
+    Text must be valid UTF-8: an answer may repeat it. Unknown fields have any type.
     """
     for name, value in fields.items():
         kind = _TYPE_OF.get(name)
@@ -613,7 +617,7 @@ def _build(fields: dict[str, Any]) -> Message | None:
         return None
     if fields.get("invocationId") in (None, ""):
         fields.pop("invocationId", None)  # the same as missing
-    _check_fields(fields, "invocationId" if kind == 4 else "type")
+    _check_fields(fields, "invocationId" if kind == 4 else "type")  # a stream has an id
     for key, value in (fields.get("headers") or {}).items():  # otherwise unused
         if type(value) is not str:
             raise ProtocolError(f"Expected header '{key}' to be of type String.")
@@ -670,7 +674,7 @@ class HubProtocol:
         try:
             return self._write(message)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            self._to_plain_fields(message)  # which names the part
+            self._to_plain_fields(message)  # raises an error that names the part
             raise ValueError(str(error)) from None
 
     def _write(self, message: Message) -> bytes:
@@ -720,8 +724,9 @@ class HubProtocol:
         return self.to_plain(value)
 
     def _to_plain_fields(self, message: Message) -> dict[str, Any]:
-        """Return a message's fields; their values have types of the protocol."""
-        fields, place = _to_fields(message), "the result"
+        """Return a message's fields, made plain; an error names the part that fails."""
+        fields = _to_fields(message)
+        place = "the result"
         try:
             if isinstance(message, Invocation):
                 fields["arguments"] = []
@@ -738,7 +743,7 @@ class HubProtocol:
         return fields
 
     def _walk(self, value: Any, convert: Converter, depth: int = 0) -> Any:
-        """Convert a value and all that it contains; errors say where, then what fails."""
+        """Convert a value and all in it. An error is such as "[2].name: a set"."""
         if depth > (500 if self.binary else _JSON_DEPTH - 2):  # .NET reads no deeper
             raise ValueError(": what is nested too deeply")
         if isinstance(value, str) and not _is_unicode(value):
@@ -837,7 +842,7 @@ class JsonProtocol(HubProtocol):
         super().__init__(options)
         library = options.json
         self._loads: Converter = _loads if library is json else library.loads
-        # They write a value and a result; raise TypeError, ValueError, RecursionError.
+        # Both raise TypeError, ValueError or RecursionError. A result may hold sets.
         self.dumps = self._make_writer(self.to_plain)
         self.dumps_result = self._make_writer(self.result_to_plain)
 
@@ -908,9 +913,9 @@ class MessagePackProtocol(HubProtocol):
         self._unpack: Any = functools.partial(
             msgpack.unpackb, strict_map_key=False, unicode_errors="replace"
         )
-        # Only naive times are left for `default`: they are taken as UTC.
+        # `default` is called for naive times only, which are taken as UTC.
         self._pack: Any = functools.partial(
-            msgpack.packb, datetime=True, default=lambda time: time.replace(tzinfo=UTC)
+            msgpack.packb, datetime=True, default=lambda t: t.replace(tzinfo=UTC)
         )
         self._types = (*_SCALARS, bytes, bytearray, memoryview, datetime)
         self._types += (msgpack.ExtType, msgpack.Timestamp)
@@ -984,7 +989,7 @@ class MessagePackProtocol(HubProtocol):
 
 #: The protocol of the handshake, and of clients that do not choose another.
 JSON = JsonProtocol(HubOptions())
-_dumps = JSON.dumps
+_dumps = JSON.dumps  # writes any value as JSON
 
 
 def decode_one(protocol: HubProtocol, data: bytes) -> Message:
