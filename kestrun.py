@@ -1059,7 +1059,7 @@ class Transport:
     socket: asyncio.Transport
 
     def flush(self) -> None:
-        """Send the outbox, and end if CLOSING: wake the request, which does it."""
+        """Wake the request, so that it sends the outbox, and ends if CLOSING."""
         self._connection.wake()
 
     def abort(self) -> None:
@@ -1100,7 +1100,7 @@ class Outbox:
         self.size = 0
 
     def stalled_for(self, backlog: int, now: float) -> float:
-        """Return the seconds without progress. backlog: bytes here and not sent."""
+        """Return the seconds without progress. backlog: bytes here and in the socket."""
         delivered = self.taken + self.size - backlog
         if delivered != self._delivered or not backlog:
             self._delivered, self.last_progress = delivered, now
@@ -1254,8 +1254,8 @@ async def _end_tasks(
         if not task.done():
             log.error("task ignored its cancellation: %r", task)
             task.add_done_callback(lambda t: t.cancelled() or t.exception())
-            with contextlib.suppress(Exception):  # from its `finally`
-                task.get_coro().close()  # or the event loop could not end
+            with contextlib.suppress(Exception):  # raised in its `finally`
+                task.get_coro().close()  # otherwise the event loop could not end
             task.cancel()
 
 
@@ -1478,9 +1478,9 @@ class Connection:
 # --------------------------------------------------------------- transports
 #
 # Three ways to carry the pipe's bytes over HTTP. Each is a coroutine that ends
-# with its request; none looks inside the bytes. WebSocket frames are aiohttp's,
-# with one exception: a server does not mask, so a frame is a head and the
-# payload, and is written straight to the socket while the socket keeps up.
+# with its request; none looks inside the bytes. aiohttp reads WebSocket frames, and
+# writes them while the socket is full. Otherwise they are written here, straight to
+# the socket: a server does not mask, so a frame is a head and the payload.
 
 #: Bytes of one WebSocket message, which may hold many hub messages; more if a single
 #: hub message may have more. aiohttp keeps an unfinished one in memory.
@@ -1726,7 +1726,8 @@ async def receive_post(request: Request, connection: Connection) -> None:
     Raises aiohttp.ClientPayloadError, ConnectionError or TimeoutError if the client
     stops in the middle.
     """
-    timeout, ended = connection.shared.options.disconnect_timeout, connection.ended
+    timeout = connection.shared.options.disconnect_timeout
+    ended = connection.ended
     while not (ended.done() or request.content.at_eof()):
         reading = asyncio.ensure_future(request.content.readany())
         try:
@@ -1763,9 +1764,10 @@ class Address(NamedTuple):
     local: bool = False
 
 
-#: Seconds to wait for the answers of all processes, and for that of the one process
-#: that knows, which may itself wait for Redis.
-_ALL_TIMEOUT, _OWNER_TIMEOUT = 1.0, 3.0
+#: Seconds to wait for the answers of all processes.
+_ALL_TIMEOUT = 1.0
+#: Seconds to wait for the one process that has a connection; it may wait for Redis.
+_OWNER_TIMEOUT = 3.0
 
 
 class Backplane(Protocol):
@@ -1872,7 +1874,7 @@ class PendingResults:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        #: By id: that of this process, an "s", a number. Clients' ids are numbers.
+        #: By id: this process's id, "s" and a number. Ids of clients are only numbers.
         self._results: dict[str, asyncio.Future[Completion]] = {}
         #: The ids that each client has not answered, also those of other processes.
         self.asked: defaultdict[str, set[str]] = defaultdict(set)
