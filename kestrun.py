@@ -1900,7 +1900,8 @@ class PendingResults:
         elif connection is None or connection.ended.done():
             self.fail(name, [id])
         try:
-            # Shielded, so that a cancellation read together with the result comes first.
+            # The shield wakes this one iteration later. So a cancellation comes first
+            # if it was read together with the result.
             completion: Completion = await asyncio.shield(result)
         finally:
             self.forget(name, id)
@@ -1918,6 +1919,7 @@ class PendingResults:
         """
         await asyncio.sleep(0)  # an eager task would begin before it is in `_watches`
         question = _ALL_TIMEOUT, f"connection:{name}", "unanswered", name
+        why = "Redis was away; the result may be lost."
         while name in self.asked:
             ids = set(self.asked[name])
             try:
@@ -1926,12 +1928,12 @@ class PendingResults:
                     self.fail(name)
                     break
                 ids.difference_update(unanswered)
-            except ConnectionResetError:  # nothing can come from Redis
-                self.fail(name, set(self.asked.get(name, ())))
+            except ConnectionResetError:  # Redis is away, so no result can come
+                self.fail(name, set(self.asked.get(name, ())), why)
                 break
             except ConnectionError:
-                ids.clear()  # it may only be slow
-            self.fail(name, ids, "Redis was away; the result may be lost.")
+                ids.clear()  # the other process may only be slow
+            self.fail(name, ids, why)
             await asyncio.sleep(_WATCH_INTERVAL)
         del self._watches[name]
 
