@@ -46,7 +46,7 @@ The file reads from top to bottom; each section uses only what stands above it.
     connection      a duplex pipe between one client and one hub
     transports      WebSockets, Server-Sent Events, long polling
     registry        connections, groups and users; publish
-    redis           a connection to Redis: publish and subscribe
+    redis           a link to Redis: publish and subscribe
     backplane       several processes as one hub
     hub API         what user code sees: Hub, clients, groups, context
     hub methods     finding them, binding and converting their arguments
@@ -1100,7 +1100,7 @@ class Outbox:
         self.size = 0
 
     def stalled_for(self, backlog: int, now: float) -> float:
-        """Return the seconds without progress. backlog: bytes here and in the socket."""
+        """Return the seconds without progress. backlog: bytes here and unsent."""
         delivered = self.taken + self.size - backlog
         if delivered != self._delivered or not backlog:
             self._delivered, self.last_progress = delivered, now
@@ -2054,7 +2054,7 @@ class Registry:
             self.backplane.unsubscribe(f"{kind}:{name}")
 
     async def _join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection to a group. Return "" or what forbids it; None if not here."""
+        """Add a connection to a group; return "" or a problem, None if it is not here."""
         connection = self.connections.get(connection_id)
         if connection is None:
             return None
@@ -2156,8 +2156,8 @@ class Registry:
 
 # -------------------------------------------------------------------- redis
 #
-# One connection to Redis, through the optional `redis` package, which packs commands
-# and parses replies. Commands never wait for each other: what is queued in one
+# A link to Redis, through the optional `redis` package, which packs commands and
+# parses replies. Commands never wait for each other: what is queued in one
 # iteration of the event loop leaves in one write. Nothing here knows of hubs.
 
 #: Seconds to dial Redis.
@@ -2171,7 +2171,7 @@ _AT_ONCE = 200
 
 
 def _make_pool(url: str) -> Any:
-    """Return what makes connections; they retry nothing by themselves."""
+    """Return what makes connections, without their own timeouts and retries."""
     try:
         from redis import asyncio as redis  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -2187,7 +2187,8 @@ def _make_pool(url: str) -> Any:
     return pool
 
 
-def _portions(channels: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _batches(channels: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Split channels into lists of at most `_AT_ONCE`."""
     rest = iter(channels)
     while some := list(itertools.islice(rest, _AT_ONCE)):
         yield some
@@ -2202,7 +2203,7 @@ class RedisLink:
 
     def __init__(self, pool: Any) -> None:
         self._commands, self._messages = pool.make_connection(), pool.make_connection()
-        #: Commands without a reply yet, each with a future for it, or None: messages.
+        #: Commands without a reply yet, each with its future; None for a PUBLISH.
         self._queue: deque[tuple[tuple[Any, ...], asyncio.Future[Any] | None]] = deque()
         self._queued = asyncio.Event()
         self._waiting_bytes = 0
@@ -2225,7 +2226,7 @@ class RedisLink:
                 await self._commands.send_command("HELLO", 2)
                 if b"cluster" in await self._commands.read_response():
                     raise ConnectionError("it is a Redis Cluster; give a single server")
-            for some in _portions(channels):
+            for some in _batches(channels):
                 async with asyncio.timeout(_DIAL_TIMEOUT):
                     await self._messages.send_command("SUBSCRIBE", *some)
                     for _ in some:
@@ -2315,7 +2316,7 @@ class RedisLink:
             less = {c for c, wanted in changes.items() if not wanted} & self.active
             self.active -= less
             for command, channels in (("UNSUBSCRIBE", less), ("SUBSCRIBE", more)):
-                for some in _portions(channels):
+                for some in _batches(channels):
                     await self._messages.send_command(command, *some)
             for _ in (*less, *more):
                 await self._confirmed.acquire()
@@ -2342,8 +2343,10 @@ class RedisLink:
 # Each packet is signed with the secret: signature, sender, a header in JSON, and after
 # a line break what is not JSON, such as an encoded message.
 
-#: Seconds between beats, and how many may fail to come back before redialling.
-_BEAT, _MISSED_BEATS = 1.0, 5
+#: Seconds between beats: packets that a process sends to itself, through Redis.
+_BEAT = 1.0
+#: How many beats in a row may fail to come back before the link counts as lost.
+_MISSED_BEATS = 5
 #: Seconds to wait for a reply of Redis, and for a subscription to be active.
 _REPLY_TIMEOUT = 1.0
 #: Seconds before dialling again: random, so that not all processes dial at once.
@@ -2386,7 +2389,8 @@ class RedisBackplane:
         self.link: RedisLink | None = None
         #: Beats in a row that have not come back.
         self.missed_beats = 0
-        #: For each question of this process, its answers: lists of one, or of none.
+        #: By the id of a question of this process: a list for each process that has
+        #: received it, with its answer; empty for this process.
         self.questions: dict[str, asyncio.Queue[list[Any]]] = {}
         #: Tasks that answer questions of other processes.
         self.replies: set[asyncio.Task[None]] = set()
@@ -2411,7 +2415,8 @@ class RedisBackplane:
             hub.process_id = self.process_id
             hub.subscribe("all")
             hub.subscribe(f"process:{self.process_id}")
-        link, changes = await self._connect(), asyncio.Queue[bool]()
+        changes = asyncio.Queue[bool]()
+        link = await self._connect()
         works = self._run(link, changes), self._run_callbacks(changes)
         tasks = [asyncio.create_task(work) for work in works]
         yield
@@ -2460,7 +2465,8 @@ class RedisBackplane:
 
     async def _beat(self) -> None:
         """Detect a Redis that hangs: beats do not come back. Count the processes."""
-        self.missed_beats, hub = 0, next(iter(self._hubs.values()))
+        self.missed_beats = 0
+        hub = next(iter(self._hubs.values()))  # any: they share the link
         while self.missed_beats < _MISSED_BEATS:
             self.missed_beats += 1
             self.publish(hub, f"process:{self.process_id}", "beat")
@@ -2483,7 +2489,8 @@ class RedisBackplane:
 
     def want(self, channel: bytes, wanted: bool) -> None:
         """Subscribe to a channel, or leave it, with each link."""
-        (self._wanted.add if wanted else self._wanted.discard)(channel)
+        change = self._wanted.add if wanted else self._wanted.discard
+        change(channel)
         if self.link is not None:
             self.link.want(channel, wanted)
 
@@ -2492,8 +2499,9 @@ class RedisBackplane:
     ) -> None:
         """Publish a packet, or drop and count it. Raises what `_dumps` raises."""
         if self.link is not None:
-            text, name = f"{_dumps([hub.path, *header])}\n", hub.channel(channel)
-            packet = f"{self.process_id}{text}".encode(errors="surrogatepass") + body
+            head = f"{self.process_id}{_dumps([hub.path, *header])}\n"
+            packet = head.encode(errors="surrogatepass") + body
+            name = hub.channel(channel)
             if self.link.publish(name, _sign(self.key, name, packet) + packet):
                 return
         self._counts["dropped"] += 1
@@ -3305,7 +3313,7 @@ class Converters:
         )
 
     def _for_union(self, members: tuple[Any, ...], exact: bool) -> Converter:
-        """Prefer the member of the value's exact type, else take the first that fits."""
+        """Take the member of the value's exact type, else the first one that fits."""
         passes = (True,) if exact else (True, False)
         converters = [self.make(m, only) for only in passes for m in members]
         if _unchanged in converters:  # a member takes any value
