@@ -2054,7 +2054,7 @@ class Registry:
             self.backplane.unsubscribe(f"{kind}:{name}")
 
     async def _join(self, connection_id: str, name: str) -> str | None:
-        """Add a connection to a group; return "" or a problem, None if it is not here."""
+        """Add a connection to a group. Return a problem or ""; None if not here."""
         connection = self.connections.get(connection_id)
         if connection is None:
             return None
@@ -3262,17 +3262,17 @@ class Converters:
     _fallback: Converter | None = None
     #: The converters of aliases, enums and object types, by type and `exact`.
     named: dict[tuple[Any, bool], Converter] = field(default_factory=dict)
-    #: The results of unions for lists and dicts in one conversion, by the ids of union
-    #: and value, with the value, which keeps its id; NO_RESULT if no member fits.
-    #: Without them, nested unions would take exponential time.
+    #: What unions made of lists and dicts during one conversion: by the ids of union
+    #: and value, the value (so that no other gets its id) and the result, or NO_RESULT
+    #: if no member fits. Without them, nested unions would take exponential time.
     _results: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
 
     def make(self, annotation: Any, exact: bool = False) -> Converter:
         """Return the converter for values of this annotation.
 
-        exact: accept only values that arrive as that type, or as text if the type is
-        written so; unions try this first. Raises TypeError for an annotation whose
-        values cannot be checked.
+        exact: accept only values that arrive as this type, or as text if it is a type
+        that is written as text; unions try this first. Raises TypeError for an
+        annotation whose values cannot be checked.
         """
         custom = self._options.converter
         if custom is not None and (convert := custom(annotation)) is not None:
@@ -3352,11 +3352,12 @@ class Converters:
         """Return the converter of a type that may contain itself."""
         known, key = self.named, (kind, exact)
         if key not in known:
+            # For its members of the same type, until its own converter is made.
             known[key] = lambda value: self._for_named(kind, exact)(value)
             try:
                 known[key] = self._make_named(kind, exact)
             except Exception:
-                del known[key]  # or it would call itself when asked for again
+                del known[key]  # otherwise it would call itself forever
                 raise
         return known[key]
 
@@ -3367,7 +3368,8 @@ class Converters:
             return self.make(kind.__value__, exact)
         if issubclass(kind, Enum):
             return functools.partial(_to_enum, kind, exact)
-        hints, spell = typing.get_type_hints(kind, include_extras=True), None
+        hints = typing.get_type_hints(kind, include_extras=True)
+        spell = None
         if dataclasses.is_dataclass(kind):
             hints = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
             spell = self._options.member_name
@@ -3409,9 +3411,8 @@ def _read_duration(text: str) -> timedelta:
     return -duration if sign == "-" else duration
 
 
-#: The types that values have when they arrive, and those that are written as text, at
-#: least in JSON; each with the other types that are accepted for it: JavaScript has
-#: one kind of number, JSON no bytes.
+#: By type of an annotation: the other types that are accepted for it, each with its
+#: converter. JavaScript has one kind of number, and JSON writes many types as text.
 _ACCEPTED: dict[type, dict[type, Converter]] = {
     **{kind: {} for kind in (type(None), bool, str, list, dict)},
     int: {float: _whole},
@@ -3429,10 +3430,10 @@ _ACCEPTED: dict[type, dict[type, Converter]] = {
 def _to_type(kind: Any, exact: bool, value: Any) -> Any:
     """Return a value of that type, or convert one of another accepted type."""
     arrived = type(value)
-    if arrived is kind:  # so a bool is no int
+    if arrived is kind:  # not isinstance: a bool is no int
         return value
     convert = _ACCEPTED[kind].get(arrived)
-    # Text is as exact as a type that is written so; but MessagePack has bytes.
+    # For types that are written as text, text is exact; but MessagePack has bytes.
     if convert is None or exact and (arrived is not str or kind is bytes):
         raise ValueError(f"{kind.__name__} expected, got {arrived.__name__}")
     return convert(value)
@@ -3570,8 +3571,9 @@ def _describe_type(kind: Any, options: HubOptions) -> dict[str, Any]:
     spelled = [(name, name) for name in hints]
     optional = getattr(kind, "__optional_keys__", frozenset[str]())
     if dataclasses.is_dataclass(kind):
-        spelled, fields = JsonProtocol(options).spell(kind), dataclasses.fields(kind)
-        # The others have neither a default nor a factory: both are missing.
+        spelled = JsonProtocol(options).spell(kind)
+        fields = dataclasses.fields(kind)
+        # Without a default and a factory, both have the same value: MISSING.
         optional = {f.name for f in fields if f.default is not f.default_factory}
     members = {wire: _type_text(hints[name]) for name, wire in spelled}
     return {"members": members, "optional": [w for n, w in spelled if n in optional]}
@@ -3592,7 +3594,7 @@ _MAX_RUNNING = 1000
 #: first step are then all answered in one write; the rest cost no task.
 _TASKS_AHEAD = 32
 
-_KINDS = ("non-streaming", "streaming")
+_KINDS = {False: "non-streaming", True: "streaming"}
 _WRONG_KIND = "The client attempted to invoke the {} '{}' method with a {} invocation."
 _FAILED_INVOKING = "An unexpected error occurred invoking '{}' on the server."
 _UNAUTHORIZED = "Failed to invoke '{}' because user is unauthorized"
@@ -3874,7 +3876,7 @@ class Call:
         try:
             yield
         finally:
-            if not self.cancelled:  # which gets no slot again
+            if not self.cancelled:  # a cancelled call gets no slot again
                 self.awaited_results -= 1
                 await self._calls.resume(self)
 
@@ -3931,7 +3933,7 @@ class Calls:
             task.add_done_callback(self.mapped.tasks.discard)
 
     def _bind(self, invocation: Invocation, method: HubMethod | None) -> str:
-        """Convert a call's arguments; return its first error as ASP.NET Core does."""
+        """Convert a call's arguments; return its first problem as .NET does, or ""."""
         target, streaming = invocation.target, invocation.streaming
         ids, options = invocation.stream_ids, self.mapped.options
         try:
@@ -3953,7 +3955,7 @@ class Calls:
             text = f"A client can have at most {limit} streams at the same time."
         elif len(ids) != expected:
             text = f"Client sent {len(ids)} stream(s), Hub method expects {expected}."
-        elif used := [i for n, i in enumerate(ids) if i in {*self.uploads, *ids[:n]}]:
+        elif used := [id for id in ids if id in self.uploads or ids.count(id) > 1]:
             text = f"Stream ID '{used[0]}' is already in use."
         else:
             return ""
@@ -4046,7 +4048,8 @@ class Calls:
             self.cancel_waiting()
         while True:
             unread = end.normal and self.connection.inbox.unfinished
-            if self.connection.inbox.full or not unread:  # unread items may fill it
+            # Streams end once all is read, or if waiting items have paused the reading.
+            if self.connection.inbox.full or not unread:
                 for stream in self.uploads.values():
                     stream.end(ConnectionError("The underlying connection was closed."))
                 for call in self._running:
@@ -4118,7 +4121,7 @@ class HubConnection:
         self._mapped = mapped
         self._connection = connection
         self._size_limit = mapped.options.maximum_receive_message_size or math.inf
-        #: Messages that may be sent now, and when they were counted.
+        #: Messages that the client may send now, and when they were counted.
         self._credit = max(1.0, 2 * (mapped.options.invocations_per_second or 0.0))
         self._begun = self._counted_at = time.monotonic()
         #: Whether the client has sent something since the last check, and a ping ever.
@@ -4138,7 +4141,7 @@ class HubConnection:
                 self._fail(error, allow_reconnect=False)
                 return
             connection.on_data = self._receive
-            connection.feed()  # what came meanwhile
+            connection.feed()  # handle what came meanwhile
             end = await connection.ended
             await self._calls.finish(end)
             error = end.error
@@ -4159,16 +4162,16 @@ class HubConnection:
         if type(hub) is not mapped.hub_class or getattr(hub, "context", None):
             name = mapped.hub_class.__name__
             raise TypeError(f"factory: a new {name} for each connection, not {hub!r}")
-        who = id, connection.user_id, connection.transport_name
+        who = connection.user_id, connection.transport_name
         protocol, ended = connection.protocol.name, connection.ended
         abort = functools.partial(self._close, End(), Close())
-        hub.context = HubCallerContext(*who, protocol, request, ended, abort)
+        hub.context = HubCallerContext(id, *who, protocol, request, ended, abort)
         hub.app, hub.groups = mapped.app, mapped.registry.groups
         hub.clients = HubCallerClients(mapped.registry, id)
         self._calls = Calls(mapped, connection, hub)
         mapped.contexts[id] = hub.context
         mapped.registry.add(connection)
-        log.info("connection %s opened: user %r, %s", connection, *who[1:])
+        log.info("connection %s opened: user %r, %s", connection, *who)
 
     async def _accept(self) -> None:
         """Let the hub accept the client, once other processes reach it."""
