@@ -513,7 +513,6 @@ class Inbox(bytearray):
         self._searched = 0
         #: Bytes of decoded calls and stream items that wait for user code.
         self.held = 0
-        #: How many bytes may wait.
         self.limit = limit
         #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
@@ -4342,7 +4341,7 @@ class HubConnection:
 #: The origin whose page may read the answer.
 _CORS_ORIGIN = web.RequestKey("kestrun_cors_origin", str)
 
-#: Seconds at shutdown: for running calls, for clients to fetch their Close by a poll,
+#: Seconds at shutdown: for calls that run, for a poll that fetches the Close message,
 #: and for everything together.
 _CALLS_TIMEOUT, _LAST_POLL_TIMEOUT, _SHUTDOWN_TIMEOUT = 2.0, 0.3, 3.0
 
@@ -4369,9 +4368,9 @@ def access_token(request: Request) -> str | None:
 
 
 def _check_headers(request: Request, allowed: Collection[str], reads: bool) -> None:
-    """Refuse compressed bodies, and what pages of origins not `allowed` have caused.
+    """Refuse compressed bodies, and requests from pages of origins not `allowed`.
 
-    reads: the request only reads, so links of other sites may cause it.
+    reads: the request changes nothing, so links on other sites may lead to it.
     Raises HTTP errors. Browsers send no Origin with images, links and prefetches, but
     other headers show where those come from. (Fetch Metadata Request Headers)
     """
@@ -4392,7 +4391,7 @@ def _check_headers(request: Request, allowed: Collection[str], reads: bool) -> N
     names = ("Sec-Purpose", "Purpose", "X-Moz")
     early = any("prefetch" in headers.get(name, "").lower() for name in names)
     if (early or linked) and not reads:
-        text = "Pages of other sites may not do this, nor may it be done in advance."
+        text = "Other sites may not request this, and browsers may not prefetch it."
         raise web.HTTPForbidden(text=text)
     encodings = headers.getall("Content-Encoding", ())  # aiohttp uses the last
     if any(encoding.lower() != "identity" for encoding in encodings):  # maybe a bomb
@@ -4444,7 +4443,7 @@ class Tokens:
         if not secrets.compare_digest(signature.encode(), genuine.encode()):
             raise ValueError("the token is signed for another hub or user, or forged")
         end, version, stateful = content[-12:-2], content[-2], content[-1]
-        # In version 0 of negotiate there is one name for both purposes.
+        # In version 0 of negotiate, the token is the connection id as well.
         id = token if version == "0" else self._sign("id", content, user_id)
         return id, stateful == "1", int(end, 16) / 100
 
@@ -4478,12 +4477,12 @@ class ConnectionManager:
         self._mapped = mapped
         self._tokens = tokens
         self._connections: dict[str, Connection] = {}
-        #: When tokens expire, by connection id: tokens made here and not used yet, and
-        #: tokens used, here or in another process.
+        #: By connection id, when its token expires: tokens made here and not used yet.
         self._unused: dict[str, float] = {}
+        #: The same for tokens that were used, here or in another process.
         self._used: dict[str, float] = {}
         mapped.registry.handlers["token used"] = self._mark_used
-        mapped.shared.on_end = self._release
+        mapped.shared.on_end = self._on_end
         self._running: dict[asyncio.Task[None], HubConnection] = {}
         #: None before the start and from the stop on: then no connections are made.
         self._heartbeat: asyncio.Task[None] | None = None
@@ -4521,9 +4520,10 @@ class ConnectionManager:
         self._mapped.registry.backplane.subscribe(f"connection:{id}")
         return connection
 
-    def _release(self, connection: Connection) -> None:
+    def _on_end(self, connection: Connection) -> None:
         """Show other processes that a connection ends; make room once it is closed."""
-        self._open_connections -= connection.state == CLOSED
+        if connection.state == CLOSED:
+            self._open_connections -= 1
         self._mapped.registry.results.fail(connection.connection_id)
         channel = f"connection:{connection.connection_id}"
         self._mapped.registry.backplane.unsubscribe(channel)
@@ -4735,7 +4735,7 @@ class Endpoint:
         token, connection_id = self._manager.negotiate(user_id, version, stateful)
         answer: dict[str, Any] = {"useStatefulReconnect": True} if stateful else {}
         answer |= {"negotiateVersion": version, "connectionId": connection_id}
-        if version:  # version 0 has one name for both purposes
+        if version:  # in version 0, the connection id is the token
             answer["connectionToken"] = token
         both = ["Text", "Binary"]
         carried = {WEBSOCKETS: both, SERVER_SENT_EVENTS: ["Text"], LONG_POLLING: both}
@@ -4895,7 +4895,8 @@ class HubClient:
         self, websocket: aiohttp.ClientWebSocketResponse[Any], protocol: HubProtocol
     ) -> None:
         self._websocket, self._protocol = websocket, protocol
-        self._inbox, self._ids = Inbox(math.inf), map(str, itertools.count(1))
+        self._inbox = Inbox(math.inf)
+        self._ids = map(str, itertools.count(1))
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         #: What has arrived: arguments by target, answers by invocation id.
@@ -5196,8 +5197,8 @@ class Progress:
             raise RuntimeError("use `await progress(…)` outside of threads")
         if self._operation.cancel_requested or self._operation.final:
             raise asyncio.CancelledError
-        report, loop = self(percent, status), self._operation.task.get_loop()
-        asyncio.run_coroutine_threadsafe(report, loop).result()
+        loop = self._operation.task.get_loop()
+        asyncio.run_coroutine_threadsafe(self(percent, status), loop).result()
 
     async def __call__(self, percent: float, status: str = "") -> None:
         """Report progress; return after `on_change` has returned.
@@ -5372,7 +5373,9 @@ def _parse_cron_field(name: str, field: str) -> set[int]:
             raise ValueError(f"{name}: {item!r} is no value or range in {low}-{high}")
         first, last, step = match.groups()
         start = values[first] if first else low
-        end = values[last] if last else start if first and not step else high
+        end = start if first and not step else high  # 5/10 goes to the end
+        if last:
+            end = values[last]
         if start > end and name == "day of week":
             end += 7  # fri-mon goes on into the next week
         if start > end:
@@ -5399,8 +5402,9 @@ def _parse_cron(expression: str) -> DueAfter:
     seconds, minutes, hours, days, months, weekdays = values
     weekdays = {day % 7 for day in weekdays}
     # As in every cron: if both kinds of day are restricted, either may match.
-    either_day = parts[3][0] not in "*?" and parts[5][0] not in "*?"
-    needed, hourly = any if either_day else all, len(hours) == 24
+    both_restricted = parts[3][0] not in "*?" and parts[5][0] not in "*?"
+    needed = any if both_restricted else all
+    hourly = len(hours) == 24
 
     def after(moment: float) -> float:
         stamp = math.floor(moment) + 1
@@ -6739,7 +6743,9 @@ class Demo:
 
     async def list_operations(self, request: Request) -> Response:
         """List the operations of all processes, newest first."""
-        entries = [*itertools.chain(*await self.hub.everywhere.ask("operations"))]
+        answers = await self.hub.everywhere.ask("operations")
+        entries = [entry for answer in answers for entry in answer]
+        # Those that have not started come first: letters sort behind digits.
         entries.sort(key=lambda entry: entry["StartedAt"] or "new", reverse=True)
         return web.json_response(entries)
 
@@ -7039,7 +7045,7 @@ async def _keep_worker(command: list[str]) -> None:
         try:
             status = await worker.wait()
         finally:
-            # Close its input: a signal could be its second, as Ctrl-C is for all.
+            # Close its input: after Ctrl-C, which all processes get, a signal kills it.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(worker.communicate(b""), _SHUTDOWN_TIMEOUT + 2)
             if worker.returncode is None:
@@ -7057,7 +7063,7 @@ async def _run_workers(
     if backplane is None:
         raise ValueError("--workers needs --redis, which connects the workers")
     async for _ in backplane.context(None):
-        pass  # Redis can be used
+        pass  # connects once, so that an error shows before any worker runs
     stop = _stop_event()
     # Bound here without listening, so that the port is known and stays ours.
     server = await _bind(arguments)
