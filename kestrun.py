@@ -1023,9 +1023,9 @@ def _handshake_response(error: str | None = None) -> bytes:
 # --------------------------------------------------------------- connection
 #
 # A connection is a duplex pipe between one client and one hub, and the only
-# thing that both sides know. Transports use one end: feed, readable, take, lost.
-# The hub uses the other: send, drain, close, drop. Sending never waits; a client
-# that does not take its bytes is dropped. Only code that sends to one client
+# thing that both sides know. Transports use one end: attach, feed, readable, take,
+# lost. The hub uses the other: send, drain, close, drop. Sending never waits; a
+# client that does not take its bytes is dropped. Only code that sends to one client
 # alone waits, in `drain`. State needs no locks: everything runs in one thread,
 # and nothing awaits between a check and the action that relies on it.
 
@@ -3116,7 +3116,7 @@ class HubMethod:
         #: Of each upload stream: its position, its name, the converter of its items.
         self.uploads: list[tuple[int, str, Converter]] = []
         self._parameters: list[tuple[inspect.Parameter, Converter]] = []
-        self._rest: list[tuple[inspect.Parameter, Converter]] = []  # of *arguments
+        self._rest: list[tuple[inspect.Parameter, Converter]] = []  # one for *args
         #: What clients pass, with evaluated annotations.
         self.signature: list[inspect.Parameter] = []
         unwrapped, signature = inspect.unwrap(function), inspect.signature(function)
@@ -3792,8 +3792,7 @@ class Call:
                 await self._calls.wait_to_begin(self)
                 if (result := self.start()) is NO_RESULT:
                     return
-            if hasattr(result, "__await__"):
-                result = await result
+            result = await _result_of(result)
             if self.method.streaming:
                 if not hasattr(result, "__aiter__"):
                     method = f"the streaming method '{self.invocation.target}'"
@@ -3816,8 +3815,7 @@ class Call:
         stream_id = self.invocation.invocation_id or ""
         try:
             async for item in items:
-                if not connection.writable():
-                    await connection.drain()
+                await connection.drain()
                 if connection.state >= CLOSING:
                     return
                 data = connection.protocol.encode(StreamItem(stream_id, item))
@@ -4217,7 +4215,7 @@ class HubConnection:
                     if rate is not None:
                         self._check_rate(message, rate, paused)
                     self._dispatch(message, size)
-                if connection.state >= CLOSING and not connection.accepts_messages():
+                if not connection.accepts_messages():
                     inbox.clear()  # ignore what follows the end
                     return
                 if inbox and (inbox.full or time.perf_counter() > deadline):
@@ -4241,7 +4239,8 @@ class HubConnection:
         now = time.monotonic()
         most = math.inf if paused else max(1.0, 2 * rate, self._credit)
         earned = (now - self._counted_at) * rate
-        self._credit, self._counted_at = min(most, self._credit + earned) - 1, now
+        self._counted_at = now
+        self._credit = min(most, self._credit + earned) - 1
         if self._credit < 0:
             self._mapped.shared.drops["rate limit"] += 1
             text = f"The client sent more than {rate:g} messages a second."
