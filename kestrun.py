@@ -26,7 +26,8 @@ Or copy this file next to your own code and write a hub:
     kestrun.map_hub(app, "/hubs/chat", ChatHub)
     web.run_app(app)
 
-Three parts handle each connection, and each knows only its neighbour:
+A client gets a token (negotiate), opens a transport with it, and names its protocol
+(handshake). Three parts handle each connection, and each knows only its neighbour:
 
             transports                     connection                    hub
   ┌──────────────────────────┐      ┌────────────────────┐      ┌─────────────────────┐
@@ -225,7 +226,7 @@ class HubOptions:
     #: Messages of one client in a second, on average; at most twice as many at once.
     #: Its answers to the server do not count. Above it, the client is disconnected.
     invocations_per_second: float | None = None
-    #: Connections of this hub in one process, and as many unused tokens; more get 503.
+    #: Connections of this hub in one process, and unused tokens for them; more get 503.
     maximum_connections: int | None = 10_000
     #: Send the text of every exception to the caller. For development only.
     enable_detailed_errors: bool = False
@@ -233,8 +234,8 @@ class HubOptions:
     transports: Collection[str] = TRANSPORTS
     #: Seconds until a poll is answered empty. nginx waits 60; SignalR's default is 90.
     poll_timeout: float | None = 50
-    #: Seconds for which an unused token (an hour at most), a client between two
-    #: polls, or a stateful client without a socket is kept.
+    #: Seconds for which an unused token (an hour at most), a client between two polls,
+    #: or one that lost its WebSocket and may resume is kept.
     disconnect_timeout: float | None = 15
     #: Seconds to wait for the peer's WebSocket close frame, and for code that still
     #: runs before its closed connection is forgotten.
@@ -1260,7 +1261,7 @@ async def _end_tasks(
 
 #: Returns a random 128-bit id that is safe in a URL.
 _new_id = functools.partial(secrets.token_urlsafe, 16)
-#: Characters of an id. In version 0 of negotiate the id is the token, and longer.
+#: Characters of an id. Old clients (negotiate's version 0) have the longer token as id.
 _ID_LENGTH = 22
 
 
@@ -1290,7 +1291,7 @@ class Connection:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __str__(self) -> str:
-        """Return its id for logs, cut short: in version 0 the whole id is the token."""
+        """Return its id for logs, cut short: the id of old clients is their token."""
         return self.connection_id[:_ID_LENGTH]
 
     def __post_init__(self) -> None:
