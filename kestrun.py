@@ -6820,7 +6820,7 @@ class Demo:
         """Add up the counts of all processes, once a second for all that watch."""
         async with self._collecting:
             now = time.monotonic()
-            if now - self._collected_at < 1:
+            if now - self._collected_at < 0.9:  # timers may be early
                 return self._numbers
             try:
                 counts = await self.hub.everywhere.ask("stats")
@@ -6832,7 +6832,7 @@ class Demo:
             for name, value in counts[0].items():
                 kind: type[Any] = Counter if isinstance(value, dict) else int
                 total[name] = sum((kind(count[name]) for count in counts), kind())
-            self._numbers, self._collected_at = total, now
+            self._numbers, self._collected_at = total, time.monotonic()
             return total
 
 

@@ -12242,6 +12242,21 @@ async def test_the_stats_add_up_what_all_processes_count(sample) -> None:
     assert item["Operations"] == {"Running": 2}
 
 
+async def test_all_watchers_wait_for_a_process_that_hangs_together(redis, sample):
+    here = await sample()
+    clients = [await visitor(here) for _ in range(6)]
+    async with worker(redis) as there:
+        await redis.has(2, HUB)
+        there.process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        ids = [await client.begin("Stats", type=4) for client in clients]
+        for client, id in zip(clients, ids, strict=True):
+            item = (await client.next(2, id))["item"]
+            assert (item["Processes"], item["Clients"]) == (1, 6)
+        assert 0.5 < time.monotonic() - begun < 3  # not a second for each
+        there.process.send_signal(signal.SIGCONT)
+
+
 async def test_operations_are_seen_and_changed_through_any_process(sample) -> None:
     servers = here, there = await sample(), await sample()
     client = await visitor(there)
