@@ -5570,7 +5570,7 @@ class Schedule:
         """Begin to run jobs, from now on. Needs a running event loop."""
         self._closed = False
         for job in self._jobs.values():
-            if job.timer is None or job.timer.done():
+            if job.timer is None or job.timer.done() or job.timer.cancelling():
                 job.plan(self.clock())
                 job.timer = asyncio.create_task(self._serve(job))
 

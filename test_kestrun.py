@@ -7473,6 +7473,14 @@ async def test_only_due_times_between_start_and_close_count(schedule, clock) -> 
     schedule.start()
     await clock.set("11:03:00")
     assert seen[1:] == [clock.moment("11:03:00")]
+    await soon(schedule.close())
+    schedule.start()
+    ending = asyncio.create_task(schedule.close())
+    await asyncio.sleep(0)
+    schedule.start()  # before that has ended
+    await soon(ending)
+    await clock.set("11:04:00")
+    assert seen[2:] == [clock.moment("11:04:00")]
 
 
 #: An expression, a moment, and the next due time, in Berlin.
