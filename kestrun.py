@@ -4819,10 +4819,8 @@ def _required_arguments(function: Any) -> str:
     except ValueError:  # it has no signature
         return ""
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind not in optional
-    ]
-    return ", ".join(parameter.name for parameter in required)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in optional]
+    return ", ".join(parameter.name for parameter in needed)
 
 
 def map_hub(
@@ -5147,15 +5145,16 @@ class Operation:
     error: BaseException | None = None
     #: Whether `cancel` was called; the work may go on for a while.
     cancel_requested: bool = False
-    #: What runs it; not in `to_dict`.
+    #: What runs it, and what forgets it once it is final; not in `to_dict`.
     task: asyncio.Task[None] = field(init=False)
+    timer: asyncio.TimerHandle = field(init=False)
 
     def __repr__(self) -> str:
         return f"<Operation {self.name!r} {self.state} {self.progress}%>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the public fields as JSON values: times and the error as text."""
-        fields = {k: v for k, v in vars(self).items() if k != "task"}
+        fields = {k: v for k, v in vars(self).items() if k not in ("task", "timer")}
         for name in ("started_at", "completed_at"):
             fields[name] = fields[name] and fields[name].isoformat()
         fields["error"] = self.error and f"{type(self.error).__name__}: {self.error}"
@@ -5247,8 +5246,7 @@ class Operations:
 
     def __post_init__(self) -> None:
         if min(self.running, self.limit) < 1 or self.retention < 0:
-            text = "running and limit must be at least 1, retention at least 0 seconds"
-            raise ValueError(text)
+            raise ValueError("running and limit: at least 1; retention: at least 0")
 
     def start(
         self, work: Work, *arguments: Any, name: str = "", description: str = ""
@@ -5271,6 +5269,7 @@ class Operations:
         call = functools.partial(work, Progress(operation, self._announce), *arguments)
         operation.task = asyncio.create_task(self._run(operation, call))
         self._operations[operation.id] = operation
+        self._forget_surplus()
         return operation
 
     def get(self, id: str) -> Operation | None:
@@ -5297,8 +5296,13 @@ class Operations:
         operation = self.get(id)
         if operation is None or not operation.final:
             return False
-        del self._operations[id]
+        self._operations.pop(id).timer.cancel()
         return True
+
+    def _forget_surplus(self) -> None:
+        final = [o.id for o in self._operations.values() if o.final]
+        for id in final[: max(0, len(self._operations) - self.limit)]:
+            self.remove(id)
 
     async def context(self, app: object) -> AsyncIterator[None]:
         """Open and close with an aiohttp application (for `app.cleanup_ctx`)."""
@@ -5328,12 +5332,10 @@ class Operations:
         except (Exception, SystemExit) as error:
             operation.state, operation.error = FAULTED, error
             log.exception("operation %r failed", operation.name)
-        operation.completed_at = datetime.now(UTC)
+        operation.completed_at, forget = datetime.now(UTC), self._operations.pop
         loop = asyncio.get_running_loop()
-        loop.call_later(self.retention, self._operations.pop, operation.id, None)
-        final = [o.id for o in self._operations.values() if o.final]
-        for id in final[: max(0, len(self._operations) - self.limit)]:
-            del self._operations[id]
+        operation.timer = loop.call_later(self.retention, forget, operation.id, None)
+        self._forget_surplus()
         await self._announce(operation)
 
     async def _announce(self, operation: Operation) -> None:
@@ -6991,11 +6993,9 @@ def _stop_event() -> asyncio.Event:
 
 async def _bind(arguments: argparse.Namespace) -> asyncio.Server:
     """Bind the address, which workers share, without listening yet."""
-    loop, shared = asyncio.get_running_loop(), arguments.workers > 1
-    host, port = arguments.host, arguments.port
-    return await loop.create_server(
-        asyncio.Protocol, host, port, reuse_port=shared, start_serving=False
-    )
+    where, shared = (arguments.host, arguments.port), arguments.workers > 1
+    bind = asyncio.get_running_loop().create_server
+    return await bind(asyncio.Protocol, *where, reuse_port=shared, start_serving=False)
 
 
 async def _serve(app: web.Application, arguments: argparse.Namespace) -> None:

@@ -7280,6 +7280,15 @@ async def test_only_the_newest_operations_are_kept(ops) -> None:
     busy = await running(ops.start(endless))
     done = [await soon(ops.start(ten).wait()) for _ in range(6)]
     assert ops.list() == [done[5], done[4], busy]
+    others = [ops.start(endless) for _ in range(2)]
+    assert ops.list() == [others[1], others[0], busy]
+
+
+async def test_an_operation_that_was_removed_costs_nothing(ops) -> None:
+    with memory_below(400_000):
+        for _ in range(2000):
+            op = await ops.start(ten).wait()
+            assert ops.remove(op.id)
 
 
 @pytest.mark.parametrize("ops", [{"running": 2}], indirect=True)
