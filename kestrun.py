@@ -5727,7 +5727,7 @@ export class HubConnection {
     if (this.token()) query.set("access_token", this.token());
     const link = this.#link = TRANSPORTS[name](`${this.url}?${query}`);
     link.onopen = () => this.#send({ protocol: "json", version: 1 });
-    link.onmessage = ({ data }) => this.#receive(data);
+    link.onmessage = ({ data }) => this.#receive(data, link);
     link.onclose = link.onerror = () => {
       if (link === this.#link) this.#lost(this.state === "Connected"
         ? "The connection was lost." : `${name} did not reach the server.`);
@@ -5742,10 +5742,10 @@ export class HubConnection {
     this.onmessage("sent", message);
   }
 
-  #receive(data) {          // holds one or several whole messages
+  #receive(data, link) {    // data: one or several whole messages
     this.#expectData();
     for (const text of data.split(END).slice(0, -1)) {
-      if (!this.#link) return;               // the previous message was a Close
+      if (link !== this.#link) return;       // the previous message has ended it
       const message = JSON.parse(text);
       this.onmessage("received", message);
       this.#dispatch(message);

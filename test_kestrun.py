@@ -8549,6 +8549,7 @@ MODULE = {
         "HubException: Nothing handles Nobody."
     ),
     "first('Endless')": 0,
+    "restarted()": "again",
     "connection.transport": "the transport",
     "stopped()": "There is no connection.",
 }
@@ -8567,6 +8568,17 @@ USE_MODULE = """async (expression) => {
   const ask = (answer) => {
     connection.on("getname", answer);
     return connection.invoke("Ask", "GetName");
+  };
+  const restarted = async () => {       // in the middle of several messages
+    const again = Promise.withResolvers();
+    connection.on("restart", () => {
+      connection.stop();
+      connection.start().then(again.resolve, again.reject);
+    });
+    connection.invoke("CallTwice", "Restart").catch(() => {});
+    await again.promise;
+    connection.on("restart", () => {});
+    return await connection.invoke("Echo", "again").catch((error) => error.message);
   };
   const stopped = () => {
     connection.stop();
@@ -10009,6 +10021,10 @@ class Playground(Diary, Plain):
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         return await self.clients.caller.invoke(method, *arguments)
+
+    async def call_twice(self, method: str) -> None:
+        for _ in range(2):
+            await self.clients.caller.send(method)
 
 
 class Peer:
