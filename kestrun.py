@@ -4634,7 +4634,9 @@ class ConnectionManager:
         for hub_connection in list(self._running.values()):
             hub_connection.shut_down()
         for connection in self._connections.values():
-            if isinstance(connection.transport, WebSocketTransport):
+            if not connection.transport_name:  # no GET has opened it, and none may now
+                connection.lost(End())
+            elif isinstance(connection.transport, WebSocketTransport):
                 # aiohttp reads nothing any more, so no close frame can arrive.
                 connection.transport.close_socket(self._mapped.options.close_timeout)
         begun = time.monotonic()
@@ -4645,7 +4647,7 @@ class ConnectionManager:
                 break
             for connection in self._connections.values():
                 if connection.transport is None and passed > _LAST_POLL_TIMEOUT:
-                    connection.lost(End())  # no GET opened it, or fetched its Close
+                    connection.lost(End())  # no poll fetched its Close
             await asyncio.sleep(0.02)
         for connection in self._connections.values():
             connection.drop("shutdown")
@@ -6787,11 +6789,9 @@ class Demo:
         await self.hub.local.all.send("ReceiveEvent", event)
 
     async def _send_admin_status(self) -> None:
-        system = {
-            "ProcessorCount": os.cpu_count(),
-            "PythonVersion": platform.python_version(),
-            "MemoryMB": _memory_mb(),
-        }
+        system: dict[str, Any] = {"ProcessorCount": os.cpu_count()}
+        system["PythonVersion"] = platform.python_version()
+        system["MemoryMB"] = _memory_mb()
         update = _payload("Admin status update", Type="AdminUpdate", SystemInfo=system)
         await self.hub.local.group("Admins").send("ReceiveAdminUpdate", update)
 

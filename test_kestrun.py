@@ -8802,6 +8802,19 @@ async def test_operations_are_listed_newest_first(guest) -> None:
     assert operations[0] | running | {"OperationId": ids[2]} == operations[0]
 
 
+async def test_a_server_that_stops_opens_no_connection_any_more(serve) -> None:
+    server = await serve(app=kestrun.create_app())
+    client = server.client(("LongPolling", "json"), path=HUB)
+    await client.negotiate()
+    hello = encode("json", {"protocol": "json", "version": 1})
+    assert (await server.request("POST", str(client.url), data=hello)).status == 200
+    stopping = asyncio.create_task(server.runner.app.shutdown())
+    await silence(0.05)  # it still listens, so that polls fetch their Close
+    answer = await server.request("GET", str(client.url))
+    assert (answer.status, answer.body) == (404, UNKNOWN_ID)
+    await soon(stopping)
+
+
 STATS = "Uptime Timestamp Processes LoopLag Clients MessagesIn MessagesOut QueuedBytes "
 STATS += "Transports Groups Operations YourGroups"
 
