@@ -746,6 +746,27 @@ class HubProtocol:
         """Convert a value and all in it. An error is such as "[2].name: a set"."""
         if depth > (500 if self.binary else _JSON_DEPTH - 2):  # .NET reads no deeper
             raise ValueError(": what is nested too deeply")
+        if isinstance(value, list):  # first: a client can send many
+            plain: list[Any] = []
+            try:
+                for item in value:
+                    plain.append(self._walk(item, convert, depth + 1))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"[{len(plain)}]{error}") from None
+            return plain
+        if isinstance(value, dict):
+            members: dict[Any, Any] = {}
+            for key, item in value.items():
+                if not isinstance(key, _SCALARS):
+                    raise TypeError(f": a dict with {_a(key)} as a key")
+                try:
+                    name = self._walk(key, convert)  # not every key can be written
+                    members[name] = self._walk(item, convert, depth + 1)
+                except (TypeError, ValueError) as error:
+                    named = isinstance(key, str) and key.isidentifier()
+                    step = f".{key}" if named else "[…]"
+                    raise type(error)(f"{step}{error}") from None
+            return members
         if isinstance(value, str) and not _is_unicode(value):
             raise ValueError(": text with a lone surrogate")
         if isinstance(value, float) and not (self.binary or math.isfinite(value)):
@@ -755,28 +776,12 @@ class HubProtocol:
             raise ValueError(": an integer beyond 64 bits")
         if isinstance(value, self._types) and not (beyond and self.binary):
             return value
-        if not isinstance(value, (dict, list, tuple)):
-            try:
-                value = convert(value)
-            except (TypeError, ValueError):
-                what = "an integer beyond 64 bits" if beyond else _a(value)
-                raise TypeError(f": {what}") from None
-            return self._walk(value, convert, depth + 1)
-        items = value if isinstance(value, dict) else dict(enumerate(value))
-        plain = {}
-        for key, item in items.items():
-            if not isinstance(key, _SCALARS):
-                raise TypeError(f": a dict with {_a(key)} as a key")
-            try:
-                if items is value:  # not every text or number can be written
-                    key = self._walk(key, convert)
-                plain[key] = self._walk(item, convert, depth + 1)
-            except (TypeError, ValueError) as error:
-                step = "[…]" if items is value else f"[{key}]"
-                if isinstance(key, str) and key.isidentifier():
-                    step = f".{key}"
-                raise type(error)(f"{step}{error}") from None
-        return plain if items is value else list(plain.values())
+        try:
+            value = list(value) if isinstance(value, tuple) else convert(value)
+        except (TypeError, ValueError):
+            what = "an integer beyond 64 bits" if beyond else _a(value)
+            raise TypeError(f": {what}") from None
+        return self._walk(value, convert, depth + 1)
 
 
 #: Nesting of one JSON message; the reference server's limit.
