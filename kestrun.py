@@ -3967,7 +3967,7 @@ class Calls:
     def reply(self, message: Invocation, result: Any, error: str | None = None) -> None:
         """Complete a call, if it has an id. Raises what `encode` raises."""
         connection, invocation_id = self.connection, message.invocation_id
-        if invocation_id is not None:
+        if invocation_id is not None and connection.state < CLOSING:
             completion = Completion(invocation_id, result, error)
             connection.send(connection.protocol.encode(completion))
 
