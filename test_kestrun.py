@@ -11689,7 +11689,7 @@ async def test_a_killed_process_is_missed_within_half_a_second(
 ) -> None:
     """What waits there for a client's result is told within two seconds.
 
-    stopped: it does not answer when it is killed.
+    stopped: it does not answer when it is killed, and the kernel may end it late.
     """
     here = await sample()
     mine, everywhere = await visitor(here, group="g"), here.hub.everywhere
@@ -11708,7 +11708,7 @@ async def test_a_killed_process_is_missed_within_half_a_second(
             await silence(0.8)  # it is asked every 0.7 s
         there.process.kill()
         async with asyncio.timeout(2):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(1 if stopped else 0.5):
                 await redis.has(1, HUB)
                 assert await everywhere.members("g") == [mine.id]
                 assert await everywhere.count() == 1
