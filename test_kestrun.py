@@ -11802,7 +11802,7 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
         begun = time.monotonic()
         with pytest.raises(ConnectionError, match="does not exist"):
             await proxy.invoke("GetName")
-        assert time.monotonic() - begun < 0.05
+        assert time.monotonic() - begun < 0.6  # before the next question about it
     await answer(near, question, result="Ann")  # a call of its own
     assert await soon(asking) == "Ann"
     assert not [message for message in near.unread if message != {"type": 6}]
