@@ -514,6 +514,7 @@ class Inbox(bytearray):
         self._searched = 0
         #: Bytes of decoded calls and stream items that wait for user code.
         self.held = 0
+        #: How many bytes may wait.
         self.limit = limit
         #: Set when `held` exceeds the limit; reset when it is down to half.
         self.full = False
@@ -653,6 +654,10 @@ def _to_fields(message: Message) -> dict[str, Any]:
     return fields
 
 
+#: Nesting of one JSON message; the reference server's limit.
+_JSON_DEPTH = 64
+
+
 class HubProtocol:
     """How hub messages look on the wire, by the options of a hub."""
 
@@ -782,10 +787,6 @@ class HubProtocol:
             what = "an integer beyond 64 bits" if beyond else _a(value)
             raise TypeError(f": {what}") from None
         return self._walk(value, convert, depth + 1)
-
-
-#: Nesting of one JSON message; the reference server's limit.
-_JSON_DEPTH = 64
 
 
 class _TooLarge(float):
@@ -4020,7 +4021,7 @@ class Calls:
             self._stop_waiting(call)
         self._running.pop(call, None)
         self.slot_queue.pop(call, None)
-        call.task = None  # which refers to the call by its context
+        call.task = None  # its context refers to the call: a cycle
         call.close_uploads()
         self.connection.wake()
 

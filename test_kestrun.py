@@ -11799,10 +11799,13 @@ async def test_who_is_gone_cannot_be_asked(cluster) -> None:
         one.hub.local.client(near.id),
         two.hub.clients.client(early.id),
     ):
-        begun = time.monotonic()
-        with pytest.raises(ConnectionError, match="does not exist"):
-            await proxy.invoke("GetName")
-        assert time.monotonic() - begun < 0.6  # before the next question about it
+        times = []
+        for _ in range(3):  # a busy machine may delay one of them
+            begun = time.monotonic()
+            with pytest.raises(ConnectionError, match="does not exist"):
+                await proxy.invoke("GetName")
+            times.append(time.monotonic() - begun)
+        assert min(times) < 0.05
     await answer(near, question, result="Ann")  # a call of its own
     assert await soon(asking) == "Ann"
     assert not [message for message in near.unread if message != {"type": 6}]
